@@ -1,0 +1,1 @@
+"""Small leaves that everything may import: process group, logging, meters, seeding, command line."""

@@ -1,0 +1,54 @@
+"""The command line: a parser that knows what was probably meant, and errors that end in one readable line."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from termcolor import colored
+
+USER_ERROR = 2  # the exit status of a mistake that the user can mend, as argparse uses it
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns `"; did you mean X?"` for the closest of the known words, or nothing where none is close."""
+    lookup = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(word.lower(), lookup, n=1, cutoff=0.5)
+    return f"; did you mean {lookup[close[0]]}?" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` without abbreviations, whose error for an unknown flag names the closest known one."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with status 2."""
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            message = f"unknown argument {word}{did_you_mean(word, self._option_string_actions)} (--help lists all)"
+        print_error(message)
+        raise SystemExit(USER_ERROR)
+
+
+def print_error(message: str) -> None:
+    """Prints `error: message` to stderr, red on a terminal."""
+    print(f"{colored('error:', 'red', force_color=sys.stderr.isatty() or None)} {message}", file=sys.stderr)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a script's `main` and exits with its status; a user's mistake (ValueError, OSError) ends in one line.
+
+    Setting `REPMLP_TRACEBACK=1` shows where it was raised. Everything else is a defect and keeps its traceback.
+    """
+    try:
+        status = main() or 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("REPMLP_TRACEBACK"):
+            raise
+        print_error(" ".join(str(error).split()))
+        status = USER_ERROR
+    raise SystemExit(status)
