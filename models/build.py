@@ -1,0 +1,78 @@
+"""The registry of architectures: ours by their published names, and every name that timm knows."""
+
+import difflib
+import sys
+from typing import Any
+
+import timm
+from timm.models import register_model
+from torch import nn
+
+from .repmlpnet import SPECS, RepMLPNet
+
+
+def list_models() -> list[str]:
+    """Returns the names of this project's own architectures; `timm.list_models()` names the others."""
+    return list(SPECS)
+
+
+def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwargs: Any) -> nn.Module:
+    """Builds a network with fresh weights.
+
+    Args:
+        name: one of `list_models()`, or any architecture of timm.
+        num_classes: outputs of the head.
+        deploy: build the deploy structure; only our own architectures have one.
+        **kwargs: `in_chans`, `img_size`, `drop_path_rate`, ... as the architecture takes them.
+
+    Raises:
+        ValueError: an unknown name (the closest known one is named), or `deploy` for a network without that structure.
+    """
+    if name in SPECS:
+        return RepMLPNet(SPECS[name], num_classes=num_classes, deploy=deploy, **kwargs)
+    if not timm.is_model(name):
+        raise ValueError(f"unknown architecture {name!r}{_closest(name)}")
+    if deploy:
+        raise ValueError(f"{name} has one structure only: nothing is injected into it, so it has no deploy form")
+    return timm.create_model(name, num_classes=num_classes, **kwargs)
+
+
+def default_image_size(name: str) -> tuple[int, int]:
+    """Returns the (height, width) that an architecture is made for.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name in SPECS:
+        size = SPECS[name].image_size
+        return (size, size) if isinstance(size, int) else size
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
+    if cfg is None:
+        raise ValueError(f"unknown architecture {name!r}{_closest(name)}")
+    return cfg.input_size[-2:]
+
+
+def _closest(name: str) -> str:
+    known = {candidate.lower(): candidate for candidate in [*list_models(), *timm.list_models()]}
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {known[close[0]]}?" if close else f"; known are {', '.join(list_models())} and timm's"
+
+
+def _register_with_timm(name: str) -> None:
+    """Makes `timm.create_model("repmlpnet_t224")` build `RepMLPNet-T224`."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"{name} comes without weights: pretrained=True has nothing to load")
+        if kwargs.pop("features_only", False):
+            raise ValueError(f"{name} has no features_only form")
+        timm_only = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+        return create_model(name, **{k: v for k, v in kwargs.items() if k not in timm_only})
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name.lower().replace("-", "_")
+    entrypoint.__doc__ = f"{name}, built by `create_model`."
+    setattr(sys.modules[__name__], entrypoint.__name__, register_model(entrypoint))
+
+
+for _name in SPECS:
+    _register_with_timm(_name)

@@ -1,0 +1,247 @@
+"""Weights of every supported origin: recognised, renamed, loaded strictly, and written atomically.
+
+Reading never runs code from a file: tensors and plain containers are all that is accepted. The published training
+checkpoints also hold a pickled yacs configuration, which is read as a plain mapping.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .repmlpnet import SPECS, RepMLPNet
+
+StateDict = dict[str, Tensor]
+
+# Where the containers of Swin, timm, MMPretrain and this project keep the weights and their moving average.
+WEIGHT_KEYS = ("model", "state_dict")
+EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
+# Prefixes that wrappers put before every name.
+WRAPPERS = ("module.", "_orig_mod.")
+# MMPretrain's names for the published ones.
+MMPRETRAIN_NAMES = (
+    (r"^backbone\.patch_embed\.projection\.", "conv_embedding.conv."),
+    (r"^backbone\.patch_embed\.norm\.", "conv_embedding.bn."),
+    (r"^backbone\.downsample_layers\.", "embeds."),
+    (r"^backbone\.final_norm\.", "head_norm."),
+    (r"^backbone\.stages\.", "stages."),
+    (r"\.gp\.conv([12])\.conv\.", r".gp.fc\1."),
+    (r"^(stages\.\d+\.\d+)\.norm([12])\.", r"\1.prebn\2."),
+    (r"^head\.fc\.", "head."),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights under the published names, with what the file says of them.
+
+    `form` is "train" or "deploy" by the structure that the names show, or None where nothing was re-parameterised.
+    `meta` is what `describe` wrote, empty for a file of another origin. `payload` is the whole container.
+    """
+
+    path: Path
+    state_dict: StateDict
+    form: str | None
+    meta: dict[str, Any] = field(default_factory=dict)
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(arch: str, model: nn.Module, image_size: tuple[int, int], form: str | None) -> dict[str, Any]:
+    """Returns the metadata that goes with a network's weights."""
+    return {
+        "arch": arch,
+        "num_classes": model.num_classes,
+        "image_size": list(image_size),
+        "form": form,
+        "versions": {"repmlpnet": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
+    }
+
+
+def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
+    """Reads a `.pth` or `.safetensors` file: a bare state dict, or one within a container.
+
+    Args:
+        path: the file.
+        ema: take the moving average of the weights instead of the weights.
+
+    Raises:
+        ValueError: no such file, no checkpoint, a damaged one, one that holds more than data, or one without weights.
+    """
+    path = Path(path)
+    payload = _read_payload(path)
+    state_dict = {_strip_wrappers(k): v for k, v in _find_weights(path, payload, ema).items()}
+    if any(name.startswith("backbone.") for name in state_dict):
+        state_dict = {_from_mmpretrain(name): value for name, value in state_dict.items()}
+    meta = payload.get("meta")
+    return Checkpoint(path, state_dict, _form(state_dict), meta if isinstance(meta, dict) else {}, payload)
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Loads weights strictly: every name and every shape must be the model's.
+
+    Raises:
+        ValueError: they differ; the message counts and names the differences, and the architecture that would fit.
+    """
+    problems = _differences(model.state_dict(), checkpoint.state_dict)
+    if problems:
+        raise ValueError(f"{checkpoint.path} does not fit the network: {problems}{_better_fit(checkpoint.state_dict)}")
+    model.load_state_dict(checkpoint.state_dict)
+
+
+def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Loads weights to start a training from; a head for another number of classes stays as it was initialised.
+
+    Returns:
+        The names that were not loaded: none, or those of the head.
+
+    Raises:
+        ValueError: anything but the head differs.
+    """
+    own = model.state_dict()
+    head = [k for k in ("head.weight", "head.bias") if k in own and k in checkpoint.state_dict]
+    if all(own[k].shape == checkpoint.state_dict[k].shape for k in head):
+        load_weights(model, checkpoint)
+        return []
+    kept = {k: own[k] for k in head}
+    merged = Checkpoint(checkpoint.path, checkpoint.state_dict | kept, checkpoint.form)
+    load_weights(model, merged)
+    return head
+
+
+def write_checkpoint(path: str | Path, payload: Mapping[str, Any]) -> None:
+    """Writes a container of plain tensors and plain values; a reader sees the old file or the whole new one.
+
+    A `.safetensors` file takes the weights (key `model`) and the metadata (key `meta`) alone.
+
+    Raises:
+        OSError: the disk is full or the folder can't be written; an older file of that name is intact.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save
+
+        tensors = {k: v.contiguous() for k, v in payload["model"].items()}
+        content = save(tensors, metadata={"meta": json.dumps(payload.get("meta", {}))})
+        write_atomically(path, lambda file: Path(file).write_bytes(content))
+    else:
+        write_atomically(path, lambda file: torch.save(dict(payload), file))
+
+
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def fitting_architectures(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Returns our architectures of which these are the weights, in whichever form and for whatever number of classes."""
+    form, names = _form(state_dict), []
+    for name, spec in SPECS.items():
+        with torch.device("meta"):
+            own = RepMLPNet(spec, deploy=form == "deploy").state_dict()
+        if own.keys() == state_dict.keys() and all(
+            own[k].shape == v.shape for k, v in state_dict.items() if not k.startswith("head.")
+        ):
+            names.append(name)
+    return names
+
+
+def _read_payload(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}: {'that is a folder' if path.is_dir() else 'no such file'}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                meta = json.loads((file.metadata() or {}).get("meta", "{}"))
+                return {"model": {k: file.get_tensor(k) for k in file.keys()}, "meta": meta}  # noqa: SIM118
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        reason = str(error).strip().split("\n")[0]
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            reason = "it holds Python objects, and loading those could run code"
+        raise ValueError(f"{path} is damaged or no checkpoint that can be read safely: {reason}") from error
+    if not isinstance(payload, dict):
+        raise ValueError(f"{path} holds no weights but a {type(payload).__name__}")
+    return payload
+
+
+def _find_weights(path: Path, payload: Mapping[str, Any], ema: bool) -> Mapping[str, Tensor]:
+    keys = EMA_KEYS if ema else (*WEIGHT_KEYS, *EMA_KEYS)
+    for key in keys:
+        if isinstance(payload.get(key), dict):
+            return _find_weights(path, payload[key], ema=False)
+    if ema:
+        raise ValueError(f"{path} holds no moving average of the weights (none of the keys {', '.join(EMA_KEYS)})")
+    strays = [k for k, v in payload.items() if not isinstance(v, Tensor)]
+    if strays or not payload:
+        raise ValueError(f"{path} holds no weights: found {', '.join(map(repr, list(payload)[:5])) or 'nothing'}")
+    return payload
+
+
+def _strip_wrappers(name: str) -> str:
+    for prefix in WRAPPERS:
+        if name.startswith(prefix):
+            return _strip_wrappers(name.removeprefix(prefix))
+    return name
+
+
+def _from_mmpretrain(name: str) -> str:
+    for pattern, replacement in MMPRETRAIN_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _form(names: Iterable[str]) -> str | None:
+    if any(name.endswith("fc3.bias") for name in names):
+        return "deploy"
+    return "train" if any(".fc3_bn." in name for name in names) else None
+
+
+def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Returns a sentence on how two state dicts differ, empty where they fit."""
+    missing = [k for k in own if k not in given]
+    unexpected = [k for k in given if k not in own]
+    shapes = [
+        f"{k} {tuple(given[k].shape)}, not {tuple(own[k].shape)}"
+        for k in own
+        if k in given and own[k].shape != given[k].shape
+    ]
+    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    return "; ".join(
+        f"{len(names)} tensors {what} ({names[0]}{', ...' * (len(names) > 1)})" for what, names in groups if names
+    )
+
+
+def _better_fit(state_dict: Mapping[str, Tensor]) -> str:
+    names = fitting_architectures(state_dict)
+    if not names:
+        return ""
+    classes = state_dict["head.weight"].shape[0]
+    return f". These are {_form(state_dict)} weights of {' or '.join(names)} with {classes} classes"

@@ -1,0 +1,161 @@
+"""Structural re-parameterisation: the kernel algebra of Locality Injection, as pure functions, and its interface.
+
+The functions are differentiable, never change an argument, and compute in the dtype of the weight they are given.
+Callers fuse in float64 and cast back (`Tensor.double` is differentiable too), so that a conversion rounds once.
+
+Source: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVPR 2022 (arXiv:2112.11081).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+
+def fold_batch_norm(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Folds the inference form of a BatchNorm into the convolution or fully-connected layer before it.
+
+    Args:
+        weight: (O, ...) kernel of the layer, of any number of further dimensions.
+        bias: (O,) or None.
+        bn: normalises the O outputs. It may have fewer channels, B with O % B == 0: then channel b normalises the
+            O / B consecutive outputs b * O / B ..., as it does behind a share-set FC whose outputs are (set, position).
+
+    Returns:
+        The weight and bias (O,) of the one layer that equals both, in the dtype of `weight`.
+
+    Raises:
+        ValueError: the outputs are not a multiple of the BatchNorm's channels, or it keeps no running statistics.
+    """
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError("a BatchNorm without running statistics depends on the batch and can't be folded")
+    outputs, channels = weight.shape[0], bn.num_features
+    if outputs % channels:
+        raise ValueError(f"a BatchNorm of {channels} channels can't be folded into a layer of {outputs} outputs")
+    mean, variance = bn.running_mean.to(weight.dtype), bn.running_var.to(weight.dtype)
+    scale = (variance + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(weight.dtype)
+    shift = -mean * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias.to(weight.dtype)
+    scale, shift = (t.repeat_interleave(outputs // channels) for t in (scale, shift))
+    fused_weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return fused_weight, shift if bias is None else bias.to(weight.dtype) * scale + shift
+
+
+def conv_to_fc(
+    kernel: Tensor,
+    size: tuple[int, int],
+    padding: int | tuple[int, int] | None = None,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    """Returns the fully-connected kernel that equals a convolution on maps of one fixed size (Eq. 12).
+
+    The paper convolves an identity matrix. Here every kernel tap (i, j) is written where it acts: on the diagonal of
+    the FC kernel that links output position (y, x) to input position (y + i - kh // 2, x + j - kw // 2).
+
+    Args:
+        kernel: (O, I, kh, kw), kh and kw odd; of a grouped convolution, I is the number of channels in one group and
+            the result is the kernel of an FC with the same groups.
+        size: (h, w) of the maps.
+        padding: zeros on each side; None stands for the one that keeps the size, and any other is an error.
+        dilation: distance between taps.
+
+    Returns:
+        (O * h * w, I * h * w): rows are (output channel, y, x), columns (input channel within the group, y, x).
+
+    Raises:
+        ValueError: an even kernel, or a padding that does not keep the size.
+    """
+    (out_channels, in_channels, *kernel_size), (h, w) = kernel.shape, size
+    step_y, step_x = to_2tuple(dilation)
+    keeps_size = (step_y * (kernel_size[0] // 2), step_x * (kernel_size[1] // 2))
+    if any(k % 2 == 0 for k in kernel_size):
+        raise ValueError(f"a convolution with an even kernel {tuple(kernel_size)} has no centre; only odd ones convert")
+    if padding is not None and to_2tuple(padding) != keeps_size:
+        raise ValueError(
+            f"padding {padding} changes the size of the map; kernel {tuple(kernel_size)} needs {keeps_size}"
+        )
+    fc = kernel.new_zeros(out_channels, h, w, in_channels, h, w)
+    for i in range(kernel_size[0]):
+        for j in range(kernel_size[1]):
+            dy, dx = i * step_y - keeps_size[0], j * step_x - keeps_size[1]
+            if abs(dy) < h and abs(dx) < w:
+                # (O, h, w, I, h, w) -> (O, w, I, w, rows) -> (O, I, rows, columns)
+                diagonal = fc.diagonal(dy, 1, 4).diagonal(dx, 1, 3)
+                diagonal.copy_(kernel[:, :, i, j, None, None].expand_as(diagonal))
+    return fc.reshape(out_channels * h * w, in_channels * h * w)
+
+
+def merge_kernels(kernels: Sequence[Tensor]) -> Tensor:
+    """Adds odd convolution kernels (O, I, kh, kw) of different sizes, each centred in the largest height and width."""
+    height, width = (max(k.shape[d] for k in kernels) for d in (2, 3))
+    merged = kernels[0].new_zeros(*kernels[0].shape[:2], height, width)
+    for k in kernels:
+        vertical, horizontal = (height - k.shape[2]) // 2, (width - k.shape[3]) // 2
+        merged = merged + nn.functional.pad(k, (horizontal, horizontal, vertical, vertical))
+    return merged
+
+
+class Reparameterizable(nn.Module, ABC):
+    """A block with a training structure that Locality Injection replaces by an equal, smaller one."""
+
+    deploy: bool
+
+    @abstractmethod
+    def local_inject(self) -> None:
+        """Turns this block, in place, into its deploy structure; does nothing where that is already done."""
+
+    def switch_to_deploy(self) -> None:
+        """The name by which MMPretrain, RepVGG and their like call `local_inject`."""
+        self.local_inject()
+
+    def reparameterize(self) -> None:
+        """The name by which timm calls `local_inject`."""
+        self.local_inject()
+
+
+class ReparameterizableNetwork(nn.Module):
+    """A network that injects all its `Reparameterizable` blocks."""
+
+    def locality_injection(self) -> None:
+        """Turns every block, in place, into its deploy structure; calling it twice is harmless."""
+        for module in self.modules():
+            if isinstance(module, Reparameterizable):
+                module.local_inject()
+
+    def switch_to_deploy(self) -> None:
+        """The name by which MMPretrain, RepVGG and their like call `locality_injection`."""
+        self.locality_injection()
+
+    def reparameterize(self) -> None:
+        """The name by which timm calls `locality_injection`."""
+        self.locality_injection()
+
+
+def is_deploy(model: nn.Module) -> bool:
+    """Says whether a network has re-parameterisable blocks and every one of them is in its deploy structure."""
+    blocks = [m for m in model.modules() if isinstance(m, Reparameterizable)]
+    return bool(blocks) and all(m.deploy for m in blocks)
+
+
+@torch.no_grad()
+def randomize_statistics(model: nn.Module, seed: int = 0) -> None:
+    """Gives every BatchNorm random running statistics, scale and shift, in place.
+
+    A fresh BatchNorm is the identity, so that a conversion that forgets it would still compare equal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+                (module.weight, 0.3, 0.9),
+                (module.bias, -0.2, 0.2),
+            ):
+                if tensor is not None:
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)

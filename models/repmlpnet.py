@@ -1,0 +1,379 @@
+"""RepMLPNet: a hierarchical vision MLP with re-parameterised locality.
+
+Source: Ding et al., "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVPR 2022 (arXiv:2112.11081).
+State-dict names and shapes are those of the published code, so that its checkpoints load here and ours load there.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, to_2tuple
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .reparam import Reparameterizable, ReparameterizableNetwork, conv_to_fc, fold_batch_norm, merge_kernels
+
+# From this many share-sets on, a grouped convolution over the sets is cheaper than a depth-wise one over all channels.
+MANY_SHARE_SETS = 16
+
+
+@dataclass(frozen=True)
+class RepMLPNetSpec:
+    """The shape of one network; stage i works on maps of image_size / (patch_size * 2 ** i)."""
+
+    channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+    share_sets: tuple[int, ...]
+    image_size: int | tuple[int, int]
+    patch_size: int = 4
+    branches: tuple[int, ...] = (1, 3)  # kernel sizes of the local convolutions
+    gp_reduction: int = 4
+    ffn_expansion: int = 4
+
+
+# fmt: off
+SPECS: dict[str, RepMLPNetSpec] = {
+    #                                 channels              blocks         share-sets       image
+    "RepMLPNet-T224": RepMLPNetSpec(( 64, 128, 256, 512), (2, 2,  6, 2), (1, 4, 16, 128), 224),
+    "RepMLPNet-B224": RepMLPNetSpec(( 96, 192, 384, 768), (2, 2, 12, 2), (1, 4, 32, 128), 224),
+    "RepMLPNet-T256": RepMLPNetSpec(( 64, 128, 256, 512), (2, 2,  6, 2), (1, 4, 16, 128), 256),
+    "RepMLPNet-B256": RepMLPNetSpec(( 96, 192, 384, 768), (2, 2, 12, 2), (1, 4, 32, 128), 256),
+    "RepMLPNet-D256": RepMLPNetSpec(( 80, 160, 320, 640), (2, 2, 18, 2), (1, 4, 16, 128), 256),
+    "RepMLPNet-L256": RepMLPNetSpec(( 96, 192, 384, 768), (2, 2, 18, 2), (1, 4, 32, 256), 256),
+    # The CIFAR-100 network of the paper: two stages, 16x16 and 8x8.
+    "RepMLPNet-C100": RepMLPNetSpec((128, 256), (6, 6), (8, 32), 32, patch_size=2),
+    # Small enough to train on the embedded digits in a minute on a CPU: 8x8 and 4x4.
+    "RepMLPNet-Digits": RepMLPNetSpec((32, 64), (2, 2), (4, 16), 16, patch_size=2),
+}
+# fmt: on
+
+
+class GlobalPerceptron(nn.Module):
+    """Gates every channel by what the whole image holds, as squeeze-and-excitation does."""
+
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden_channels, 1)
+        self.fc2 = nn.Conv2d(hidden_channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> gate (N, C, 1, 1) in (0, 1)."""
+        x = x.mean((2, 3), keepdim=True)
+        return self.fc2(self.fc1(x).relu()).sigmoid()
+
+
+class ShareSetFC(nn.Conv2d):
+    """A fully-connected layer over the h * w positions of a map, one kernel for each of S share-sets.
+
+    Its parameters are those of the published grouped 1x1 convolution over S * h * w channels; the product is S matrix
+    multiplications on a strided view of the input, which is many times faster.
+    """
+
+    def __init__(self, share_sets: int, h: int, w: int, bias: bool) -> None:
+        super().__init__(share_sets * h * w, share_sets * h * w, 1, groups=share_sets, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, S, h, w) -> (M, S, h, w), the result strided as (S, M, h * w)."""
+        m, s, h, w = x.shape
+        rows = x.reshape(m, s, h * w).transpose(0, 1)
+        kernel = self.weight.reshape(s, h * w, h * w).transpose(1, 2)
+        if self.bias is None:
+            out = torch.bmm(rows, kernel)
+        else:
+            out = torch.baddbmm(self.bias.reshape(s, 1, h * w), rows, kernel)
+        return out.transpose(0, 1).reshape(m, s, h, w)
+
+
+class ShareSetConv(nn.Conv2d):
+    """A depth-wise convolution in which channel c of C uses kernel c mod S, in the cheapest of three exact forms."""
+
+    def __init__(self, share_sets: int, kernel_size: int) -> None:
+        super().__init__(share_sets, share_sets, kernel_size, padding=kernel_size // 2, groups=share_sets, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N * C / S, S, h, w)."""
+        c, h, w = x.shape[1:]
+        s = self.groups
+        if self.kernel_size == (1, 1):
+            return x.reshape(-1, s, h, w) * self.weight.reshape(s, 1, 1)
+        if s < MANY_SHARE_SETS:
+            out = F.conv2d(x, self.weight.repeat(c // s, 1, 1, 1), padding=self.padding, groups=c)
+            return out.reshape(-1, s, h, w)
+        return super().forward(x.reshape(-1, s, h, w))
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution and its BatchNorm, under the names that the published checkpoints give them."""
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = nn.BatchNorm2d(conv.out_channels)
+        if act is not None:
+            self.act = act
+
+
+class RepMLPBlock(Reparameterizable):
+    """Channel, Local and Global Perceptron: an FC with local prior over the positions of every partition.
+
+    Args:
+        channels: C, a multiple of `share_sets`; channel c belongs to set c mod S.
+        h: height of a partition.
+        w: width of a partition.
+        share_sets: S, how many kernels the C channels share.
+        branches: kernel sizes of the Local Perceptron's convolutions; may be empty.
+        gp_reduction: the Global Perceptron's hidden width is C / gp_reduction.
+        deploy: build the structure that `local_inject` leaves.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        h: int,
+        w: int,
+        share_sets: int = 1,
+        branches: Sequence[int] = (1, 3),
+        gp_reduction: int = 4,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        if channels % share_sets:
+            raise ValueError(f"{channels} channels can't be divided among {share_sets} share-sets")
+        if any(k % 2 == 0 for k in branches):
+            raise ValueError(f"local convolutions need odd kernel sizes, not {tuple(branches)}")
+        self.share_sets, self.h, self.w = share_sets, h, w
+        self.deploy = deploy
+        self.branches = () if deploy else tuple(branches)
+        self.gp = GlobalPerceptron(channels, channels // gp_reduction)
+        self.fc3 = ShareSetFC(share_sets, h, w, bias=deploy)
+        self.fc3_bn: nn.Module = nn.Identity() if deploy else nn.BatchNorm2d(share_sets)
+        for k in self.branches:
+            self.add_module(f"repconv{k}", ConvNorm(ShareSetConv(share_sets, k)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), H and W multiples of h and w."""
+        partitions = self._partition(x)
+        out = self.fc3_bn(self.fc3(partitions.reshape(-1, self.share_sets, self.h, self.w)))
+        for branch in self._local_branches():
+            out = out + branch(partitions)
+        return self._restore(out.reshape(partitions.shape), x.shape) * self.gp(x)
+
+    def _local_branches(self) -> list[ConvNorm]:
+        return [cast(ConvNorm, self.get_submodule(f"repconv{k}")) for k in self.branches]
+
+    def _partition(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N * H/h * W/w, C, h, w)."""
+        n, c, height, width = x.shape
+        if (height, width) == (self.h, self.w):
+            return x
+        if height % self.h or width % self.w:
+            raise ValueError(f"a {height}x{width} map can't be divided into {self.h}x{self.w} partitions")
+        x = x.reshape(n, c, height // self.h, self.h, width // self.w, self.w)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, c, self.h, self.w)
+
+    def _restore(self, partitions: Tensor, shape: torch.Size) -> Tensor:
+        """Undoes `_partition`, towards a given shape (N, C, H, W)."""
+        n, c, height, width = shape
+        if (height, width) == (self.h, self.w):
+            return partitions
+        x = partitions.reshape(n, height // self.h, width // self.w, c, self.h, self.w)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(shape)
+
+    def get_equivalent_fc3(self) -> tuple[Tensor, Tensor]:
+        """Returns the FC that equals FC3, its BatchNorm and all branches: weight (S*h*w, h*w, 1, 1), bias (S*h*w,).
+
+        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantisation-aware training.
+        """
+        if self.deploy:
+            assert self.fc3.bias is not None
+            return self.fc3.weight, self.fc3.bias
+        assert isinstance(self.fc3_bn, nn.BatchNorm2d)
+        weight, bias = fold_batch_norm(self.fc3.weight.double(), None, self.fc3_bn)
+        if self.branches:
+            folded = [fold_batch_norm(b.conv.weight.double(), None, b.bn) for b in self._local_branches()]
+            kernels, biases = zip(*folded, strict=True)
+            weight = weight + conv_to_fc(merge_kernels(kernels), (self.h, self.w)).view_as(weight)
+            bias = bias + torch.stack(biases).sum(0).repeat_interleave(self.h * self.w)
+        dtype = self.fc3.weight.dtype
+        return weight.to(dtype), bias.to(dtype)
+
+    @torch.no_grad()
+    def local_inject(self) -> None:
+        """Locality Injection, in place; does nothing where it is already done."""
+        if self.deploy:
+            return
+        weight, bias = self.get_equivalent_fc3()
+        with torch.device("meta"):
+            fc3 = ShareSetFC(self.share_sets, self.h, self.w, bias=True)
+        fc3.weight, fc3.bias = (nn.Parameter(t, self.fc3.weight.requires_grad) for t in (weight, bias))
+        self.fc3, self.fc3_bn = fc3.train(self.training), nn.Identity()
+        for k in self.branches:
+            delattr(self, f"repconv{k}")
+        self.branches, self.deploy = (), True
+
+
+class FFNBlock(nn.Module):
+    """The usual two-layer perceptron over channels, as 1x1 convolutions with BatchNorm."""
+
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.ffn_fc1 = ConvNorm(nn.Conv2d(channels, hidden_channels, 1, bias=False))
+        self.ffn_fc2 = ConvNorm(nn.Conv2d(hidden_channels, channels, 1, bias=False))
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        return self.ffn_fc2(self.act(self.ffn_fc1(x)))
+
+
+class RepMLPNetUnit(nn.Module):
+    """A RepMLP block over positions, then an FFN over channels, each behind a BatchNorm and beside a shortcut."""
+
+    def __init__(self, channels: int, block: RepMLPBlock, ffn_expansion: int, drop_path: float) -> None:
+        super().__init__()
+        self.repmlp_block = block
+        self.ffn_block = FFNBlock(channels, channels * ffn_expansion)
+        self.prebn1 = nn.BatchNorm2d(channels)
+        self.prebn2 = nn.BatchNorm2d(channels)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        x = x + self.drop_path(self.repmlp_block(self.prebn1(x)))
+        return x + self.drop_path(self.ffn_block(self.prebn2(x)))
+
+
+class RepMLPNet(ReparameterizableNetwork):
+    """The hierarchical network: patch embedding, stages of units with 2x2 embeddings between, linear head.
+
+    Args:
+        spec: a row of `SPECS`.
+        num_classes: outputs of the head; 0 leaves the pooled features.
+        in_chans: channels of the input image.
+        img_size: height and width that the partitions are made for; the spec's own where None.
+        drop_path_rate: of the last unit; grows linearly from 0 with the depth.
+        deploy: build the structure that `locality_injection` leaves.
+
+    Raises:
+        ValueError: `img_size` is no multiple of the network's total stride.
+    """
+
+    def __init__(
+        self,
+        spec: RepMLPNetSpec,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | Sequence[int] | None = None,
+        drop_path_rate: float = 0.0,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        self.img_size = height, width = to_2tuple(spec.image_size if img_size is None else img_size)
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_features = self.head_hidden_size = spec.channels[-1]
+        self.grad_checkpointing = False
+        strides = [spec.patch_size * 2**i for i in range(len(spec.blocks))]
+        if height % strides[-1] or width % strides[-1] or min(height, width) <= 0:
+            raise ValueError(f"img_size {height}x{width} must be a positive multiple of the total stride {strides[-1]}")
+        drop_path = torch.linspace(0, drop_path_rate, sum(spec.blocks), device="cpu").split(spec.blocks)
+
+        def unit(stage: int, depth: int) -> RepMLPNetUnit:
+            channels, stride = spec.channels[stage], strides[stage]
+            block = RepMLPBlock(
+                channels,
+                height // stride,
+                width // stride,
+                spec.share_sets[stage],
+                spec.branches,
+                spec.gp_reduction,
+                deploy,
+            )
+            return RepMLPNetUnit(channels, block, spec.ffn_expansion, float(drop_path[stage][depth]))
+
+        def embedding(in_channels: int, out_channels: int, patch: int) -> ConvNorm:
+            return ConvNorm(nn.Conv2d(in_channels, out_channels, patch, stride=patch, bias=False), nn.ReLU())
+
+        self.conv_embedding = embedding(in_chans, spec.channels[0], spec.patch_size)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(unit(stage, depth) for depth in range(blocks)) for stage, blocks in enumerate(spec.blocks)
+        )
+        self.embeds = nn.ModuleList(embedding(before, after, patch=2) for before, after in pairwise(spec.channels))
+        self.head_norm = nn.BatchNorm2d(self.num_features)
+        self.reset_classifier(num_classes)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes every unit in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """Returns the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Puts in a new head of `num_classes` outputs; 0 leaves the pooled features."""
+        self.num_classes = num_classes
+        reference = self.head_norm.weight
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head.to(device=reference.device, dtype=reference.dtype)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image (N, in_chans, H, W) -> normalised features (N, C, H / stride, W / stride).
+
+        Raises:
+            ValueError: H or W is no multiple of `img_size`, so that the partitions do not divide the maps.
+        """
+        self._check_size(x)
+        x = self.conv_embedding(x)
+        for i, stage in enumerate(self.stages):
+            for unit in stage.children():
+                x = checkpointed(unit, x) if self.grad_checkpointing and self.training else unit(x)
+            if i < len(self.embeds):
+                x = self.embeds[i](x)
+        return self.head_norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (N, C, h, w) -> logits (N, num_classes), or pooled features (N, C) before the head."""
+        x = x.mean((2, 3))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (N, in_chans, H, W) -> logits (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def _check_size(self, x: Tensor) -> None:
+        (height, width), (h, w) = x.shape[-2:], self.img_size
+        if height % h or width % w:
+            raise ValueError(
+                f"an input of {height}x{width} does not fit a network whose partitions are made for {h}x{w}: give it "
+                f"{h}x{w} or a multiple of that, or build it with img_size=({height}, {width})"
+            )
+
+
+@contextmanager
+def untracked_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside, the BatchNorms of a module in training normalise as ever but leave their running statistics alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    """Applies a module, keeping only its input for the backward pass, where it is computed once more.
+
+    Running statistics take in a batch once, not twice, so that training is the same with and without.
+    """
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), untracked_statistics(module)
+
+    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
