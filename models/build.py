@@ -34,6 +34,8 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
         raise ValueError(f"unknown architecture {name!r}{_closest(name)}")
     if deploy:
         raise ValueError(f"{name} has one structure only: nothing is injected into it, so it has no deploy form")
+    if not timm.get_pretrained_cfg(name).fixed_input_size:
+        kwargs.pop("img_size", None)  # a network of any input size has no such argument
     return timm.create_model(name, num_classes=num_classes, **kwargs)
 
 
@@ -46,10 +48,10 @@ def default_image_size(name: str) -> tuple[int, int]:
     if name in SPECS:
         size = SPECS[name].image_size
         return (size, size) if isinstance(size, int) else size
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
-    if cfg is None:
+    if not timm.is_model(name):
         raise ValueError(f"unknown architecture {name!r}{_closest(name)}")
-    return cfg.input_size[-2:]
+    height, width = timm.get_pretrained_cfg(name).input_size[-2:]
+    return height, width
 
 
 def _closest(name: str) -> str:

@@ -108,7 +108,7 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
         ValueError: anything but the head differs.
     """
     own = model.state_dict()
-    head = [k for k in ("head.weight", "head.bias") if k in own and k in checkpoint.state_dict]
+    head: list[str] = [k for k in ("head.weight", "head.bias") if k in own and k in checkpoint.state_dict]
     if all(own[k].shape == checkpoint.state_dict[k].shape for k in head):
         load_weights(model, checkpoint)
         return []
@@ -158,7 +158,7 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
 
 
 def fitting_architectures(state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Returns our architectures of which these are the weights, in whichever form and for whatever number of classes."""
+    """Returns our architectures of which these are the weights, in either form and for any number of classes."""
     form, names = _form(state_dict), []
     for name, spec in SPECS.items():
         with torch.device("meta"):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .reparam import Reparameterizable, ReparameterizableNetwork, conv_to_fc, fold_batch_norm, merge_kernels
@@ -192,7 +193,7 @@ class RepMLPBlock(Reparameterizable):
         if self.deploy:
             assert self.fc3.bias is not None
             return self.fc3.weight, self.fc3.bias
-        assert isinstance(self.fc3_bn, nn.BatchNorm2d)
+        assert isinstance(self.fc3_bn, _BatchNorm)
         weight, bias = fold_batch_norm(self.fc3.weight.double(), None, self.fc3_bn)
         if self.branches:
             folded = [fold_batch_norm(b.conv.weight.double(), None, b.bn) for b in self._local_branches()]
@@ -357,7 +358,7 @@ class RepMLPNet(ReparameterizableNetwork):
 @contextmanager
 def untracked_statistics(module: nn.Module) -> Iterator[None]:
     """Inside, the BatchNorms of a module in training normalise as ever but leave their running statistics alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:

@@ -1,0 +1,69 @@
+"""The numbers that follow from a configuration once the number of processes and the length of an epoch are known."""
+
+from dataclasses import dataclass
+
+from yacs.config import CfgNode
+
+REFERENCE_BATCH = 256  # images of global batch that the configured learning rates are meant for
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a run uses; `str()` of it is one line for the log.
+
+    Attributes:
+        global_batch: images behind one optimizer update, over all processes and accumulated steps.
+        lr, warmup_lr, min_lr: TRAIN.BASE_LR, WARMUP_LR and MIN_LR x global_batch / 256.
+        updates_per_epoch: optimizer updates in one epoch, at least 1.
+        total_updates: optimizer updates of the whole training, the warm-up included.
+        warmup_updates: optimizer updates of the warm-up.
+        decay_updates: optimizer updates between two decays of the schedule `step`.
+    """
+
+    global_batch: int
+    lr: float
+    warmup_lr: float
+    min_lr: float
+    updates_per_epoch: int
+    total_updates: int
+    warmup_updates: int
+    decay_updates: int
+
+    def __str__(self) -> str:
+        return (
+            f"global batch {self.global_batch}, learning rate {self.lr:g} "
+            f"(warm-up from {self.warmup_lr:g}, down to {self.min_lr:g}), {self.updates_per_epoch} updates an epoch, "
+            f"{self.total_updates} in all, {self.warmup_updates} of them warm-up"
+        )
+
+
+def derive(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Derived:
+    """Computes the numbers of a run.
+
+    Args:
+        cfg: the configuration.
+        world_size: number of processes.
+        steps_per_epoch: batches that each process sees in one epoch.
+
+    Raises:
+        ValueError: `steps_per_epoch` is 0, because the training images do not fill one batch.
+    """
+    assert world_size >= 1
+    if steps_per_epoch < 1:
+        raise ValueError(
+            f"DATA.BATCH_SIZE = {cfg.DATA.BATCH_SIZE}: the training images do not fill one batch in each of "
+            f"{world_size} process(es); lower it"
+        )
+    accumulation = max(1, cfg.TRAIN.ACCUMULATION_STEPS)
+    global_batch = cfg.DATA.BATCH_SIZE * world_size * accumulation
+    updates_per_epoch = max(1, steps_per_epoch // accumulation)
+    return Derived(
+        global_batch=global_batch,
+        lr=cfg.TRAIN.BASE_LR * global_batch / REFERENCE_BATCH,
+        warmup_lr=cfg.TRAIN.WARMUP_LR * global_batch / REFERENCE_BATCH,
+        min_lr=cfg.TRAIN.MIN_LR * global_batch / REFERENCE_BATCH,
+        updates_per_epoch=updates_per_epoch,
+        total_updates=cfg.TRAIN.EPOCHS * updates_per_epoch,
+        warmup_updates=cfg.TRAIN.WARMUP_EPOCHS * updates_per_epoch,
+        decay_updates=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch,
+    )

@@ -1,0 +1,112 @@
+"""From files and flags to one frozen configuration. Nothing else changes a configuration, and nothing does later."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from yacs.config import CfgNode
+
+from . import rules
+from .defaults import defaults
+from .files import read_yaml
+from .schema import DEFAULTS, KINDS, SECTIONS, Setting, flatten, read_setting
+
+__all__ = ["Override", "dump_config", "flatten", "load_config", "parse_opts"]
+
+Settings = dict[str, Setting]
+
+
+class Override(NamedTuple):
+    """A value from the command line: the flag it came with (`--batch-size`, `--opts`), the dotted key, the value."""
+
+    source: str
+    key: str
+    value: object
+
+
+def parse_opts(opts: Sequence[str]) -> list[Override]:
+    """Pairs up the words after `--opts`; raises ValueError where the last key has no value."""
+    if len(opts) % 2:
+        raise ValueError(f"--opts: {opts[-1]!r} is left over; expects pairs KEY VALUE with a space between them")
+    return [Override("--opts", key, value) for key, value in zip(opts[::2], opts[1::2], strict=True)]
+
+
+def load_config(cfg_file: str | Path | None = None, overrides: Sequence[Override] = ()) -> CfgNode:
+    """Returns the frozen configuration: the defaults, below the files of BASE, below `cfg_file`, below the overrides.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message tells who named it.
+        ValueError: a file is no usable YAML or includes itself, a key is unknown, a value is of another kind or not
+            allowed, two overrides disagree, or keys contradict each other; with key, value, source and remedy.
+    """
+    settings = {key: Setting(DEFAULTS[key], "default") for key in KINDS}
+    if cfg_file is not None:
+        settings |= _read_file(Path(cfg_file), including=())
+    settings |= _read_overrides(overrides)
+    rules.check(settings)
+    return _build(settings)
+
+
+def dump_config(cfg: CfgNode, path: str | Path) -> None:
+    """Writes a YAML file that `load_config` reads back to an equal configuration."""
+    Path(path).write_text(cfg.dump(sort_keys=False), encoding="utf-8")
+
+
+def _read_file(path: Path, including: tuple[Path, ...]) -> Settings:
+    """Reads a file and, below it, those of its BASE; `including` is the chain of files that led here."""
+    if path.resolve() in [file.resolve() for file in including]:
+        raise ValueError(f"{path}: BASE goes in a circle: {' -> '.join(map(str, (*including, path)))}; break it")
+    tree = read_yaml(path, f"BASE of {including[-1]}" if including else "--cfg")
+    settings: Settings = {}
+    for name in _bases(tree.pop("BASE", []), path):
+        settings |= _read_file(path.parent / name, (*including, path))
+    return settings | _read_tree(tree, str(path))
+
+
+def _bases(value: object, path: Path) -> list[str]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"BASE = {value!r} ({path}): expects a list of YAML files")
+    return [name for name in names if name]  # the default [''] means none
+
+
+def _read_tree(tree: Mapping[Any, Any], source: str) -> Settings:
+    settings: Settings = {}
+    for key, value in _leaves(tree):
+        if key in settings:  # once nested and once dotted
+            raise ValueError(f"{key} ({source}): is given twice, keep one")
+        settings[key] = read_setting(key, value, source)
+    return settings
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Walks down known sections only, so that everything else is reported under the key where it goes wrong."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in SECTIONS and isinstance(value, dict):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _read_overrides(overrides: Sequence[Override]) -> Settings:
+    settings: Settings = {}
+    for source, key, value in overrides:
+        new = read_setting(key, value, source)
+        old = settings.setdefault(key, new)
+        if old.value != new.value:
+            raise ValueError(
+                f"{key} is given two values, {old.value!r} ({old.source}) and {new.value!r} ({new.source}); keep one"
+            )
+    return settings
+
+
+def _build(settings: Mapping[str, Setting]) -> CfgNode:
+    cfg = defaults()
+    for key, setting in settings.items():
+        *sections, name = key.split(".")
+        reduce(getitem, sections, cfg)[name] = setting.value
+    cfg.freeze()
+    return cfg

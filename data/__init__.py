@@ -1,0 +1,42 @@
+"""From stored images to batches on the device.
+
+`open_source` finds the images of a data set in `DATASETS`; `train_transform` and `eval_transform` turn each into a
+uint8 tensor; `build_train_loader` and `build_eval_loader` deal them to the processes in batches; `Normalize` and
+`build_mixing` finish a batch on the device. Every random draw is a function of the seed, the epoch and the image (or
+the step), so that workers, processes and a resumed run do not change what is drawn.
+"""
+
+from .datasets import DATASETS, DatasetSpec, open_source, resolve_name
+from .loaders import Batch, Sample, TransformedDataset, build_eval_loader, build_train_loader
+from .mixing import Mixing, build_mixing
+from .samplers import Draw, EvalSampler, TrainSampler
+from .sources import DIGITS, CifarSource, DigitsSource, FolderSource, ImageSource
+from .transforms import PRESETS, Normalize, eval_transform, train_transform
+from .zipped import ZipSource
+
+__all__ = [
+    "DATASETS",
+    "DIGITS",
+    "PRESETS",
+    "Batch",
+    "CifarSource",
+    "DatasetSpec",
+    "DigitsSource",
+    "Draw",
+    "EvalSampler",
+    "FolderSource",
+    "ImageSource",
+    "Mixing",
+    "Normalize",
+    "Sample",
+    "TrainSampler",
+    "TransformedDataset",
+    "ZipSource",
+    "build_eval_loader",
+    "build_mixing",
+    "build_train_loader",
+    "eval_transform",
+    "open_source",
+    "resolve_name",
+    "train_transform",
+]

@@ -1,0 +1,129 @@
+"""Batches of transformed images, the same ones whatever the number of workers."""
+
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.seed import keyed_rng
+
+from .samplers import Draw, EvalSampler, TrainSampler
+from .sources import ImageSource
+from .transforms import Transform
+
+MAX_TRIES = 16  # more unreadable images in a row than this mean that the storage is gone
+
+
+class Sample(NamedTuple):
+    """One transformed image."""
+
+    image: Tensor  # uint8 (C, H, W)
+    label: int
+    index: int  # type: ignore[assignment]  # of the image delivered, in its source
+    unreadable: list[str]  # `path: reason` of the images that it stands in for
+
+
+class Batch(NamedTuple):
+    """Samples, stacked; `unreadable` joins theirs, and it is for the consumer to decide how many are too many."""
+
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,)
+    indices: Tensor  # int64 (N,)
+    unreadable: list[str]
+
+
+class TransformedDataset(Dataset[Sample]):
+    """The images of a source under a transform whose random draws depend on (seed, epoch, index) alone."""
+
+    def __init__(self, source: ImageSource, transform: Transform, seed: int = 0) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        """Returns the image of a draw, or the next readable one in its place, reported as such.
+
+        Raises OSError where `MAX_TRIES` images in a row cannot be read.
+        """
+        image, label, index, unreadable = self._load_readable(draw.index)
+        with keyed_rng(self.seed, draw.epoch, draw.index):
+            return Sample(self.transform(image), label, index, unreadable)
+
+    def _load_readable(self, first: int) -> tuple[Image.Image, int, int, list[str]]:
+        unreadable: list[str] = []
+        for index in range(first, first + min(MAX_TRIES, len(self))):
+            index %= len(self)
+            try:
+                image, label = self.source.load(index)
+            except (OSError, ValueError) as error:
+                unreadable.append(f"{self.source.locate(index)}: {error}")
+            else:
+                return image, label, index, unreadable
+        raise OSError(f"{len(unreadable)} images in a row cannot be read, the first being {unreadable[0]}")
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stacks samples into a batch."""
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        labels=torch.tensor([sample.label for sample in samples]),
+        indices=torch.tensor([sample.index for sample in samples]),
+        unreadable=[message for sample in samples for message in sample.unreadable],
+    )
+
+
+def build_train_loader(
+    source: ImageSource,
+    transform: Transform,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    fixed_shards: bool = False,
+) -> DataLoader[Sample]:
+    """Returns a loader of this rank's `Batch`es of exactly `batch_size`; its `sampler` is a `TrainSampler`.
+
+    Call `loader.sampler.set_position(epoch)` before each epoch. Raises ValueError where the images do not fill a step.
+    """
+    sampler = TrainSampler(
+        len(source), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, fixed_shards=fixed_shards
+    )
+    return _build_loader(TransformedDataset(source, transform, seed), sampler, batch_size, num_workers, pin_memory)
+
+
+def build_eval_loader(
+    source: ImageSource,
+    transform: Transform,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader[Sample]:
+    """Returns a loader of this rank's `Batch`es: over all ranks each image exactly once, the last batch smaller."""
+    sampler = EvalSampler(len(source), rank=rank, world_size=world_size)
+    return _build_loader(TransformedDataset(source, transform), sampler, batch_size, num_workers, pin_memory)
+
+
+def _build_loader(
+    dataset: TransformedDataset, sampler: Sampler[Draw], batch_size: int, num_workers: int, pin_memory: bool
+) -> DataLoader[Sample]:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,  # torch gives each worker a single thread
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        generator=torch.Generator(),  # each iteration draws from it, and must not disturb the global one
+    )

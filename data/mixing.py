@@ -1,0 +1,124 @@
+"""What is done to a training batch on the device, after normalisation: erasing, MixUp, CutMix."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from utils.seed import keyed_rng
+
+MIXUP_MODES = ("batch", "pair", "elem")
+ERASING_MODES = ("const", "rand", "pixel")
+_STREAM = 1  # sets the keys apart from those of single images, (seed, epoch, index)
+
+
+class Mixing:
+    """Erases rectangles, then mixes each image with its mirror image in the batch; made by `build_mixing`.
+
+    All draws are a function of (seed, epoch, step, rank), so that a resumed run draws what it would have drawn.
+    `soft_targets` tells whether the targets are distributions over the classes or the labels as they came.
+    """
+
+    def __init__(
+        self,
+        mixup: Mixup | None,
+        *,
+        reprob: float = 0.0,
+        remode: str = "pixel",
+        recount: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+    ) -> None:
+        self.soft_targets = mixup is not None
+        self._mixup = mixup
+        self._reprob, self._remode, self._recount = reprob, remode, recount
+        self._seed, self._rank = seed, rank
+
+    def __call__(self, images: Tensor, labels: Tensor, *, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Returns the images, changed in place, and the targets.
+
+        `images` are normalised pixels (N, C, H, W), N even; `labels` (N,) are class numbers. With `soft_targets` the
+        targets are float (N, classes), smoothed labels mixed like the images; otherwise they are `labels`.
+        """
+        with _device_rng(images.device, self._seed, epoch, step, self._rank, _STREAM):
+            if self._reprob > 0:
+                erase = RandomErasing(self._reprob, mode=self._remode, max_count=self._recount, device=images.device)
+                images = erase(images)
+            if self._mixup is not None:
+                return self._mixup(images, labels)
+        return images, labels
+
+
+@contextmanager
+def _device_rng(device: torch.device, *key: int) -> Iterator[None]:
+    """`keyed_rng` that also covers the generator of a CUDA device; none of it makes the host wait for the device."""
+    with keyed_rng(*key):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
+            torch.cuda.manual_seed(torch.initial_seed())  # the CPU generator has just been given the key
+            yield
+
+
+def build_mixing(
+    *,
+    num_classes: int,
+    batch_size: int,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    cutmix_minmax: Sequence[float] | None = None,
+    prob: float = 1.0,
+    switch_prob: float = 0.5,
+    mode: str = "batch",
+    label_smoothing: float = 0.1,
+    reprob: float = 0.0,
+    remode: str = "pixel",
+    recount: int = 1,
+    seed: int = 0,
+    rank: int = 0,
+) -> Mixing | None:
+    """Returns what the settings ask for, or None where they ask for nothing.
+
+    `mixup` and `cutmix` are the alphas of the Beta distributions, 0 to leave either out; `cutmix_minmax` bounds the
+    sides of the box, as fractions of the image's, in place of `cutmix`. A batch is mixed with probability `prob`, and
+    by CutMix rather than MixUp, where both are on, with `switch_prob`. `mode` draws once a batch, a pair or an image.
+    An image is erased with probability `reprob`, in 1 to `recount` rectangles of 0 (`const`), one random colour
+    (`rand`) or noise (`pixel`). `batch_size` is that of one process.
+
+    Raises ValueError for values out of range, naming the key, and for an odd batch where images would be mixed.
+    """
+    minmax = None if cutmix_minmax is None else tuple(cutmix_minmax)
+    mixes = mixup > 0 or cutmix > 0 or minmax is not None
+    _require(mixup >= 0, "AUG.MIXUP", mixup, "a number from 0 on (0: off)")
+    _require(cutmix >= 0, "AUG.CUTMIX", cutmix, "a number from 0 on (0: off)")
+    _require(_is_range(minmax), "AUG.CUTMIX_MINMAX", cutmix_minmax, "null or [min, max] with 0 <= min < max <= 1")
+    _require(0 <= prob <= 1, "AUG.MIXUP_PROB", prob, "a probability")
+    _require(0 <= switch_prob <= 1, "AUG.MIXUP_SWITCH_PROB", switch_prob, "a probability")
+    _require(mode in MIXUP_MODES, "AUG.MIXUP_MODE", mode, f"one of {', '.join(MIXUP_MODES)}")
+    _require(0 <= label_smoothing < 1, "MODEL.LABEL_SMOOTHING", label_smoothing, "a number in [0, 1)")
+    _require(0 <= reprob <= 1, "AUG.REPROB", reprob, "a probability")
+    _require(remode in ERASING_MODES, "AUG.REMODE", remode, f"one of {', '.join(ERASING_MODES)}")
+    _require(recount >= 1, "AUG.RECOUNT", recount, "an integer from 1 on")
+    if mixes and batch_size % 2:
+        raise ValueError(
+            f"--batch-size {batch_size} is odd, and AUG.MIXUP and AUG.CUTMIX mix pairs of images: "
+            "make it even, or set both to 0"
+        )
+    if not mixes and reprob == 0:
+        return None
+    mixer = Mixup(mixup, cutmix, minmax, prob, switch_prob, mode, True, label_smoothing, num_classes) if mixes else None
+    return Mixing(mixer, reprob=reprob, remode=remode, recount=recount, seed=seed, rank=rank)
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raises a ValueError that names the key, its value and what it should be, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{key} is {value!r}: expected {expected}")
+
+
+def _is_range(minmax: tuple[float, ...] | None) -> bool:
+    return minmax is None or (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1)

@@ -1,0 +1,166 @@
+"""Raw images from where they are stored: a folder, CIFAR-100's files, the embedded digits."""
+
+import os
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+SPLITS = ("train", "val")
+DIGITS = "digits"  # the word that stands for the embedded data set wherever a data path is taken
+
+# What decoders raise for bytes that are no image, besides OSError and ValueError.
+_DECODING_ERRORS = (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class ImageSource(ABC):
+    """Images as they are stored, each with its label, before any transform.
+
+    `classes` holds the class names in the order of the labels, so that its length is the number of classes; `labels`
+    is int64 (N,). A subclass sets both, reads an image in `_image` and says in `locate` where it comes from.
+    """
+
+    classes: list[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Returns the image in RGB and its label; raises OSError or ValueError where it cannot be read or decoded."""
+        return self._image(index), int(self.labels[index])
+
+    @abstractmethod
+    def _image(self, index: int) -> Image.Image:
+        """Returns the image in RGB; raises as `load` does."""
+
+    @abstractmethod
+    def locate(self, index: int) -> str:
+        """Returns where the image comes from (`path/to/cat.jpg`, `digits image 17`), for messages."""
+
+
+def decode_rgb(file: BinaryIO) -> Image.Image:
+    """Decodes an image file into RGB; whatever the decoder dislikes becomes an OSError or a ValueError."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except _DECODING_ERRORS as error:
+        raise ValueError(f"not a readable image ({error})") from error
+
+
+class FolderSource(ImageSource):
+    """The images below `root/split/<class>/`, at any depth; symbolic links are followed.
+
+    Raises ValueError for a missing folder, a class without images, and a class that only one of `train` and `val`
+    has: labels are positions in the sorted class names, so those of the two splits would mean different things.
+    """
+
+    def __init__(self, root: str | Path, split: str) -> None:
+        assert split in SPLITS
+        self.folder = Path(root).expanduser() / split
+        self.classes = _class_names(self.folder)
+        if not self.classes:
+            raise ValueError(
+                f"no class folders at {self.folder}: a data path holds train/<class>/* and val/<class>/*; "
+                f"the word `{DIGITS}` as data path stands for the embedded data set"
+            )
+        _check_same_classes(self.folder, self.folder.with_name("val" if split == "train" else "train"))
+        labels = {name: label for label, name in enumerate(self.classes)}
+        samples = make_dataset(self.folder, labels, IMG_EXTENSIONS, allow_empty=True)
+        self.labels = np.array([label for _, label in samples], dtype=np.int64)
+        self._check_no_class_is_empty()
+        prefix = len(os.path.join(self.folder, ""))
+        # One array instead of a million strings: forked workers then share the list, and others receive it quickly.
+        self._paths = np.array([os.fsencode(path[prefix:]) for path, _ in samples])
+
+    def _check_no_class_is_empty(self) -> None:
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        if not counts.all():
+            empty = self.folder / self.classes[int(counts.argmin())]
+            raise ValueError(f"no image in {empty}: add one ({', '.join(IMG_EXTENSIONS)}) or remove the folder")
+
+    def _image(self, index: int) -> Image.Image:
+        with open(self.locate(index), "rb") as file:
+            return decode_rgb(file)
+
+    def locate(self, index: int) -> str:
+        """Returns the path of the file."""
+        return str(self.folder / os.fsdecode(self._paths[index]))
+
+
+def _class_names(folder: Path) -> list[str]:
+    """Returns the sorted names of the folders in `folder`, none where it does not exist."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+
+
+def _check_same_classes(folder: Path, other: Path) -> None:
+    """Raises a ValueError that names a class which only one of two splits has; reads no more than class names."""
+    names, other_names = _class_names(folder), _class_names(other)
+    differing = sorted(set(names) ^ set(other_names))
+    if other_names and differing:
+        present, absent = (folder, other) if differing[0] in names else (other, folder)
+        raise ValueError(
+            f"{present} has a class {differing[0]!r} and {absent} has not: train and val need the same class folders"
+        )
+
+
+class CifarSource(ImageSource):
+    """CIFAR-100 in its python version (`cifar-100-python/`), 32x32 pixels, 100 classes; `val` is its test part.
+
+    With `download` it is fetched where it is missing; let one process do so before the others look.
+    """
+
+    def __init__(self, root: str | Path, split: str, *, download: bool = False) -> None:
+        assert split in SPLITS
+        root = Path(root).expanduser()
+        try:
+            cifar = CIFAR100(root, train=split == "train", download=download)
+        except RuntimeError as error:  # torchvision's answer to missing and to damaged files
+            raise ValueError(
+                f"CIFAR-100 is missing or damaged in {root / CIFAR100.base_folder}: "
+                "give the folder that holds it as --data-path, or fetch it with --opts DATA.DOWNLOAD True"
+            ) from error
+        self.classes = list(cifar.classes)
+        self._images: np.ndarray = cifar.data
+        self.labels = np.array(cifar.targets, dtype=np.int64)
+        self._name = f"CIFAR-100 {split}"
+
+    def _image(self, index: int) -> Image.Image:
+        return Image.fromarray(self._images[index])
+
+    def locate(self, index: int) -> str:
+        """Returns the number of the image in its part of CIFAR-100."""
+        return f"{self._name} image {index}"
+
+
+class DigitsSource(ImageSource):
+    """The 1,797 scanned digits of 8x8 pixels that travel with the project; every fifth one is held out as `val`.
+
+    They are the test part of the UCI data set "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak;
+    CC BY 4.0) as scikit-learn ships it; `digits.npz` carries its origin and licence along.
+    """
+
+    FILE = Path(__file__).with_name("digits.npz")
+
+    def __init__(self, split: str) -> None:
+        assert split in SPLITS
+        with np.load(self.FILE, allow_pickle=False) as stored:
+            images, labels = stored["images"], stored["labels"]
+        held_out = np.arange(len(labels)) % 5 == 4
+        self._numbers = np.flatnonzero(held_out if split == "val" else ~held_out)
+        self._images = np.rint(images[self._numbers] * (255 / 16)).astype(np.uint8)  # stored as 0..16
+        self.labels = labels[self._numbers].astype(np.int64)
+        self.classes = [str(digit) for digit in range(10)]
+
+    def _image(self, index: int) -> Image.Image:
+        return Image.fromarray(self._images[index]).convert("RGB")
+
+    def locate(self, index: int) -> str:
+        """Returns the number of the image among all 1,797, from 0."""
+        return f"digits image {self._numbers[index]}"

@@ -1,0 +1,195 @@
+"""From a PIL image to a uint8 tensor, with or without augmentation, and from there to normalised pixels.
+
+Batches travel as uint8, which is a quarter of the memory traffic of float32; `Normalize` runs on the device.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from torch import Tensor, nn
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, RandomCrop, RandomHorizontalFlip
+
+from utils.cli import did_you_mean
+
+from .randaugment import published_rand_augment
+
+Size = tuple[int, int]  # height, width in pixels
+Transform = Callable[[Image.Image], Tensor]  # RGB image -> uint8 (3, height, width)
+
+INTERPOLATIONS = ("bilinear", "bicubic", "random")
+SMALL = 32  # images of at most this side are shifted rather than cropped and zoomed, as published for CIFAR
+
+# The strings that timm's parsers understand; what they do not know they partly ignore without a word.
+_AUTO_AUGMENT = re.compile(r"(rand|augmix|original|originalr|v0|v0r|3a)(-(t(weights|3aw?)|[a-z]+\d+(\.\d+)?))*")
+
+
+class ResizeToCover:
+    """Resizes an image, keeping its aspect ratio, so that it just covers `size`.
+
+    For a square size that is torchvision's `Resize(side)`: the shorter side becomes `side`.
+    """
+
+    def __init__(self, size: Size, interpolation: str) -> None:
+        self.size = size
+        self.resample = str_to_pil_interp("bilinear" if interpolation == "random" else interpolation)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Returns the resized image."""
+        height, width = self.size
+        if height * image.width >= width * image.height:
+            width = height * image.width // image.height
+        else:
+            height = width * image.height // image.width
+        return image.resize((width, height), self.resample)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size={self.size}, interpolation={self.resample.name})"
+
+
+def weak(size: Size, interpolation: str) -> Transform:
+    """A random part of 8 to 100 % of the area, resized, and flipped horizontally half of the time."""
+    return Compose([*_crop_and_flip(size, interpolation), PILToTensor()])
+
+
+def raug(size: Size, interpolation: str, *, magnitude: int) -> Transform:
+    """`weak`, then the published RandAugment with magnitudes below `magnitude`."""
+    return Compose([*_crop_and_flip(size, interpolation), published_rand_augment(magnitude), PILToTensor()])
+
+
+def none(size: Size, interpolation: str) -> Transform:
+    """No augmentation: what evaluation sees."""
+    return eval_transform(size, interpolation=interpolation)
+
+
+def shift(size: Size, interpolation: str) -> Transform:
+    """Shifts by up to an eighth of the size, for images that must not be mirrored, such as digits."""
+    return Compose([*_shift(size, interpolation), PILToTensor()])
+
+
+def crop(size: Size, interpolation: str) -> Transform:
+    """Shifts by up to an eighth of the size and flips half of the time: the custom for CIFAR (4 of 32 pixels)."""
+    return Compose([*_shift(size, interpolation), RandomHorizontalFlip(), PILToTensor()])
+
+
+PRESETS: dict[str, Callable[[Size, str], Transform]] = {
+    "none": none,
+    "weak": weak,
+    "raug10": partial(raug, magnitude=10),
+    "raug15": partial(raug, magnitude=15),
+    "raug20": partial(raug, magnitude=20),
+    "raug25": partial(raug, magnitude=25),
+    "shift": shift,
+    "crop": crop,
+}
+
+
+def _crop_and_flip(size: Size, interpolation: str) -> list[Callable]:
+    return [RandomResizedCropAndInterpolation(size, interpolation=interpolation), RandomHorizontalFlip()]
+
+
+def _shift(size: Size, interpolation: str) -> list[Callable]:
+    height, width = size
+    return [
+        ResizeToCover(size, interpolation),
+        CenterCrop(size),
+        RandomCrop(size, padding=[width // 8, height // 8]),
+    ]
+
+
+def train_transform(
+    size: Size,
+    *,
+    preset: str | None = None,
+    interpolation: str = "bilinear",
+    color_jitter: float = 0.4,
+    auto_augment: str = "rand-m9-mstd0.5-inc1",
+) -> Transform:
+    """Returns the augmentation of a training image: a preset, or timm's pipeline where `preset` is None.
+
+    timm's pipeline crops, flips, and then either follows the policy `auto_augment` (timm's syntax, `none` for none)
+    or, without one, jitters brightness, contrast and saturation by up to `color_jitter`. Up to 32 pixels it shifts by
+    up to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches.
+
+    Raises ValueError for an unknown preset, policy or interpolation.
+    """
+    _check_interpolation(interpolation)
+    if preset is None:
+        return _timm_transform(size, interpolation, color_jitter, auto_augment)
+    if preset not in PRESETS:
+        raise ValueError(
+            f"unknown AUG.PRESET {preset!r}{did_you_mean(preset, PRESETS)} (known: {', '.join(PRESETS)}; "
+            "null for timm's pipeline)"
+        )
+    return PRESETS[preset](size, interpolation)
+
+
+def _timm_transform(size: Size, interpolation: str, color_jitter: float, auto_augment: str) -> Transform:
+    if color_jitter < 0:
+        raise ValueError(f"AUG.COLOR_JITTER is {color_jitter}: expected a number from 0 on (0: off)")
+    try:
+        if auto_augment != "none" and not _AUTO_AUGMENT.fullmatch(auto_augment):
+            raise ValueError("malformed")
+        pipeline = create_transform(
+            size,
+            is_training=True,
+            use_prefetcher=True,  # timm's word for: stop at uint8, erase and normalise on the device
+            color_jitter=color_jitter,
+            auto_augment=None if auto_augment == "none" else auto_augment,
+            interpolation=interpolation,
+        )
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"AUG.AUTO_AUGMENT {auto_augment!r} is no policy that timm knows ({error}): "
+            "write one like rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a, or none"
+        ) from error
+    if max(size) <= SMALL:
+        # The published code starts with RandomCrop alone; its images already have this size.
+        shift_by_4 = [ResizeToCover(size, interpolation), CenterCrop(size), RandomCrop(size, padding=4)]
+        pipeline = Compose([*shift_by_4, *pipeline.transforms[1:]])
+    return pipeline
+
+
+def eval_transform(size: Size, *, crop: bool = False, interpolation: str = "bilinear") -> Transform:
+    """Returns the transform of a test image: resize so that it covers `size`, then cut out the centre.
+
+    With `crop` it covers 256/224 of the size instead, so that the centre is about 3/4 of the image; the published
+    accuracies are without. `random` interpolation is for training and means bilinear here.
+    """
+    _check_interpolation(interpolation)
+    height, width = size
+    cover = (height * 256 // 224, width * 256 // 224) if crop else size
+    return Compose([ResizeToCover(cover, interpolation), CenterCrop(size), PILToTensor()])
+
+
+def _check_interpolation(interpolation: str) -> None:
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"unknown DATA.INTERPOLATION {interpolation!r}{did_you_mean(interpolation, INTERPOLATIONS)} "
+            f"(known: {', '.join(INTERPOLATIONS)})"
+        )
+
+
+class Normalize(nn.Module):
+    """uint8 pixels (N, C, H, W) to `(x / 255 - mean) / std` in `dtype`, wherever the module lives.
+
+    Its buffers are not persistent: they belong to the data, not to a checkpoint.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("mean", torch.tensor(mean, dtype=dtype).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=dtype).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the normalised pixels, a new tensor of the same shape."""
+        assert images.dtype == torch.uint8
+        return images.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)

@@ -1,0 +1,1 @@
+"""Training and evaluation: loss, optimizer, schedule, moving average, loops, checkpoints. Knows no configuration."""

@@ -1,0 +1,176 @@
+"""The training loop: one epoch of updates, without making the host wait for the device in any of them."""
+
+import datetime
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data import Batch, Mixing
+from utils.distributed import Process
+from utils.log import MetricsWriter
+from utils.meters import Mean, Stopwatch
+from utils.seed import seed_everything
+
+from .ema import ModelEma
+
+
+@dataclass
+class Progress:
+    """How far a run has come; with the weights and the optimizer, all that it needs to go on."""
+
+    epoch: int = 0  # the one being trained
+    consumed: int = 0  # images of it that have been trained on, over all processes
+    update: int = 0  # optimizer updates done since the start
+    best_top1: float = 0.0
+    best_ema_top1: float = 0.0
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Returns the precision of a forward pass: that of the weights for None, else mixed with `dtype`."""
+    return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
+
+
+@dataclass
+class Trainer:
+    """Everything that takes part in an update.
+
+    `network` is the module that is trained, `forward` the same behind DistributedDataParallel and compilation. `dtype`
+    is that of autocast, None for the precision of the weights; float16 goes with a loss scale.
+    """
+
+    network: nn.Module
+    forward: nn.Module
+    criterion: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    normalize: nn.Module
+    process: Process
+    epochs: int
+    updates_per_epoch: int
+    logger: logging.Logger
+    metrics: MetricsWriter
+    mixing: Mixing | None = None
+    ema: ModelEma | None = None
+    dtype: torch.dtype | None = None
+    accumulation: int = 1
+    clip_grad: float = 0.0
+    print_freq: int = 10
+    seed: int = 0
+    max_unreadable: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=self.dtype is torch.float16)
+        self.unreadable: set[str] = set()  # paths, with the reason
+        self._watch, self._images = Stopwatch(), 0
+        self._loss, self._grad_norm = self._means()
+
+    def train_epoch(self, batches: Iterable[Batch]) -> float:
+        """Trains on the rest of the epoch that `progress` stands in and moves `progress` to the next one.
+
+        Args:
+            batches: this process's, from the position that `progress` names.
+
+        Returns:
+            The mean loss of the epoch's images (of those since a resume), over this process.
+        """
+        self.forward.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress, epoch_loss = self.progress, Mean(self.process.device)
+        self._watch.lap()
+        for group in _groups(batches, self.accumulation):
+            loss = self._update(group)
+            epoch_loss.add(loss, sum(len(batch.labels) for batch in group))
+            if progress.update % self.print_freq == 0:
+                self._report()
+        progress.epoch, progress.consumed = progress.epoch + 1, 0
+        return epoch_loss.compute()
+
+    def _update(self, group: list[Batch]) -> Tensor:
+        """Runs forward and backward over a group of batches, then updates once; returns the mean loss on the device."""
+        progress = self.progress
+        # Drop path and its like draw from the place in the run, so that a resumed run draws the same.
+        seed_everything(self.seed, progress.epoch, progress.update, self.process.rank, 2)
+        losses = [self._backward(batch, i, len(group)) for i, batch in enumerate(group)]
+        self.schedule.step_update(progress.update)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad or torch.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.update += 1
+        if self.ema is not None:
+            self.ema.update(self.network, progress.update)
+        images = sum(len(batch.labels) for batch in group)
+        progress.consumed += images * self.process.world_size
+        loss = torch.stack(losses).mean()
+        self._loss.add(loss, images)
+        self._grad_norm.add(grad_norm)
+        self._images += images * self.process.world_size
+        return loss
+
+    def _backward(self, batch: Batch, index: int, size: int) -> Tensor:
+        """Adds the gradient of batch `index` of a group of `size`; returns its loss, on the device."""
+        device, progress = self.process.device, self.progress
+        self._note_unreadable(batch.unreadable)
+        images = self.normalize(batch.images.to(device, non_blocking=True))
+        labels = batch.labels.to(device, non_blocking=True)
+        if self.mixing is not None:
+            step = progress.update * self.accumulation + index
+            images, labels = self.mixing(images, labels, epoch=progress.epoch, step=step)
+        # Gradients need to meet once an update only: while the last batch of the group goes back.
+        waits = index + 1 < size and isinstance(self.forward, DistributedDataParallel)
+        with self.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            with autocast(device, self.dtype):
+                loss = self.criterion(self.forward(images), labels)
+            self.scaler.scale(loss / size).backward()
+        return loss.detach()
+
+    def _note_unreadable(self, images: list[str]) -> None:
+        """Logs each image that another one had to stand in for once, and stops the run when there are too many."""
+        for image in images:
+            if image not in self.unreadable:
+                self.unreadable.add(image)
+                self.logger.warning(f"unreadable image replaced: {image}")
+        if len(self.unreadable) > self.max_unreadable:
+            raise ValueError(
+                f"{len(self.unreadable)} training images can't be read, DATA.MAX_UNREADABLE is {self.max_unreadable}; "
+                f"the last one is {images[-1]}"
+            )
+
+    def _means(self) -> tuple[Mean, Mean]:
+        return Mean(self.process.device), Mean(self.process.device)
+
+    def _report(self) -> None:
+        """Logs what came together since the last report; the only place of an epoch that waits for the device."""
+        progress, device = self.progress, self.process.device
+        loss, grad_norm = self._loss.compute(), self._grad_norm.compute()
+        seconds = self._watch.lap()
+        rate = self._images / seconds
+        left = (self.epochs * self.updates_per_epoch - progress.update) * seconds / self.print_freq
+        lr = self.optimizer.param_groups[0]["lr"]
+        memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+        self.logger.info(
+            f"Train: [{progress.epoch}/{self.epochs}]"
+            f"[{progress.update - progress.epoch * self.updates_per_epoch}/{self.updates_per_epoch}]  "
+            f"eta {datetime.timedelta(seconds=int(left))}  lr {lr:.6g}  loss {loss:.4f}  grad_norm {grad_norm:.4f}  "
+            f"{rate:.1f} img/s" + (f"  mem {memory:.0f} MiB" if memory else "")
+        )
+        values = {"epoch": progress.epoch, "lr": lr, "loss": loss, "grad_norm": grad_norm}
+        self.metrics.write("train", progress.update, values, {"images_per_second": rate})
+        self._loss, self._grad_norm = self._means()
+        self._images = 0
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Cuts batches into lists of `size`; a shorter last one is left out, as images that fill no batch are."""
+    iterator = iter(batches)
+    while len(group := list(itertools.islice(iterator, size))) == size:
+        yield group

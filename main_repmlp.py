@@ -1,0 +1,377 @@
+"""Trains, evaluates (`--eval`) or times (`--throughput`) a network; alone, or in many processes by torchrun or srun."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.layers import to_2tuple
+from timm.utils import distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from yacs.config import CfgNode
+
+import data
+import models
+from configs import Derived, Override, derive, dump_config, load_config, parse_opts
+from engine.checkpoint import CheckpointFolder, resume
+from engine.ema import ModelEma
+from engine.evaluate import Evaluation, evaluate
+from engine.loss import build_loss
+from engine.optimizer import build_optimizer
+from engine.schedule import build_schedule
+from engine.throughput import throughput
+from engine.train import Trainer, autocast
+from models.checkpoints import describe, load_pretrained, load_weights, read_checkpoint
+from models.reparam import Reparameterizable, is_deploy, to_deploy
+from utils import cli, distributed
+from utils.distributed import Process
+from utils.log import MetricsWriter, create_logger
+from utils.seed import seed_everything
+
+# Each flag and the configuration key that it sets.
+FLAGS: dict[str, tuple[str, dict]] = {
+    "--arch": ("MODEL.ARCH", {"metavar": "NAME", "help": "RepMLPNet-T224 ..., or any architecture of timm"}),
+    "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "metavar": "N", "help": "images per process and step"}),
+    "--data-path": ("DATA.DATA_PATH", {"metavar": "DIR", "help": "folder with train/ and val/, or the word digits"}),
+    "--dataset": ("DATA.DATASET", {"metavar": "NAME", "help": "imagenet (any image folder), cf100 or digits"}),
+    "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read train.zip and val.zip instead of folders"}),
+    "--cache-mode": (
+        "DATA.CACHE_MODE",
+        {"choices": ["no", "part", "full"], "help": "what of the zips to keep in memory"},
+    ),
+    "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "go on from this checkpoint; with --eval, evaluate it"}),
+    "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "start a new training from these weights"}),
+    "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", {"type": int, "metavar": "N", "help": "batches per update"}),
+    "--use-checkpoint": (
+        "TRAIN.USE_CHECKPOINT",
+        {"action": "store_true", "help": "recompute activations, save memory"},
+    ),
+    "--amp": ("AMP", {"choices": ["auto", "off", "bf16", "fp16"], "help": "precision of the forward pass"}),
+    "--compile": ("COMPILE", {"action": "store_true", "help": "compile the network"}),
+    "--output": ("OUTPUT", {"metavar": "DIR", "help": "a run writes to DIR/<arch>/<tag>/"}),
+    "--tag": ("TAG", {"metavar": "NAME", "help": "name of the run"}),
+    "--eval": ("EVAL_MODE", {"action": "store_true", "help": "only evaluate"}),
+    "--throughput": ("THROUGHPUT_MODE", {"action": "store_true", "help": "only measure speed"}),
+}
+APEX_LEVELS = {"O0": "off", "O1": "fp16", "O2": "fp16"}
+
+
+class Options(NamedTuple):
+    """What the command line says: the configuration, the launcher's argument, and what the user should know."""
+
+    config: CfgNode
+    local_rank: int | None
+    notices: list[str]
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
+    """Reads the command line and the files that it names into a frozen configuration.
+
+    Raises:
+        ValueError: an unknown key, a wrong value, or one key given two values.
+        SystemExit: an unknown flag, or `--help`.
+    """
+    parser = cli.Parser(description=__doc__, argument_default=None)
+    parser.add_argument("--cfg", metavar="FILE", help="recipe, a YAML file")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys of the configuration")
+    for flag, (_, options) in FLAGS.items():
+        parser.add_argument(flag, default=None, **options)
+    parser.add_argument("--amp-opt-level", choices=list(APEX_LEVELS), help="the old name of --amp")
+    parser.add_argument("--local-rank", "--local_rank", type=int, help="set by old launchers; the environment wins")
+    args, notices = parser.parse_args(argv), []
+    given = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in FLAGS}
+    overrides = [Override(flag, FLAGS[flag][0], value) for flag, value in given.items() if value is not None]
+    if args.amp_opt_level:
+        amp = APEX_LEVELS[args.amp_opt_level]
+        notices.append(f"--amp-opt-level {args.amp_opt_level} is the old name of --amp {amp}")
+        overrides.append(Override("--amp-opt-level", "AMP", amp))
+    return Options(load_config(args.cfg, [*overrides, *parse_opts(args.opts)]), args.local_rank, notices)
+
+
+class Task(NamedTuple):
+    """What every mode needs: where the images are, how large they go in, in which precision, and who we are."""
+
+    cfg: CfgNode
+    process: Process
+    logger: logging.Logger
+    folder: Path
+    train_size: tuple[int, int]
+    test_size: tuple[int, int]
+    dtype: torch.dtype | None
+
+    def source(self, split: str) -> data.ImageSource:
+        """Opens the images of `train` or `val`."""
+        cfg, process = self.cfg.DATA, self.process
+        return data.open_source(
+            cfg.DATASET,
+            cfg.DATA_PATH,
+            split,
+            zip_mode=cfg.ZIP_MODE,
+            cache_mode=cfg.CACHE_MODE,
+            download=cfg.DOWNLOAD,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
+
+    def normalize(self) -> data.Normalize:
+        """Builds what turns uint8 images into the network's input, on the device."""
+        spec = data.DATASETS[data.resolve_name(self.cfg.DATA.DATASET, self.cfg.DATA.DATA_PATH)]
+        return data.Normalize(spec.mean, spec.std).to(self.process.device)
+
+    def eval_batches(self, source: data.ImageSource) -> Iterable[data.Batch]:
+        """Deals the images of `val` to the processes, each once."""
+        cfg = self.cfg.DATA
+        return data.build_eval_loader(
+            source,
+            data.eval_transform(self.test_size, crop=self.cfg.TEST.CROP, interpolation=cfg.INTERPOLATION),
+            batch_size=cfg.TEST_BATCH_SIZE or cfg.BATCH_SIZE,
+            num_workers=cfg.NUM_WORKERS,
+            pin_memory=cfg.PIN_MEMORY,
+            rank=self.process.rank,
+            world_size=self.process.world_size,
+        )
+
+    def build_model(self, num_classes: int, deploy: bool = False) -> nn.Module:
+        """Builds the network on the device, with fresh weights that are the same on every process."""
+        seed_everything(self.cfg.SEED)
+        options = {"drop_path_rate": self.cfg.MODEL.DROP_PATH} if self.cfg.MODEL.DROP_PATH else {}
+        model = models.create_model(self.cfg.MODEL.ARCH, num_classes, deploy, img_size=self.train_size, **options)
+        return model.to(self.process.device)
+
+    def num_classes(self, source: data.ImageSource) -> int:
+        """Returns the number of classes to build the network for."""
+        found, wanted = len(source.classes), self.cfg.MODEL.NUM_CLASSES or len(source.classes)
+        if found > wanted:
+            raise ValueError(f"the data set has {found} classes, but MODEL.NUM_CLASSES is {wanted}")
+        return wanted
+
+
+def prepare(options: Options) -> Task:
+    """Joins the other processes and settles sizes and precision."""
+    cfg = options.config
+    process = distributed.init(options.local_rank)
+    folder = Path(cfg.OUTPUT, cfg.MODEL.ARCH, cfg.TAG)
+    logger = create_logger(folder, process.rank)
+    for notice in options.notices:
+        logger.warning(notice)
+    if cfg.DETERMINISTIC:
+        torch.use_deterministic_algorithms(True)
+    train_size = to_2tuple(cfg.DATA.IMG_SIZE or models.default_image_size(cfg.MODEL.ARCH))
+    test_size = to_2tuple(cfg.DATA.TEST_SIZE or train_size)
+    amp = ("bf16" if process.device.type == "cuda" else "off") if cfg.AMP == "auto" else cfg.AMP
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    logger.info(f"{process.world_size} process(es) on {process.device.type}, amp {amp}, output in {folder}")
+    return Task(cfg, process, logger, folder, train_size, test_size, dtype)
+
+
+def evaluate_only(task: Task) -> None:
+    """Evaluates the checkpoint that `--resume` names, in whichever form it is; the training set is not touched."""
+    source = task.source("val")
+    checkpoint = read_checkpoint(task.cfg.MODEL.RESUME)
+    model = task.build_model(task.num_classes(source), deploy=checkpoint.form == "deploy")
+    load_weights(model, checkpoint)
+    form = f"{checkpoint.form} " if checkpoint.form else ""
+    task.logger.info(f"{form}weights from {checkpoint.path}, {len(source)} images of {len(source.classes)} classes")
+    precision = autocast(task.process.device, task.dtype)
+    result = evaluate(model, task.eval_batches(source), task.normalize(), task.process.device, precision)
+    task.logger.info(f"* {result}")
+
+
+def measure_throughput(task: Task) -> None:
+    """Times the network in its training and its deploy structure."""
+    cfg, device = task.cfg, task.process.device
+    model = task.build_model(cfg.MODEL.NUM_CLASSES or 1000).eval()
+    forms = {"training structure": model}
+    if any(isinstance(m, Reparameterizable) for m in model.modules()):
+        forms["deploy structure"] = to_deploy(model)
+    images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *task.test_size, device=device)
+    for name, network in forms.items():
+        forward = torch.compile(network) if cfg.COMPILE else network
+        speed = throughput(forward, images, autocast(device, task.dtype))
+        task.logger.info(f"{cfg.MODEL.ARCH} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
+
+
+def build_trainer(task: Task, model: nn.Module, derived: Derived, metrics: MetricsWriter) -> Trainer:
+    """Puts together what takes part in an update."""
+    cfg, process = task.cfg, task.process
+    optimizer = build_optimizer(
+        model,
+        name=cfg.TRAIN.OPTIMIZER.NAME,
+        lr=derived.lr,
+        weight_decay=cfg.TRAIN.WEIGHT_DECAY,
+        momentum=cfg.TRAIN.OPTIMIZER.MOMENTUM,
+        betas=cfg.TRAIN.OPTIMIZER.BETAS,
+        eps=cfg.TRAIN.OPTIMIZER.EPS,
+    )
+    schedule = build_schedule(
+        optimizer,
+        name=cfg.TRAIN.LR_SCHEDULER.NAME,
+        total_updates=derived.total_updates,
+        warmup_updates=derived.warmup_updates,
+        warmup_lr=derived.warmup_lr,
+        min_lr=derived.min_lr,
+        decay_updates=derived.decay_updates,
+        decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
+        warmup_prefix=cfg.TRAIN.LR_SCHEDULER.WARMUP_PREFIX,
+    )
+    preset = cfg.AUG.PRESET is not None
+    mixing = data.build_mixing(
+        num_classes=model.num_classes,
+        batch_size=cfg.DATA.BATCH_SIZE,
+        mixup=cfg.AUG.MIXUP,
+        cutmix=cfg.AUG.CUTMIX,
+        cutmix_minmax=cfg.AUG.CUTMIX_MINMAX,
+        prob=cfg.AUG.MIXUP_PROB,
+        switch_prob=cfg.AUG.MIXUP_SWITCH_PROB,
+        mode=cfg.AUG.MIXUP_MODE,
+        label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
+        reprob=0.0 if preset else cfg.AUG.REPROB,
+        remode=cfg.AUG.REMODE,
+        recount=cfg.AUG.RECOUNT,
+        seed=cfg.SEED,
+        rank=process.rank,
+    )
+    ema = None
+    if cfg.TRAIN.EMA_ALPHA > 0:
+        ema = ModelEma(
+            model,
+            alpha=cfg.TRAIN.EMA_ALPHA,
+            period=cfg.TRAIN.EMA_UPDATE_PERIOD,
+            global_batch=derived.global_batch,
+            epochs=cfg.TRAIN.EPOCHS,
+            warmup_updates=derived.warmup_updates,
+        )
+    return Trainer(
+        network=model,
+        forward=wrap(model, cfg, process),
+        criterion=build_loss(mixing is not None and mixing.soft_targets, cfg.MODEL.LABEL_SMOOTHING),
+        optimizer=optimizer,
+        schedule=schedule,
+        normalize=task.normalize(),
+        process=process,
+        epochs=cfg.TRAIN.EPOCHS,
+        updates_per_epoch=derived.updates_per_epoch,
+        logger=task.logger,
+        metrics=metrics,
+        mixing=mixing,
+        ema=ema,
+        dtype=task.dtype,
+        accumulation=max(1, cfg.TRAIN.ACCUMULATION_STEPS),
+        clip_grad=cfg.TRAIN.CLIP_GRAD,
+        print_freq=cfg.PRINT_FREQ,
+        seed=cfg.SEED,
+        max_unreadable=cfg.DATA.MAX_UNREADABLE,
+    )
+
+
+def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
+    """Compiles a network where asked, and synchronises its gradients wherever there is more than one process."""
+    forward: nn.Module = torch.compile(model) if cfg.COMPILE else model  # type: ignore[assignment]
+    if process.world_size == 1:
+        return forward
+    return DistributedDataParallel(
+        forward,
+        device_ids=[process.device.index] if process.device.type == "cuda" else None,
+        broadcast_buffers=False,  # the statistics are brought together once, before they are used
+        gradient_as_bucket_view=True,
+    )
+
+
+def train(task: Task) -> None:
+    """Trains, evaluates, saves and logs, epoch by epoch."""
+    cfg, process, logger = task.cfg, task.process, task.logger
+    train_source, val_source = task.source("train"), task.source("val")
+    train_loader = data.build_train_loader(
+        train_source,
+        data.train_transform(
+            task.train_size,
+            preset=cfg.AUG.PRESET,
+            interpolation=cfg.DATA.INTERPOLATION,
+            color_jitter=cfg.AUG.COLOR_JITTER,
+            auto_augment=cfg.AUG.AUTO_AUGMENT,
+        ),
+        batch_size=cfg.DATA.BATCH_SIZE,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        pin_memory=cfg.DATA.PIN_MEMORY,
+        seed=cfg.SEED,
+        rank=process.rank,
+        world_size=process.world_size,
+        fixed_shards=cfg.DATA.ZIP_MODE and cfg.DATA.CACHE_MODE == "part",
+    )
+    val_loader = task.eval_batches(val_source)
+    model = task.build_model(task.num_classes(train_source))
+    derived = derive(cfg, world_size=process.world_size, steps_per_epoch=len(train_loader))
+    logger.info(f"{len(train_source)} training and {len(val_source)} validation images of {model.num_classes} classes")
+    logger.info(f"{cfg.MODEL.ARCH}, {sum(p.numel() for p in model.parameters()):,} parameters; {derived}")
+    if cfg.MODEL.PRETRAINED:
+        fresh = load_pretrained(model, read_checkpoint(cfg.MODEL.PRETRAINED))
+        logger.info(f"starting from {cfg.MODEL.PRETRAINED}" + f", but {' and '.join(fresh)}" * bool(fresh))
+    if is_deploy(model):
+        raise ValueError(f"{cfg.MODEL.ARCH} is in its deploy structure, which is not meant to be trained")
+    model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
+
+    meta = describe(cfg.MODEL.ARCH, model, task.train_size, "train")
+    checkpoints = CheckpointFolder(task.folder, keep=cfg.KEEP_CHECKPOINTS, meta=meta, config=cfg.dump())
+    start = cfg.MODEL.RESUME or (cfg.TRAIN.AUTO_RESUME and checkpoints.newest())
+    trainer = build_trainer(task, model, derived, MetricsWriter(None))
+    if start:
+        resume(trainer, Path(start))
+        logger.info(f"going on from {start}, update {trainer.progress.update}")
+    else:
+        trainer.progress.epoch = cfg.TRAIN.START_EPOCH
+        trainer.progress.update = cfg.TRAIN.START_EPOCH * derived.updates_per_epoch
+    trainer.metrics = MetricsWriter(task.folder if process.is_main else None, trainer.progress.update)
+    if process.is_main:
+        dump_config(cfg, task.folder / "config.yaml")
+
+    def evaluation(network: nn.Module, kind: str) -> Evaluation:
+        if process.world_size > 1:
+            distribute_bn(network, process.world_size, reduce=True)
+        precision = autocast(process.device, task.dtype)
+        result = evaluate(network, val_loader, trainer.normalize, process.device, precision)
+        logger.info(f"Epoch {trainer.progress.epoch - 1} {kind}: {result}")
+        trainer.metrics.write(kind, trainer.progress.update, {"epoch": trainer.progress.epoch - 1, **result.as_dict()})
+        return result
+
+    progress = trainer.progress
+    for epoch in range(progress.epoch, cfg.TRAIN.EPOCHS):
+        train_loader.sampler.set_position(epoch, progress.consumed)
+        with logging_redirect_tqdm([logger]):
+            trainer.train_epoch(
+                tqdm(train_loader, f"epoch {epoch}", leave=False, disable=None if process.is_main else True)
+            )
+        best = best_ema = False
+        last = epoch + 1 == cfg.TRAIN.EPOCHS
+        if last or (epoch + 1) % cfg.EVAL_FREQ == 0:
+            top1 = evaluation(model, "eval").top1
+            best, progress.best_top1 = top1 > progress.best_top1, max(top1, progress.best_top1)
+            if trainer.ema is not None:
+                top1 = evaluation(trainer.ema.module, "eval_ema").top1
+                best_ema, progress.best_ema_top1 = top1 > progress.best_ema_top1, max(top1, progress.best_ema_top1)
+        if process.is_main:
+            numbered = last or (epoch + 1) % cfg.SAVE_FREQ == 0
+            checkpoints.save(trainer, numbered=numbered, best=best, best_ema=best_ema)
+    trainer.metrics.close()
+    logger.info(f"Best Acc@1 {progress.best_top1:.3f}; weights in {task.folder}")
+
+
+def main() -> None:
+    """Runs the mode that the command line asks for."""
+    task = prepare(parse())
+    try:
+        if task.cfg.THROUGHPUT_MODE:
+            measure_throughput(task)
+        elif task.cfg.EVAL_MODE:
+            evaluate_only(task)
+        else:
+            train(task)
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,82 @@
+"""The derived numbers against values worked out by hand, and against the published 100-epoch recipe."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import derive, flatten, load_config, parse_opts
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(opts: str = ""):
+    return load_config(overrides=parse_opts(opts.split()))
+
+
+def test_the_published_recipe():
+    golden = json.loads((ROOT / "tests/golden/optimisation.json").read_text())["recipe"]
+    cfg = load_config(ROOT / "configs/repmlpnet_t224_100ep.yaml")
+    flat = flatten(cfg)
+    assert flat["MODEL.ARCH"] == golden["arch"]
+    assert flat["TRAIN.LR_SCHEDULER.NAME"] == golden["schedule"]
+    assert flat["DATA.BATCH_SIZE"] == golden["batch_size_per_gpu"]
+    derived = derive(cfg, world_size=golden["world_size"], steps_per_epoch=golden["steps_per_epoch"])
+    assert derived.global_batch == 256  # so that nothing is scaled
+    assert derived.lr == golden["base_lr"]
+    assert derived.warmup_lr == golden["warmup_lr"]
+    assert derived.min_lr == golden["min_lr"]
+    assert (derived.updates_per_epoch, derived.total_updates, derived.warmup_updates) == (5004, 500_400, 50_040)
+
+
+# options, processes, steps an epoch -> global batch, lr, updates an epoch, in all, of warm-up, between decays
+BY_HAND = [
+    ("", 1, 1000, 128, 0.001, 1000, 100_000, 10_000, 30_000),
+    ("", 4, 1000, 512, 0.004, 1000, 100_000, 10_000, 30_000),
+    ("DATA.BATCH_SIZE 64", 1, 1000, 64, 0.0005, 1000, 100_000, 10_000, 30_000),
+    ("TRAIN.ACCUMULATION_STEPS 1", 1, 1000, 128, 0.001, 1000, 100_000, 10_000, 30_000),
+    ("TRAIN.ACCUMULATION_STEPS 4", 1, 1000, 512, 0.004, 250, 25_000, 2_500, 7_500),
+    ("TRAIN.ACCUMULATION_STEPS 4", 2, 1003, 1024, 0.008, 250, 25_000, 2_500, 7_500),
+    ("TRAIN.ACCUMULATION_STEPS 8", 1, 3, 1024, 0.008, 1, 100, 10, 30),
+    ("TRAIN.EPOCHS 7 TRAIN.WARMUP_EPOCHS 0", 1, 10, 128, 0.001, 10, 70, 0, 300),
+    ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS 2", 1, 10, 128, 0.001, 10, 1000, 100, 20),
+]
+
+
+@pytest.mark.parametrize("row", BY_HAND)
+def test_numbers_by_hand(row):
+    opts, world_size, steps, batch, lr, *updates = row
+    derived = derive(load(opts), world_size=world_size, steps_per_epoch=steps)
+    assert derived.global_batch == batch
+    assert derived.lr == pytest.approx(lr, rel=1e-12)
+    assert dataclasses.astuple(derived)[4:] == tuple(updates)
+
+
+def test_all_three_learning_rates_scale():
+    derived = derive(load("TRAIN.WARMUP_LR 1e-6 TRAIN.MIN_LR 1e-5"), world_size=4, steps_per_epoch=10)
+    assert (derived.warmup_lr, derived.min_lr) == pytest.approx((2e-6, 2e-5), rel=1e-12)
+
+
+def test_the_quickstart_learns_at_2e_3():
+    cfg = load_config(ROOT / "configs/quickstart.yaml")
+    assert derive(cfg, world_size=1, steps_per_epoch=22).lr == pytest.approx(2e-3, rel=1e-12)
+
+
+def test_the_log_line():
+    line = str(derive(load(), world_size=2, steps_per_epoch=10))
+    assert line == (
+        "global batch 256, learning rate 0.002 (warm-up from 0, down to 0), "
+        "10 updates an epoch, 1000 in all, 100 of them warm-up"
+    )
+
+
+def test_less_than_one_batch_of_images_is_a_mistake_of_the_user():
+    with pytest.raises(ValueError, match=r"DATA.BATCH_SIZE = 128: .* do not fill one batch .* lower it"):
+        derive(load(), world_size=2, steps_per_epoch=0)
+
+
+def test_derived_numbers_stay():
+    derived = derive(load(), world_size=1, steps_per_epoch=10)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        derived.lr = 1.0

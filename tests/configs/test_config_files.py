@@ -1,0 +1,166 @@
+"""YAML files: what is refused as a file, the chain of BASE, and writing a configuration that reads back equal."""
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs import Override, defaults, dump_config, flatten, load_config
+from configs.rules import CONFLICTS, RULES, TRAINING_CONFLICTS
+from configs.schema import DEFAULTS, KINDS
+from configs.values import BOOLEAN, INTEGER, NULL_WORDS, NUMBER, NUMBER_PAIR, SIZE, TEXT
+
+BROKEN = [
+    ("TAG: a\nTAG: b\n", r"line 2: TAG is given twice"),
+    ("TRAIN:\n  EPOCHS: 3\n  EPOCHS: 3\n", r"line 3: EPOCHS is given twice"),
+    ("TAG: !!python/object/apply:os.getcwd []\n", r"line 1: could not determine a constructor for the tag"),
+    ("TRAIN: !!python/tuple [1, 2]\n", r"line 1: could not determine a constructor for the tag"),
+    ("TAG: [a\n", r"line 2: .*, expected ',' or ']'"),
+    ("TAG: *unknown\n", r"line 1: found undefined alias"),
+    ("[a, b]: c\n", r"line 1: .*, found unhashable key"),
+    ("- TAG\n- a\n", r"holds no mapping; write KEY: VALUE lines"),
+    ("TAG\n", r"holds no mapping"),
+    ("", r"holds nothing"),
+    ("# only a comment\n", r"holds nothing"),
+    ("TAG: a\n---\nTAG: b\n", r"expected a single document"),
+    ("TAG: \x00\n", r"cannot be read as YAML"),
+    ("[" * 5000, r"cannot be read as YAML"),
+    ("TRAIN: !!int ten\n", r"cannot be read as YAML"),
+    ("BASE: {a: b}\nTAG: a\n", r"BASE = .*: expects a list of YAML files"),
+    ("BASE:\nTAG: a\n", r"BASE = None .*: expects a list of YAML files"),
+    ("BASE: [[a.yaml]]\n", r"BASE = .*: expects a list of YAML files"),
+]
+
+
+@pytest.mark.parametrize(("text", "complaint"), BROKEN)
+def test_broken_files_end_in_one_line_that_names_the_file(tmp_path, text, complaint):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"weights.pth.*YAML|weights.pth, line"):
+        load_config(path)
+
+
+def test_a_missing_file_names_the_closest_one(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("TAG: a")
+    with pytest.raises(FileNotFoundError, match=r"recipes.yaml \(--cfg\): no such file; did you mean recipe.yaml\?"):
+        load_config(tmp_path / "recipes.yaml")
+
+
+def test_a_missing_base_names_who_wants_it(tmp_path):
+    path = tmp_path / "cfg.yaml"
+    path.write_text("BASE: [none.yaml]")
+    with pytest.raises(FileNotFoundError, match=rf"none.yaml \(BASE of {path}\): no such file"):
+        load_config(path)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"\(--cfg\): is a folder; give a YAML file"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_base_in_a_circle(tmp_path, length):
+    for index in range(length):
+        (tmp_path / f"{index}.yaml").write_text(f"BASE: [{(index + 1) % length}.yaml]")
+    with pytest.raises(ValueError, match=r"BASE goes in a circle: .*0\.yaml -> .*0\.yaml; break it"):
+        load_config(tmp_path / "0.yaml")
+
+
+def test_two_files_may_share_a_base(tmp_path):
+    (tmp_path / "shared.yaml").write_text("TAG: shared")
+    for name in ("left", "right"):
+        (tmp_path / f"{name}.yaml").write_text("BASE: [shared.yaml]")
+    (tmp_path / "cfg.yaml").write_text("BASE: [left.yaml, right.yaml]")
+    assert load_config(tmp_path / "cfg.yaml").TAG == "shared"
+
+
+@pytest.mark.parametrize("base", ["base.yaml", "[base.yaml]", "['', base.yaml]"])
+def test_spellings_of_base(tmp_path, base):
+    (tmp_path / "base.yaml").write_text("TAG: base")
+    (tmp_path / "cfg.yaml").write_text(f"BASE: {base}")
+    cfg = load_config(str(tmp_path / "cfg.yaml"))
+    assert cfg.TAG == "base"
+    assert cfg.BASE == [""]  # spent
+
+
+def test_anchors_and_merge_keys(tmp_path):
+    path = tmp_path / "cfg.yaml"
+    path.write_text("TAG: &name a\nMODEL: {ARCH: *name}\nTRAIN.OPTIMIZER: {<<: {NAME: sgd, EPS: 1e-3}, NAME: adamw}\n")
+    flat = flatten(load_config(path))
+    assert flat["MODEL.ARCH"] == "a"
+    assert flat["TRAIN.OPTIMIZER.EPS"] == 0.001
+    assert flat["TRAIN.OPTIMIZER.NAME"] == "adamw"  # the mapping's own key wins over the merged one
+
+
+def test_no_file_and_no_override_is_the_schema():
+    assert load_config() == defaults()
+
+
+def test_the_defaults_are_copies():
+    changed = defaults()
+    changed.TRAIN.EPOCHS = 1
+    assert defaults().TRAIN.EPOCHS == 100
+
+
+def test_flatten_is_in_the_order_of_the_schema():
+    flat = flatten(load_config())
+    assert list(flat) == list(DEFAULTS)
+    assert flat["TRAIN.OPTIMIZER.BETAS"] == (0.9, 0.999)
+
+
+_BY_KIND = {
+    BOOLEAN.name: st.booleans(),
+    INTEGER.name: st.integers(1, 2**32 - 1),
+    NUMBER.name: st.floats(0, 1, exclude_min=True, exclude_max=True),
+    TEXT.name: st.text().filter(lambda text: text.strip() and text not in NULL_WORDS),
+    NUMBER_PAIR.name: st.tuples(st.floats(0, 0.5), st.floats(0.5, 0.9)),
+    SIZE.name: st.integers(1, 512) | st.tuples(st.integers(1, 512), st.integers(1, 512)),
+}
+_IN_CONFLICTS = {key for conflict in (*CONFLICTS, *TRAINING_CONFLICTS) for key in conflict.keys}
+
+
+def allowed_values(key: str) -> st.SearchStrategy:
+    """Draws values that the rules allow, for every key by its kind: a new key is covered without being told to."""
+    rule, name = RULES.get(key), KINDS[key].name
+    if rule and rule.allowed.startswith("one of "):
+        return st.sampled_from(rule.allowed.removeprefix("one of ").split(", "))
+    if key == "AUG.AUTO_AUGMENT":
+        return st.sampled_from(["none", "rand-m7-mstd0.5", "augmix-m3-w3"])
+    values = _BY_KIND[name.removesuffix(", or null")]
+    return st.none() | values if name.endswith(", or null") else values
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.fixed_dictionaries({}, optional={key: allowed_values(key) for key in KINDS if key not in _IN_CONFLICTS}))
+def test_a_written_configuration_reads_back_equal(tmp_path_factory, values):
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    cfg = load_config(overrides=[Override("python", key, value) for key, value in values.items()])
+    dump_config(cfg, path)
+    again = load_config(path)
+    assert again == cfg
+    assert repr(flatten(again)) == repr(flatten(cfg))  # 1 == 1.0 == True, their names differ
+
+
+def test_a_written_configuration_is_plain_yaml(tmp_path):
+    dump_config(load_config(overrides=[Override("--amp", "AMP", "off")]), tmp_path / "config.yaml")
+    tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert tree["AMP"] == "off"
+    assert tree["TRAIN"]["OPTIMIZER"]["BETAS"] == [0.9, 0.999]
+
+
+def test_a_recipe_with_a_base_is_written_without_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("TAG: base")
+    (tmp_path / "cfg.yaml").write_text("BASE: [base.yaml]")
+    (tmp_path / "elsewhere").mkdir()
+    cfg = load_config(tmp_path / "cfg.yaml")
+    dump_config(cfg, tmp_path / "elsewhere" / "config.yaml")
+    assert load_config(tmp_path / "elsewhere" / "config.yaml") == cfg

@@ -1,0 +1,93 @@
+"""Small data sets in the real formats, written to a temporary folder."""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR100
+
+from utils.seed import seed_everything
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> None:
+    """Writes a smooth random image of (width, height) pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(autouse=True)
+def _same_draws_in_each_run() -> None:
+    seed_everything(0)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Three classes; four training and two test images each."""
+    root = tmp_path / "folder"
+    for split, count in (("train", 4), ("val", 2)):
+        for label, name in enumerate(CLASSES):
+            for number in range(count):
+                write_image(root / split / name / f"{number}.png", seed=100 * label + number)
+    return root
+
+
+@pytest.fixture
+def image_zip(image_folder: Path, tmp_path: Path) -> Path:
+    """The images of `image_folder`, zipped."""
+    root = tmp_path / "zipped"
+    root.mkdir()
+    for split in ("train", "val"):
+        lines = []
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            for path in sorted((image_folder / split).rglob("*.png")):
+                entry = path.relative_to(image_folder / split).as_posix()
+                archive.write(path, entry)
+                lines.append(f"{entry}\t{CLASSES.index(path.parent.name)}\n")
+        (root / f"{split}_map.txt").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture
+def cifar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CIFAR-100's three files with a few random images, whose checksums torchvision is made to expect."""
+    root = tmp_path / "cifar"
+    folder = root / CIFAR100.base_folder
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+
+    def write(name: str, content: dict[str, object]) -> str:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def part(count: int) -> dict[str, object]:
+        pixels = generator.integers(0, 256, (count, 3 * 32 * 32), dtype=np.uint8)
+        return {"data": pixels, "fine_labels": [int(label) for label in generator.integers(0, 100, count)]}
+
+    names = {"fine_label_names": [f"class {label}" for label in range(100)]}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", write("train", part(20))]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", write("test", part(10))]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": write("meta", names)})
+    return root
+
+
+@pytest.fixture
+def data_path(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Returns a function from the name of a data set to a path with some of its data."""
+    fixtures = {"imagenet": "image_folder", "cf100": "cifar_folder"}
+
+    def find(name: str) -> str:
+        if name == "digits":
+            return name
+        if name not in fixtures:
+            pytest.fail(f"write a fixture with some images of {name}, and list it here: {__file__}")
+        return str(request.getfixturevalue(fixtures[name]))
+
+    return find

@@ -1,0 +1,151 @@
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+from data import (
+    DigitsSource,
+    Draw,
+    FolderSource,
+    TrainSampler,
+    TransformedDataset,
+    build_eval_loader,
+    build_train_loader,
+    eval_transform,
+    train_transform,
+)
+from data.loaders import MAX_TRIES
+
+
+def fingerprint(loader) -> list[tuple[bytes, list[int], list[int]]]:
+    return [(batch.images.numpy().tobytes(), batch.labels.tolist(), batch.indices.tolist()) for batch in loader]
+
+
+def train_loader(num_workers: int = 0, **options):
+    transform = train_transform((16, 16), preset=options.pop("preset", "raug15"))
+    return build_train_loader(DigitsSource("val"), transform, batch_size=16, num_workers=num_workers, **options)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers():
+    epochs = []
+    for num_workers in (0, 1, 2):
+        loader = train_loader(num_workers, seed=5)
+        two_epochs = []
+        for epoch in (3, 4):
+            loader.sampler.set_position(epoch)
+            two_epochs.append(fingerprint(loader))
+        assert two_epochs[0] != two_epochs[1]
+        assert len(two_epochs[0]) == len(loader) == 359 // 16
+        epochs.append(two_epochs)
+    assert epochs[0] == epochs[1] == epochs[2]
+
+
+def test_images_do_not_depend_on_who_draws_them_and_when():
+    """The same image of the same epoch is augmented alike on another rank, and after resuming."""
+    alone = train_loader()
+    alone.sampler.set_position(1)
+    expected = {
+        index: image for batch in alone for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
+    }
+    rank = train_loader(rank=1, world_size=2)
+    rank.sampler.set_position(1, consumed=64)
+    seen = 0
+    for batch in rank:
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+            assert torch.equal(image, expected[index])
+            seen += 1
+    assert seen == (359 - 64) // 32 * 16
+
+
+def test_an_image_is_augmented_anew_in_each_epoch_and_for_each_seed():
+    images = set()
+    for seed in range(4):
+        dataset = TransformedDataset(DigitsSource("val"), train_transform((16, 16), preset="weak"), seed)
+        images |= {dataset[Draw(epoch, 3)].image.numpy().tobytes() for epoch in range(4)}
+    assert len(images) == 16
+
+
+def test_loading_leaves_the_global_generators_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    next(iter(train_loader()))
+    assert torch.rand(1) == expected
+
+
+def test_seeds_give_different_batches():
+    assert fingerprint(train_loader(seed=0)) != fingerprint(train_loader(seed=1))
+
+
+def test_labels_belong_to_the_images():
+    source = DigitsSource("val")
+    batch = next(iter(build_train_loader(source, eval_transform((8, 8)), batch_size=16)))
+    assert batch.labels.dtype == batch.indices.dtype == torch.int64
+    for image, label, index in zip(batch.images, batch.labels, batch.indices, strict=True):
+        expected, expected_label = source.load(int(index))
+        assert image.permute(1, 2, 0).numpy().tobytes() == expected.tobytes()
+        assert label == expected_label
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_covers_each_image_once(world_size):
+    source = DigitsSource("val")
+    seen = []
+    for rank in range(world_size):
+        loader = build_eval_loader(source, eval_transform((8, 8)), batch_size=50, rank=rank, world_size=world_size)
+        seen += [index for batch in loader for index in batch.indices.tolist()]
+    assert sorted(seen) == list(range(359))
+
+
+def test_too_few_images():
+    with pytest.raises(ValueError, match="lower --batch-size"):
+        build_train_loader(DigitsSource("val"), eval_transform((8, 8)), batch_size=180, world_size=2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_images_are_replaced_and_reported(image_folder, num_workers):
+    broken = [image_folder / "val" / "ant" / "1.png", image_folder / "val" / "bee" / "0.png"]
+    broken[0].write_bytes(b"not an image")
+    broken[1].write_bytes(broken[1].read_bytes()[:-100])
+    source = FolderSource(image_folder, "val")
+    batch = next(iter(build_eval_loader(source, eval_transform((24, 24)), batch_size=6, num_workers=num_workers)))
+    assert batch.indices.tolist() == [0, 3, 3, 3, 4, 5]
+    assert batch.labels.tolist() == [0, 1, 1, 1, 2, 2]
+    reported = [message.split(": ")[0] for message in batch.unreadable]
+    assert reported == [str(broken[0]), str(broken[1]), str(broken[1])]
+
+
+def test_replacement_wraps_around(image_folder):
+    (image_folder / "val" / "cat" / "1.png").write_bytes(b"")
+    loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((24, 24)), batch_size=6)
+    assert next(iter(loader)).indices.tolist() == [0, 1, 2, 3, 4, 0]
+
+
+def test_lost_storage_is_an_error(image_folder):
+    source = FolderSource(image_folder, "train")
+    for index in range(len(source)):
+        os.unlink(source.locate(index))
+    with pytest.raises(OSError, match="12 images in a row cannot be read"):
+        next(iter(build_eval_loader(source, eval_transform((24, 24)), batch_size=1)))
+
+
+def test_number_of_tries_is_bounded(image_folder):
+    for number in range(MAX_TRIES + 1):
+        (image_folder / "val" / "ant" / f"0{number:02}.png").write_bytes(b"")
+    loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((24, 24)), batch_size=1)
+    with pytest.raises(OSError, match=f"{MAX_TRIES} images in a row"):
+        list(loader)
+
+
+def threads_in_use(_image: Image.Image) -> torch.Tensor:
+    return torch.tensor([torch.get_num_threads()])
+
+
+def test_workers_have_one_thread():
+    loader = build_eval_loader(DigitsSource("val"), threads_in_use, batch_size=1, num_workers=1)
+    assert next(iter(loader)).images.tolist() == [[1]]
+
+
+def test_training_loader_has_a_training_sampler():
+    assert isinstance(train_loader().sampler, TrainSampler)

@@ -1,0 +1,183 @@
+import numpy as np
+import pytest
+import torch
+
+from data import build_mixing
+
+CLASSES = 5
+
+
+def batch(count: int = 8, side: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns images whose pixels all have the value of their position in the batch, and cyclic labels."""
+    images = torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1).expand(count, 3, side, side).clone()
+    return images, torch.arange(count) % CLASSES
+
+
+def build(**options):
+    return build_mixing(**{"num_classes": CLASSES, "batch_size": 8, **options})
+
+
+def smoothed(labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    return torch.nn.functional.one_hot(labels, CLASSES) * (1 - smoothing) + smoothing / CLASSES
+
+
+def test_nothing_asked_for_is_none():
+    assert build() is None
+    assert build(batch_size=7) is None
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_targets_are_distributions_that_follow_the_pixels(options, mode):
+    mixing = build(**options, mode=mode, label_smoothing=0.1)
+    assert mixing.soft_targets
+    for step in range(20):
+        images, labels = batch()
+        partners = labels.flip(0)
+        mixed, targets = mixing(images, labels, epoch=0, step=step)
+        assert targets.shape == (8, CLASSES)
+        torch.testing.assert_close(targets.sum(1), torch.ones(8))
+        position = torch.arange(8.0)
+        own_share = (mixed.mean((1, 2, 3)) - position.flip(0)) / (position - position.flip(0))
+        expected = own_share[:, None] * smoothed(labels, 0.1) + (1 - own_share[:, None]) * smoothed(partners, 0.1)
+        torch.testing.assert_close(targets, expected, atol=1e-5, rtol=0)
+
+
+def test_mixup_shares_follow_the_beta_distribution():
+    mixing = build(mixup=0.4, label_smoothing=0.0)
+    shares = []
+    for step in range(2000):
+        images, labels = batch(2, side=1)
+        shares.append(1 - float(mixing(images, labels, epoch=0, step=step)[0][0].mean()))
+    assert abs(np.mean(shares) - 0.5) < 0.03
+    assert abs(np.var(shares) - 1 / (4 * (2 * 0.4 + 1))) < 0.01  # of Beta(a, a)
+
+
+def test_cutmix_pastes_boxes_whole():
+    mixing = build(cutmix=1.0)
+    for step in range(20):
+        images, labels = batch()
+        mixed, _ = mixing(images, labels, epoch=0, step=step)
+        for position, image in enumerate(mixed):
+            assert set(image.unique().tolist()) <= {position, 7 - position}
+
+
+def test_cutmix_minmax_bounds_the_box():
+    mixing = build(cutmix_minmax=[0.25, 0.5])
+    areas = []
+    for step in range(100):
+        images, labels = batch()
+        areas.append(float((mixing(images, labels, epoch=0, step=step)[0][0, 0] == 7).sum()))
+    assert min(areas) >= 4 * 4
+    assert max(areas) < 8 * 8
+
+
+def test_both_switch_and_may_leave_a_batch_alone():
+    mixing = build(mixup=1.0, cutmix=1.0, prob=0.5, switch_prob=0.25, label_smoothing=0.2)
+    kinds = {"none": 0, "mixup": 0, "cutmix": 0}
+    for step in range(1000):
+        images, labels = batch(4, side=8)
+        mixed, targets = mixing(images, labels, epoch=0, step=step)
+        values = mixed[0].unique()
+        if len(values) == 1 and values[0] == 0:
+            kinds["none"] += 1
+            torch.testing.assert_close(targets, smoothed(labels, 0.2))
+        else:
+            kinds["cutmix" if set(values.tolist()) <= {0.0, 3.0} else "mixup"] += 1
+    assert 450 < kinds["none"] < 560
+    assert 320 < kinds["mixup"] < 430
+    assert 80 < kinds["cutmix"] < 170
+
+
+def test_erasing_keeps_labels_and_obeys_its_probability():
+    mixing = build(reprob=0.25, remode="const", batch_size=7)
+    assert not mixing.soft_targets
+    erased, fractions = 0, []
+    for step in range(200):
+        images, labels = torch.ones(7, 3, 32, 32), torch.arange(7) % CLASSES
+        images, targets = mixing(images, labels, epoch=0, step=step)
+        assert targets is labels
+        zeros = (images == 0).float().mean((1, 2, 3))
+        erased += int((zeros > 0).sum())
+        fractions += zeros[zeros > 0].tolist()
+    assert 0.20 < erased / 1400 < 0.30
+    assert min(fractions) > 0.01
+    assert max(fractions) < 0.4
+
+
+def test_erasing_modes():
+    for remode in ("const", "rand", "pixel"):
+        images, _ = build(reprob=1.0, remode=remode)(torch.full((8, 3, 32, 32), 9.0), torch.zeros(8), epoch=0, step=0)
+        for image in images:
+            erased = image[image != 9]
+            values = {"const": 1, "rand": 3, "pixel": len(erased)}[remode]
+            assert len(erased.unique()) == values > 0
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4, "cutmix": 1.0}, {"reprob": 0.5}, {"mixup": 1.0, "reprob": 0.5}])
+def test_draws_depend_on_the_key_alone(options):
+    def draw(epoch: int, step: int, **key: int) -> bytes:
+        images, labels = batch()
+        images, targets = build(**options, **key)(images, labels, epoch=epoch, step=step)
+        return images.numpy().tobytes() + targets.numpy().tobytes()
+
+    first = draw(2, 7)
+    torch.rand(3), np.random.rand(3)
+    assert draw(2, 7) == first
+    others = [draw(2, 8), draw(3, 7), draw(2, 7, seed=1), draw(2, 7, rank=1)]
+    assert len({first, *others}) == 5
+
+
+def test_global_generators_go_on_undisturbed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    build(mixup=0.4, cutmix=1.0, reprob=1.0)(*batch(), epoch=0, step=0)
+    assert (torch.rand(1), np.random.rand()) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_draws_on_a_gpu_depend_on_the_key_alone():
+    def draw() -> list[torch.Tensor]:
+        images, labels = batch()
+        mixing = build(mixup=0.4, cutmix=1.0, reprob=0.5)
+        return [result.cpu() for result in mixing(images.cuda(), labels.cuda(), epoch=0, step=0)]
+
+    torch.cuda.manual_seed(0)
+    expected = torch.rand(4, device="cuda")
+    first = draw()
+    torch.cuda.manual_seed(0)
+    for result, again in zip(first, draw(), strict=True):
+        assert torch.equal(result, again)
+    assert torch.equal(torch.rand(4, device="cuda"), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"mixup": -0.1}, "AUG.MIXUP"),
+        ({"cutmix": -1.0}, "AUG.CUTMIX"),
+        ({"cutmix_minmax": [0.5]}, "AUG.CUTMIX_MINMAX"),
+        ({"cutmix_minmax": [0.5, 0.5]}, "AUG.CUTMIX_MINMAX"),
+        ({"cutmix_minmax": [0.5, 1.5]}, "AUG.CUTMIX_MINMAX"),
+        ({"mixup": 1.0, "prob": 1.5}, "AUG.MIXUP_PROB"),
+        ({"mixup": 1.0, "switch_prob": -0.5}, "AUG.MIXUP_SWITCH_PROB"),
+        ({"mixup": 1.0, "mode": "half"}, "AUG.MIXUP_MODE"),
+        ({"mixup": 1.0, "label_smoothing": 1.0}, "MODEL.LABEL_SMOOTHING"),
+        ({"reprob": 2.0}, "AUG.REPROB"),
+        ({"reprob": 0.5, "remode": "noise"}, "AUG.REMODE"),
+        ({"reprob": 0.5, "recount": 0}, "AUG.RECOUNT"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_key(options, key):
+    with pytest.raises(ValueError, match=f"{key} is "):
+        build(**options)
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"cutmix_minmax": [0.2, 0.8]}])
+def test_odd_batches_cannot_be_mixed(options):
+    with pytest.raises(ValueError, match="--batch-size 7 is odd"):
+        build(**options, batch_size=7)

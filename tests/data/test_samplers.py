@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import EvalSampler, TrainSampler
+
+unhurried = settings(deadline=None)  # the machine may be busy
+worlds = st.integers(1, 8)
+batches = st.integers(1, 6)
+lengths = st.integers(48, 200)  # enough for one step of the largest world and batch
+
+
+def draws(length: int, world_size: int, *, consumed: int = 0, epoch: int = 0, **options) -> list[list[int]]:
+    """Returns the indices that each rank draws."""
+    ranks = []
+    for rank in range(world_size):
+        sampler = TrainSampler(length, rank=rank, world_size=world_size, **options)
+        sampler.set_position(epoch, consumed)
+        drawn = list(sampler)
+        assert len(drawn) == len(sampler)
+        assert {draw.epoch for draw in drawn} <= {epoch}
+        ranks.append([draw.index for draw in drawn])
+    return ranks
+
+
+def in_order_of_use(ranks: list[list[int]], batch_size: int) -> list[int]:
+    """Joins what the ranks draw, step by step and within a step rank by rank."""
+    steps = len(ranks[0]) // batch_size
+    return [index for step in range(steps) for rank in ranks for index in rank[step * batch_size :][:batch_size]]
+
+
+@unhurried
+@given(lengths, worlds, batches, st.integers(0, 3), st.integers(0, 5), st.booleans())
+def test_ranks_share_an_epoch_without_repeats(length, world_size, batch_size, seed, epoch, fixed_shards):
+    ranks = draws(length, world_size, batch_size=batch_size, seed=seed, epoch=epoch, fixed_shards=fixed_shards)
+    assert len({len(rank) for rank in ranks}) == 1, "every rank takes the same number of steps"
+    everything = [index for rank in ranks for index in rank]
+    assert len(everything) == len(set(everything)) == length // (batch_size * world_size) * batch_size * world_size
+    assert set(everything) <= set(range(length))
+    if fixed_shards:
+        assert all(index % world_size == rank for rank, indices in enumerate(ranks) for index in indices)
+
+
+@unhurried
+@given(lengths, worlds, batches)
+def test_order_does_not_depend_on_the_number_of_processes(length, world_size, batch_size):
+    alone = draws(length, 1, batch_size=1)[0]
+    together = in_order_of_use(draws(length, world_size, batch_size=batch_size), batch_size)
+    assert together == alone[: len(together)]
+
+
+@unhurried
+@given(st.data(), lengths, worlds, batches, worlds, batches)
+def test_resuming_with_other_processes_repeats_and_skips_nothing(data, length, world, batch, new_world, new_batch):
+    steps = data.draw(st.integers(0, length // (world * batch)), label="steps before the interruption")
+    consumed = steps * world * batch
+    before = in_order_of_use(draws(length, world, batch_size=batch), batch)[:consumed]
+    after = in_order_of_use(draws(length, new_world, batch_size=new_batch, consumed=consumed), new_batch)
+    assert before + after == draws(length, 1, batch_size=1)[0][: consumed + len(after)]
+    assert length - consumed - len(after) < new_world * new_batch, "only an incomplete step is left out"
+
+
+@unhurried
+@given(st.data(), lengths, worlds, batches)
+def test_resuming_with_fixed_shards(data, length, world_size, batch_size):
+    options = {"batch_size": batch_size, "fixed_shards": True}
+    whole = draws(length, world_size, **options)
+    steps = data.draw(st.integers(0, len(whole[0]) // batch_size), label="steps before the interruption")
+    rest = draws(length, world_size, consumed=steps * batch_size * world_size, **options)
+    assert rest == [rank[steps * batch_size :] for rank in whole]
+
+
+def test_order_is_new_in_each_epoch_and_for_each_seed():
+    orders = {tuple(draws(100, 1, batch_size=10, seed=seed, epoch=epoch)[0]) for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert len(orders) == 6
+    assert draws(100, 1, batch_size=1, seed=3, epoch=4)[0] == np.random.default_rng([3, 4]).permutation(100).tolist()
+
+
+def test_too_few_images_for_a_step():
+    with pytest.raises(ValueError, match=r"15 training images .* step of 16 .*: lower --batch-size"):
+        TrainSampler(15, batch_size=8, world_size=2)
+
+
+def test_positions_that_cannot_be_resumed():
+    with pytest.raises(ValueError, match="after 101 images of an epoch of 100"):
+        TrainSampler(100, batch_size=10).set_position(0, 101)
+    sampler = TrainSampler(100, batch_size=10, world_size=4, fixed_shards=True)
+    with pytest.raises(ValueError, match=r"DATA\.CACHE_MODE no"):
+        sampler.set_position(0, 30)
+
+
+@unhurried
+@given(st.integers(0, 100), worlds)
+def test_evaluation_sees_each_image_once(length, world_size):
+    ranks = [EvalSampler(length, rank=rank, world_size=world_size) for rank in range(world_size)]
+    seen = [draw.index for rank in ranks for draw in rank]
+    assert sorted(seen) == list(range(length))
+    assert sum(len(rank) for rank in ranks) == length
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1

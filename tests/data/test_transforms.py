@@ -1,0 +1,283 @@
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.auto_augment import AugmentOp
+from torchvision import transforms as reference
+
+from data.datasets import DATASETS
+from data.randaugment import GREY, PUBLISHED_OPERATIONS, cutout, posterize, published_rand_augment
+from data.transforms import INTERPOLATIONS, PRESETS, Normalize, eval_transform, train_transform
+from utils.seed import keyed_rng
+
+
+def numbered_image(height: int, width: int) -> Image.Image:
+    """Returns an image whose pixel (y, x) is (y, x, 200)."""
+    pixels = np.full((height, width, 3), 200, dtype=np.uint8)
+    pixels[..., 0] = np.arange(height)[:, None]
+    pixels[..., 1] = np.arange(width)
+    return Image.fromarray(pixels)
+
+
+def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("size", [(16, 16), (48, 48), (24, 40)])
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_every_preset_gives_uint8_of_the_size(preset, size, interpolation):
+    transform = pickle.loads(pickle.dumps(train_transform(size, preset=preset, interpolation=interpolation)))
+    for shape in ((8, 8), (30, 70), (90, 20)):
+        result = transform(noise_image(*shape))
+        assert result.dtype == torch.uint8
+        assert result.shape == (3, *size)
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_draws_depend_on_the_key_alone(preset):
+    transform = train_transform((24, 24), preset=preset)
+    image = noise_image(40, 40)
+
+    def draw(key: int) -> bytes:
+        with keyed_rng(0, key):
+            return transform(image).numpy().tobytes()
+
+    first = [draw(key) for key in range(8)]
+    assert [draw(key) for key in range(8)] == first
+    assert (len(set(first)) == 1) == (preset == "none")
+
+
+def test_unknown_names_are_answered_with_the_closest_one():
+    with pytest.raises(ValueError, match=r"AUG.PRESET 'weka'; did you mean weak\?"):
+        train_transform((24, 24), preset="weka")
+    for build in (train_transform, eval_transform):
+        with pytest.raises(ValueError, match=r"DATA.INTERPOLATION 'bicubik'; did you mean bicubic\?"):
+            build((24, 24), interpolation="bicubik")
+    with pytest.raises(ValueError, match=r"AUG\.COLOR_JITTER is -1"):
+        train_transform((24, 24), color_jitter=-1)
+
+
+@pytest.mark.parametrize(
+    "policy", ["rnd-m9", "rand-x9", "rand-m9-foo", "rand-m", "rand-tfoo", "v1", "rand m9", "", "none-m9", "augmix-x3"]
+)
+def test_unknown_policies_are_refused(policy):
+    with pytest.raises(ValueError, match=r"AUG\.AUTO_AUGMENT"):
+        train_transform((24, 24), auto_augment=policy)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["rand-m9-mstd0.5-inc1", "rand-m10-n3-p1-mstd101", "rand-m5-tweights", "augmix-m5-w4-d2", "v0", "original", "3a"],
+)
+def test_policies_survive_many_draws(policy):
+    transform = train_transform((33, 33), auto_augment=policy)
+    image = noise_image(40, 40)
+    for _ in range(60):
+        transform(image)
+
+
+def test_default_policy_may_posterize_to_nothing():
+    """Pillow 13 raises for 0 bits, which a magnitude of 10 asks for."""
+    image = noise_image(4, 4)
+    for operation in ("Posterize", "PosterizeIncreasing"):
+        for magnitude in (0, 10):
+            AugmentOp(operation, prob=1.0, magnitude=magnitude)(image)
+    assert not np.asarray(AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)(image)).any()
+
+
+def test_color_jitter_acts_only_without_a_policy():
+    image = Image.new("RGB", (40, 40), (100, 150, 200))
+    colours = {"jitter": dict(auto_augment="none"), "plain": dict(auto_augment="none", color_jitter=0.0)}
+    seen = {
+        name: {tuple(train_transform((33, 33), **options)(image)[:, 16, 16].tolist()) for _ in range(10)}
+        for name, options in colours.items()
+    }
+    assert seen["plain"] == {(100, 150, 200)}
+    assert len(seen["jitter"]) > 5
+
+
+def test_small_images_are_shifted_and_not_zoomed():
+    image = numbered_image(32, 32)
+    transform = train_transform((32, 32), auto_augment="none", color_jitter=0.0)
+    shifts = Counter()
+    for _ in range(200):
+        rows, inside = transform(image)[0, :, 16].tolist(), None
+        inside = [(position, row) for position, row in enumerate(rows) if row]
+        assert len({row - position for position, row in inside}) == 1, "rows keep their distance"
+        shifts[inside[0][1] - inside[0][0]] += 1
+    assert set(shifts) == set(range(-4, 5))
+    assert len({len(train_transform((33, 33), auto_augment="none")(image)[0, :, 16].unique()) for _ in range(20)}) > 1
+
+
+class TestPresets:
+    def test_weak_zooms_and_flips(self):
+        image = numbered_image(100, 100)
+        rows, flips = [], 0
+        for _ in range(300):
+            result = train_transform((10, 10), preset="weak")(image).int()
+            rows.append(int(result[0, -1, 0] - result[0, 0, 0]))
+            flips += bool(result[1, 0, 0] > result[1, 0, -1])
+        assert 110 < flips < 190
+        assert min(rows) < 30 < 80 < max(rows)
+
+    def test_shift_moves_by_an_eighth_and_never_flips(self):
+        image = numbered_image(16, 24)
+        transform = train_transform((16, 24), preset="shift")
+        offsets = set()
+        for _ in range(400):
+            result = transform(image).int()
+            row, column = result[0, 8, 12] - 8, result[1, 8, 12] - 12
+            offsets.add((int(row), int(column)))
+            assert result[1, 8, 13] > result[1, 8, 12]
+        assert offsets == {(row, column) for row in range(-2, 3) for column in range(-3, 4)}
+
+    def test_crop_flips_half_of_the_time(self):
+        image = numbered_image(32, 32)
+        transform = train_transform((32, 32), preset="crop")
+        flips = sum(bool(result[1, 16, 15] > result[1, 16, 16]) for result in (transform(image) for _ in range(300)))
+        assert 110 < flips < 190
+
+    def test_none_is_what_evaluation_sees(self):
+        image = noise_image(50, 70)
+        expected = eval_transform((24, 24), interpolation="bicubic")(image)
+        assert torch.equal(train_transform((24, 24), preset="none", interpolation="bicubic")(image), expected)
+
+    @pytest.mark.parametrize("preset", ["weak", "raug15", "shift"])
+    def test_interpolation_is_honoured(self, preset):
+        image = noise_image(60, 60)
+        results = {}
+        for interpolation in ("bilinear", "bicubic"):
+            with keyed_rng(3):
+                results[interpolation] = train_transform((24, 24), preset=preset, interpolation=interpolation)(image)
+        assert not torch.equal(results["bilinear"], results["bicubic"])
+
+
+class TestPublishedRandAugment:
+    @pytest.mark.parametrize("magnitude", [10, 15, 20, 25])
+    def test_survives_many_draws(self, magnitude):
+        policy = published_rand_augment(magnitude)
+        image = noise_image(32, 48)
+        with keyed_rng(0):
+            for _ in range(1000):
+                result = policy(image)
+                assert result.size == image.size
+                assert result.mode == "RGB"
+
+    def test_draws_two_of_sixteen_operations_uniformly(self, monkeypatch):
+        policy = published_rand_augment(15)
+        assert len(policy.ops) == len(set(PUBLISHED_OPERATIONS)) == 16
+        assert all(operation.prob == 1 for operation in policy.ops)
+        names = Counter()
+        monkeypatch.setattr(AugmentOp, "__call__", lambda self, image: names.update([self.name]) or image)
+        with keyed_rng(0):
+            for _ in range(4000):
+                policy(None)
+        assert names.total() == 8000
+        assert set(names) == set(PUBLISHED_OPERATIONS)
+        assert all(400 < count < 600 for count in names.values())
+
+    def test_magnitudes_are_uniform_and_pass_full_scale(self):
+        seen = []
+        operation = published_rand_augment(25).ops[-1]
+        assert operation.name == "Cutout"
+        operation.aug_fn = lambda image, side, **_: seen.append(side)
+        with keyed_rng(0):
+            for _ in range(3000):
+                operation(None)
+        sides = np.array(seen)  # 4 pixels per unit of magnitude
+        assert sides.min() == 2
+        assert 94 <= sides.max() <= 96
+        assert abs(sides.mean() - 48) < 2
+
+    def test_cutout_paints_a_grey_square(self):
+        with keyed_rng(0):
+            covered = []
+            for _ in range(200):
+                result = np.asarray(cutout(Image.new("RGB", (30, 20)), 8))
+                grey = (result == GREY).all(-1)
+                assert (grey == result.any(-1)).all()
+                covered.append(grey.sum())
+        assert max(covered) == 64
+        assert min(covered) >= 16
+
+    def test_posterize(self):
+        image = noise_image(8, 8)
+        pixels = np.asarray(image)
+        for bits in range(12):
+            expected = pixels & (256 - (1 << max(0, 8 - bits)))
+            assert (np.asarray(posterize(image, bits)) == expected).all(), bits
+
+
+class TestEvalTransform:
+    @pytest.mark.parametrize(
+        ("image", "size", "rows", "columns"),
+        [
+            ((4, 8), (4, 4), slice(0, 4), slice(2, 6)),
+            ((9, 4), (4, 4), slice(2, 6), slice(0, 4)),
+            ((4, 8), (4, 8), slice(0, 4), slice(0, 8)),
+            ((8, 8), (4, 8), slice(2, 6), slice(0, 8)),
+            ((8, 8), (8, 4), slice(0, 8), slice(2, 6)),
+        ],
+    )
+    def test_covers_and_cuts_out_the_centre(self, image, size, rows, columns):
+        """Images that already cover the size exactly are not resized, so that the pixels tell the crop."""
+        image = numbered_image(*image)
+        expected = np.asarray(image)[rows, columns].transpose(2, 0, 1)
+        assert eval_transform(size)(image).numpy().tolist() == expected.tolist()
+
+    @pytest.mark.parametrize(
+        ("image", "size", "rows", "columns"),
+        [
+            ((16, 24), (14, 14), slice(1, 15), slice(5, 19)),
+            ((24, 16), (14, 14), slice(5, 19), slice(1, 15)),
+            ((16, 32), (14, 28), slice(1, 15), slice(2, 30)),
+        ],
+    )
+    def test_crop_covers_8_sevenths_of_the_size(self, image, size, rows, columns):
+        image = numbered_image(*image)
+        expected = np.asarray(image)[rows, columns].transpose(2, 0, 1)
+        assert eval_transform(size, crop=True)(image).numpy().tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+    @pytest.mark.parametrize("shape", [(37, 61), (500, 375), (100, 100), (20, 19)])
+    @pytest.mark.parametrize("side", [24, 56])
+    @pytest.mark.parametrize("crop", [False, True])
+    def test_square_sizes_are_as_in_torchvision(self, side, shape, interpolation, crop):
+        image = noise_image(*shape)
+        expected = reference.Compose(
+            [
+                reference.Resize(int(256 / 224 * side) if crop else side, reference.InterpolationMode(interpolation)),
+                reference.CenterCrop(side),
+                reference.PILToTensor(),
+            ]
+        )(image)
+        assert torch.equal(eval_transform((side, side), crop=crop, interpolation=interpolation)(image), expected)
+
+    def test_random_interpolation_is_bilinear(self):
+        image = noise_image(40, 50)
+        assert torch.equal(eval_transform((24, 24), interpolation="random")(image), eval_transform((24, 24))(image))
+
+
+class TestNormalize:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("name", DATASETS)
+    def test_values(self, name, dtype):
+        spec = DATASETS[name]
+        images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5) * 2
+        result = Normalize(spec.mean, spec.std, dtype=dtype)(images)
+        mean, std = (np.array(values).reshape(1, 3, 1, 1) for values in (spec.mean, spec.std))
+        assert result.dtype == dtype
+        np.testing.assert_allclose(result.numpy(), (images.numpy() / 255 - mean) / std, rtol=0, atol=2e-6)
+        if dtype == torch.float64:
+            np.testing.assert_allclose(result.numpy(), (images.numpy() / 255 - mean) / std, rtol=1e-12, atol=1e-12)
+
+    def test_leaves_its_input_and_checkpoints_alone(self):
+        normalize = Normalize((0.5,) * 3, (0.25,) * 3)
+        images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+        assert (normalize(images) == 2).all()
+        assert (images == 255).all()
+        assert not normalize.state_dict()

@@ -1,0 +1,127 @@
+"""The process group: who am I, how many are we, which device is mine. All helpers also work without a group."""
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Long enough for the slowest evaluation or checkpoint of one rank while the others wait for it.
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+
+def init(local_rank_flag: int | None = None) -> Process:
+    """Joins the process group that the launcher prepared, or stays alone where there is none.
+
+    Understands the environment of torchrun and of `torch.distributed.launch` (with its `--local-rank` argument, which
+    `local_rank_flag` hands over; the environment wins), and that of Slurm's srun. Uses NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        ValueError: the environment is incomplete, or a node has more processes than GPUs that they can see.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(_slurm_environment(os.environ))
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    local_rank = _number("LOCAL_RANK", local_rank_flag or 0)
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"the environment says RANK={rank} and WORLD_SIZE={world_size}; a rank must lie below the size"
+        )
+    device = _device(local_rank)
+    if world_size > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ValueError(f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start with torchrun")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    return Process(rank, world_size, local_rank, device)
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Returns this process's number, 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of processes, 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Adds a tensor up over all processes, in place, and returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {name} must be a whole number, not {text!r}")
+    return int(text)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    # A launcher may also show every process its own GPU alone, whose number is then 0 everywhere.
+    index = 0 if visible == 1 else local_rank
+    if index >= visible:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: {visible} are visible; start at most {visible} processes"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _slurm_environment(slurm: os._Environ[str]) -> dict[str, str]:
+    """Translates the variables of a task that srun started into torchrun's; nothing where srun did not start it."""
+    if "SLURM_STEP_NUM_TASKS" not in slurm or "SLURM_PROCID" not in slurm:
+        return {}
+    nodes = slurm.get("SLURM_STEP_NODELIST", "localhost")
+    first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
+    assert first is not None
+    # Below the ephemeral ports; two jobs that share a node have different numbers.
+    port = 15000 + int(slurm.get("SLURM_JOB_ID", "0")) % 15000
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": slurm.get("MASTER_ADDR", first[1] + (first[2] or "")),
+        "MASTER_PORT": slurm.get("MASTER_PORT", str(port)),
+    }

@@ -1,0 +1,37 @@
+"""Sums that stay on the device, so that a training step never waits for it."""
+
+import time
+
+import torch
+from torch import Tensor
+
+
+class Mean:
+    """A weighted mean of numbers: sums on the device, divided once when somebody looks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, value: Tensor, weight: int = 1) -> None:
+        """Takes in a scalar that stands for `weight` items; one that is not finite is left out."""
+        value = value.detach().to(torch.float64)
+        finite = value.isfinite()
+        self._sums += torch.stack((value.where(finite, 0.0), finite.to(torch.float64))) * weight
+
+    def compute(self) -> float:
+        """Returns the mean (0.0 of nothing); waits for the device."""
+        total, count = self._sums.tolist()
+        return total / count if count else 0.0
+
+
+class Stopwatch:
+    """Seconds since the last look."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Returns the seconds since the last lap and starts the next one."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        return seconds
