@@ -1,15 +1,17 @@
 """Trains, evaluates (`--eval`) or times (`--throughput`) a network; alone, or in many processes by torchrun or srun."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import to_2tuple
 from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
@@ -26,7 +28,7 @@ from engine.schedule import build_schedule
 from engine.throughput import throughput
 from engine.train import Trainer, autocast
 from models.checkpoints import describe, load_pretrained, load_weights, read_checkpoint
-from models.reparam import Reparameterizable, is_deploy, to_deploy
+from models.reparam import is_reparameterizable, to_deploy
 from utils import cli, distributed
 from utils.distributed import Process
 from utils.log import MetricsWriter, create_logger
@@ -122,7 +124,7 @@ class Task(NamedTuple):
         spec = data.DATASETS[data.resolve_name(self.cfg.DATA.DATASET, self.cfg.DATA.DATA_PATH)]
         return data.Normalize(spec.mean, spec.std).to(self.process.device)
 
-    def eval_batches(self, source: data.ImageSource) -> Iterable[data.Batch]:
+    def eval_batches(self, source: data.ImageSource) -> DataLoader:
         """Deals the images of `val` to the processes, each once."""
         cfg = self.cfg.DATA
         return data.build_eval_loader(
@@ -186,12 +188,11 @@ def measure_throughput(task: Task) -> None:
     cfg, device = task.cfg, task.process.device
     model = task.build_model(cfg.MODEL.NUM_CLASSES or 1000).eval()
     forms = {"training structure": model}
-    if any(isinstance(m, Reparameterizable) for m in model.modules()):
+    if is_reparameterizable(model):
         forms["deploy structure"] = to_deploy(model)
     images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *task.test_size, device=device)
     for name, network in forms.items():
-        forward = torch.compile(network) if cfg.COMPILE else network
-        speed = throughput(forward, images, autocast(device, task.dtype))
+        speed = throughput(compiled(network, cfg), images, autocast(device, task.dtype))
         task.logger.info(f"{cfg.MODEL.ARCH} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
 
 
@@ -220,7 +221,7 @@ def build_trainer(task: Task, model: nn.Module, derived: Derived, metrics: Metri
     )
     preset = cfg.AUG.PRESET is not None
     mixing = data.build_mixing(
-        num_classes=model.num_classes,
+        num_classes=cast(int, model.num_classes),
         batch_size=cfg.DATA.BATCH_SIZE,
         mixup=cfg.AUG.MIXUP,
         cutmix=cfg.AUG.CUTMIX,
@@ -268,9 +269,14 @@ def build_trainer(task: Task, model: nn.Module, derived: Derived, metrics: Metri
     )
 
 
+def compiled(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """Compiles a network where asked."""
+    return cast(nn.Module, torch.compile(model)) if cfg.COMPILE else model
+
+
 def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
     """Compiles a network where asked, and synchronises its gradients wherever there is more than one process."""
-    forward: nn.Module = torch.compile(model) if cfg.COMPILE else model  # type: ignore[assignment]
+    forward = compiled(model, cfg)
     if process.world_size == 1:
         return forward
     return DistributedDataParallel(
@@ -302,17 +308,17 @@ def train(task: Task) -> None:
         world_size=process.world_size,
         fixed_shards=cfg.DATA.ZIP_MODE and cfg.DATA.CACHE_MODE == "part",
     )
+    train_sampler = train_loader.sampler
+    assert isinstance(train_sampler, data.TrainSampler)
     val_loader = task.eval_batches(val_source)
     model = task.build_model(task.num_classes(train_source))
     derived = derive(cfg, world_size=process.world_size, steps_per_epoch=len(train_loader))
     logger.info(f"{len(train_source)} training and {len(val_source)} validation images of {model.num_classes} classes")
     logger.info(f"{cfg.MODEL.ARCH}, {sum(p.numel() for p in model.parameters()):,} parameters; {derived}")
     if cfg.MODEL.PRETRAINED:
-        fresh = load_pretrained(model, read_checkpoint(cfg.MODEL.PRETRAINED))
+        fresh = load_pretrained(cfg.MODEL.ARCH, model, read_checkpoint(cfg.MODEL.PRETRAINED))
         logger.info(f"starting from {cfg.MODEL.PRETRAINED}" + f", but {' and '.join(fresh)}" * bool(fresh))
-    if is_deploy(model):
-        raise ValueError(f"{cfg.MODEL.ARCH} is in its deploy structure, which is not meant to be trained")
-    model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
+    cast(Any, model).set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
 
     meta = describe(cfg.MODEL.ARCH, model, task.train_size, "train")
     checkpoints = CheckpointFolder(task.folder, keep=cfg.KEEP_CHECKPOINTS, meta=meta, config=cfg.dump())
@@ -339,8 +345,8 @@ def train(task: Task) -> None:
 
     progress = trainer.progress
     for epoch in range(progress.epoch, cfg.TRAIN.EPOCHS):
-        train_loader.sampler.set_position(epoch, progress.consumed)
-        with logging_redirect_tqdm([logger]):
+        train_sampler.set_position(epoch, progress.consumed)
+        with logging_redirect_tqdm([logger]) if process.is_main else nullcontext():
             trainer.train_epoch(
                 tqdm(train_loader, f"epoch {epoch}", leave=False, disable=None if process.is_main else True)
             )

@@ -1,5 +1,6 @@
 """Batches of transformed images, the same ones whatever the number of workers."""
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -117,6 +118,7 @@ def build_eval_loader(
 def _build_loader(
     dataset: TransformedDataset, sampler: Sampler[Draw], batch_size: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[Sample]:
+    num_workers = min(num_workers, len(os.sched_getaffinity(0)))  # more than there are cores would only be in the way
     return DataLoader(
         dataset,
         batch_size=batch_size,

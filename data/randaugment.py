@@ -52,10 +52,10 @@ def published_rand_augment(magnitude: int) -> RandAugment:
     is full scale and nothing is clipped at it. Pixels from outside the image are grey; geometric operations
     interpolate bilinearly or bicubically at random, whatever the crop does.
 
-    It differs from the published policy in these points: magnitudes are real numbers where the published ones are
-    integers (same range, same mean); SolarizeAdd adds at most 128 (published: 11 per magnitude, without a limit);
-    colour factors, angles, shears and shifts are the same functions of the magnitude. Posterizing to 0 bits, on
-    which the published code fails under Pillow 13, gives black, as it did before.
+    It differs from the published policy in these points. Magnitudes are real numbers where the published ones are
+    integers (same range, same mean). SolarizeAdd adds at most 128; the published one adds 11 per magnitude without a
+    limit. The published Cutout was never released: colour and placement of the square are chosen here. Posterizing
+    to 0 bits, on which the published code fails under Pillow 13, gives black, as it did under older versions.
     """
     last = magnitude - 1
     config = f"rand-m{last}-n2-p1.0-mstd101-mmax{max(last, FULL_SCALE)}-inc0"  # mstd > 100: uniform, not normal

@@ -37,7 +37,8 @@ class CheckpointFolder:
             names.append(f"ckpt_epoch_{finished}.pth")
         for name in names:
             write_checkpoint(self.folder / name, payload)
-        for path in self.numbered()[: -self._keep]:
+        outdated = self.numbered()
+        for path in outdated[: max(0, len(outdated) - self._keep)]:
             path.unlink()
 
     def numbered(self) -> list[Path]:

@@ -35,6 +35,38 @@ def correct_within(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     return (best == labels[:, None]).any(1)
 
 
+class Counter:
+    """Sums over the images of this process, kept on the device until `compute` reduces them over all processes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._correct1, self._correct5, self._loss = torch.zeros(3, dtype=torch.float64, device=device)
+        self._images, self._unreadable = 0, list[str]()
+
+    def add(self, logits: Tensor, labels: Tensor, unreadable: list[str]) -> None:
+        """Takes in logits (N, K), labels (N,), and the images among them that could not be read."""
+        self._correct1 += correct_within(logits, labels, 1).sum()
+        self._correct5 += correct_within(logits, labels, 5).sum()
+        self._loss += F.cross_entropy(logits.double(), labels, reduction="sum")
+        self._images += len(labels)
+        self._unreadable += unreadable
+
+    def compute(self) -> Evaluation:
+        """Adds up over all processes once and divides once.
+
+        Raises:
+            ValueError: an image could not be read (its count would be wrong), or there are none.
+        """
+        sums = torch.stack((self._correct1, self._correct5, self._loss))
+        counts = sums.new_tensor([self._images, len(self._unreadable)])
+        correct1, correct5, loss, images, failures = distributed.all_reduce_sum(torch.cat((sums, counts))).tolist()
+        if failures:
+            example = self._unreadable[0] if self._unreadable else "another process has their names"
+            raise ValueError(f"{failures:.0f} images can't be read, so the accuracy would be wrong: {example}")
+        if not images:
+            raise ValueError("there are no images to evaluate")
+        return Evaluation(100 * correct1 / images, 100 * correct5 / images, loss / images, int(images))
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -43,7 +75,7 @@ def evaluate(
     device: torch.device,
     autocast: AbstractContextManager,
 ) -> Evaluation:
-    """Counts over this process's batches, adds up over all processes once, and divides once.
+    """Evaluates a network on every image of every process.
 
     Args:
         model: gives logits (N, K); left in the mode that it was in.
@@ -53,28 +85,56 @@ def evaluate(
         autocast: precision of the forward pass.
 
     Raises:
-        ValueError: an image could not be read (its count would be wrong), or there are none.
+        ValueError: an image could not be read, or there are none.
     """
     was_training = model.training
     model.eval()
-    correct1, correct5, loss = torch.zeros(3, dtype=torch.float64, device=device)
-    images, unreadable = 0, []
+    counter = Counter(device)
     for batch in batches:
-        unreadable += batch.unreadable
-        images += len(batch.labels)
         labels = batch.labels.to(device, non_blocking=True)
         with autocast:
             logits = model(normalize(batch.images.to(device, non_blocking=True)))
-        correct1 += correct_within(logits, labels, 1).sum()
-        correct5 += correct_within(logits, labels, 5).sum()
-        loss += F.cross_entropy(logits.double(), labels, reduction="sum")
+        counter.add(logits, labels, batch.unreadable)
     model.train(was_training)
-    counts = torch.tensor([images, len(unreadable)], dtype=torch.float64, device=device)
-    sums = distributed.all_reduce_sum(torch.cat((torch.stack((correct1, correct5, loss)), counts)))
-    top1, top5, total_loss, images, failures = sums.tolist()
-    if failures:
-        example = unreadable[0] if unreadable else "seen by another process"
-        raise ValueError(f"{failures:.0f} images can't be read, so the accuracy would be wrong: {example}")
-    if not images:
-        raise ValueError("there are no images to evaluate")
-    return Evaluation(100 * top1 / images, 100 * top5 / images, total_loss / images, int(images))
+    return counter.compute()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks on the same images: their evaluations, the share of equal answers, the largest logit difference."""
+
+    first: Evaluation
+    second: Evaluation
+    agreement: float  # percent of the images to which both give the same class
+    difference: float  # max |second - first| / max |first| over all logits
+
+
+@torch.inference_mode()
+def compare(
+    first: nn.Module,
+    second: nn.Module,
+    batches: Iterable[Batch],
+    normalize: nn.Module,
+    device: torch.device,
+    autocast: AbstractContextManager,
+) -> Comparison:
+    """Evaluates two networks, both in evaluation mode, side by side in one process; otherwise as `evaluate`.
+
+    Raises:
+        ValueError: an image could not be read, or there are none.
+    """
+    counters = Counter(device), Counter(device)
+    same, largest, scale = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in batches:
+        labels = batch.labels.to(device, non_blocking=True)
+        images = normalize(batch.images.to(device, non_blocking=True))
+        with autocast:
+            expected, actual = first(images), second(images)
+        for counter, logits in zip(counters, (expected, actual), strict=True):
+            counter.add(logits, labels, batch.unreadable)
+        same += (expected.argmax(1) == actual.argmax(1)).sum()
+        largest = largest.maximum((actual.double() - expected.double()).abs().max())
+        scale = scale.maximum(expected.double().abs().max())
+    evaluation1, evaluation2 = (counter.compute() for counter in counters)
+    agreement = 100 * float(same) / evaluation1.images
+    return Comparison(evaluation1, evaluation2, agreement, float(torch.nan_to_num(largest / scale, nan=torch.inf)))

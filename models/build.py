@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import timm
-from timm.models import register_model
+from timm.models import PretrainedCfg, register_model
 from torch import nn
 
 from .repmlpnet import SPECS, RepMLPNet
@@ -34,7 +34,7 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
         raise ValueError(f"unknown architecture {name!r}{_closest(name)}")
     if deploy:
         raise ValueError(f"{name} has one structure only: nothing is injected into it, so it has no deploy form")
-    if not timm.get_pretrained_cfg(name).fixed_input_size:
+    if not _timm_cfg(name).fixed_input_size:
         kwargs.pop("img_size", None)  # a network of any input size has no such argument
     return timm.create_model(name, num_classes=num_classes, **kwargs)
 
@@ -50,14 +50,23 @@ def default_image_size(name: str) -> tuple[int, int]:
         return (size, size) if isinstance(size, int) else size
     if not timm.is_model(name):
         raise ValueError(f"unknown architecture {name!r}{_closest(name)}")
-    height, width = timm.get_pretrained_cfg(name).input_size[-2:]
+    height, width = _timm_cfg(name).input_size[-2:]
     return height, width
+
+
+def _timm_cfg(name: str) -> PretrainedCfg:
+    return timm.get_pretrained_cfg(name) or PretrainedCfg()
 
 
 def _closest(name: str) -> str:
     known = {candidate.lower(): candidate for candidate in [*list_models(), *timm.list_models()]}
     close = difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {known[close[0]]}?" if close else f"; known are {', '.join(list_models())} and timm's"
+
+
+def classifier_name(name: str) -> str:
+    """Returns the name of an architecture's head within it: `head`, or what timm says (`fc`, `head.fc`, ...)."""
+    return "head" if name in SPECS else str(_timm_cfg(name).classifier)
 
 
 def _register_with_timm(name: str) -> None:

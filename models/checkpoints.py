@@ -5,6 +5,7 @@ checkpoints also hold a pickled yacs configuration, which is read as a plain map
 """
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -12,14 +13,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .repmlpnet import SPECS, RepMLPNet
+from .build import classifier_name, create_model, default_image_size
+from .repmlpnet import SPECS, RepMLPNet, RepMLPNetSpec
 
 StateDict = dict[str, Tensor]
 
@@ -86,6 +88,47 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     return Checkpoint(path, state_dict, _form(state_dict), meta if isinstance(meta, dict) else {}, payload)
 
 
+class Network(NamedTuple):
+    """A network with the weights of a checkpoint, in evaluation mode, on the CPU, in the dtype of the weights."""
+
+    arch: str
+    model: nn.Module
+    num_classes: int
+    image_size: tuple[int, int]
+
+
+def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
+    """Builds the network that a checkpoint's weights belong to, in the structure that they have, and loads them.
+
+    Args:
+        checkpoint: the weights; number of classes, input channels and image size are read off them.
+        arch: the architecture; None takes the one that the metadata names or that fits.
+
+    Raises:
+        ValueError: no architecture is known for the weights, or they do not fit the one that was asked for.
+    """
+    weights = checkpoint.state_dict
+    arch = arch or checkpoint.meta.get("arch") or next(iter(fitting_architectures(weights)), None)
+    if arch is None:
+        raise ValueError(f"{checkpoint.path} does not say which architecture it is of, and none fits: name it with -a")
+    size = default_image_size(arch)
+    head = weights.get(f"{classifier_name(arch)}.weight")
+    classes = 0 if head is None else len(head)
+    if arch in SPECS:
+        size = _image_size(weights, SPECS[arch], size)
+        embedding = weights.get("conv_embedding.conv.weight", torch.empty(0, 3))
+        model = create_model(
+            arch, classes, deploy=checkpoint.form == "deploy", img_size=size, in_chans=embedding.shape[1]
+        )
+    else:
+        model = create_model(arch, classes)
+    dtypes = {v.dtype for v in weights.values() if v.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    load_weights(model, checkpoint)
+    return Network(arch, model.eval(), classes, size)
+
+
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Loads weights strictly: every name and every shape must be the model's.
 
@@ -98,7 +141,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(checkpoint.state_dict)
 
 
-def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """Loads weights to start a training from; a head for another number of classes stays as it was initialised.
 
     Returns:
@@ -108,7 +151,8 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
         ValueError: anything but the head differs.
     """
     own = model.state_dict()
-    head: list[str] = [k for k in ("head.weight", "head.bias") if k in own and k in checkpoint.state_dict]
+    names = (f"{classifier_name(arch)}.{leaf}" for leaf in ("weight", "bias"))
+    head = [k for k in names if k in own and k in checkpoint.state_dict]
     if all(own[k].shape == checkpoint.state_dict[k].shape for k in head):
         load_weights(model, checkpoint)
         return []
@@ -203,6 +247,15 @@ def _find_weights(path: Path, payload: Mapping[str, Any], ema: bool) -> Mapping[
     if strays or not payload:
         raise ValueError(f"{path} holds no weights: found {', '.join(map(repr, list(payload)[:5])) or 'nothing'}")
     return payload
+
+
+def _image_size(weights: Mapping[str, Tensor], spec: RepMLPNetSpec, own: tuple[int, int]) -> tuple[int, int]:
+    """Returns the image size that the partitions of FC3 are made for; only square ones can be told from the weights."""
+    kernel = weights.get("stages.0.0.repmlp_block.fc3.weight")
+    if kernel is None or kernel.shape[1] == own[0] * own[1] // spec.patch_size**2:
+        return own
+    side = math.isqrt(kernel.shape[1]) * spec.patch_size
+    return side, side
 
 
 def _strip_wrappers(name: str) -> str:

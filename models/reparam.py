@@ -138,20 +138,19 @@ class ReparameterizableNetwork(nn.Module):
         self.locality_injection()
 
 
-def is_deploy(model: nn.Module) -> bool:
-    """Says whether a network has re-parameterisable blocks and every one of them is in its deploy structure."""
-    blocks = [m for m in model.modules() if isinstance(m, Reparameterizable)]
-    return bool(blocks) and all(m.deploy for m in blocks)
+def is_reparameterizable(model: nn.Module) -> bool:
+    """Says whether Locality Injection has anything left to replace in a network."""
+    return any(isinstance(m, Reparameterizable) and not m.deploy for m in model.modules())
 
 
 def to_deploy(model: nn.Module) -> nn.Module:
     """Returns an injected copy of a network, in evaluation mode; the network itself is left as it is.
 
     Raises:
-        ValueError: it has no blocks that Locality Injection could replace.
+        ValueError: it has no blocks that Locality Injection could replace, or they are replaced already.
     """
-    if not any(isinstance(m, Reparameterizable) for m in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no blocks to re-parameterise")
+    if not is_reparameterizable(model):
+        raise ValueError(f"{type(model).__name__} has no block left to re-parameterise")
     copy = deepcopy(model).eval()
     for module in copy.modules():
         if isinstance(module, Reparameterizable):

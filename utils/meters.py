@@ -5,9 +5,11 @@ import time
 import torch
 from torch import Tensor
 
+from .distributed import all_reduce_sum
+
 
 class Mean:
-    """A weighted mean of numbers: sums on the device, divided once when somebody looks."""
+    """A weighted mean of numbers over all processes: sums on the device, reduced and divided once somebody looks."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -19,8 +21,8 @@ class Mean:
         self._sums += torch.stack((value.where(finite, 0.0), finite.to(torch.float64))) * weight
 
     def compute(self) -> float:
-        """Returns the mean (0.0 of nothing); waits for the device."""
-        total, count = self._sums.tolist()
+        """Returns the mean (0.0 of nothing); all processes must ask, and it waits for them and for the device."""
+        total, count = all_reduce_sum(self._sums.clone()).tolist()
         return total / count if count else 0.0
 
 

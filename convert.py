@@ -1,0 +1,88 @@
+"""Turns a training checkpoint into a deploy checkpoint by Locality Injection, and verifies it before it is written."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.checkpoints import build_from, describe, read_checkpoint, write_checkpoint
+from models.reparam import injection_error, relative_difference, to_deploy
+from utils import cli
+
+ALGEBRA_TOLERANCE = 1e-9  # of the conversion itself, in float64
+ROUNDING_TOLERANCE = 100  # of the written weights, in units of their dtype's epsilon
+
+
+def parser() -> cli.Parser:
+    """Describes the command line."""
+    result = cli.Parser(description=__doc__, argument_default=None)
+    result.add_argument("load", metavar="TRAIN", help="training checkpoint: ours, the published code's, MMPretrain's")
+    result.add_argument("save", metavar="DEPLOY", help="where to write; .safetensors is possible too")
+    result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
+    result.add_argument("--ema", action="store_true", default=False, help="convert the averaged weights")
+    return result
+
+
+@torch.no_grad()
+def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> float:
+    """Compares both networks on random images, and the conversion once more under randomised BatchNorm statistics.
+
+    Args:
+        model: the training structure.
+        deploy: what is going to be written.
+        image_size: (height, width).
+
+    Returns:
+        The largest relative logit difference between the two, computed in float64.
+
+    Raises:
+        ValueError: a difference beyond `ALGEBRA_TOLERANCE` or `ROUNDING_TOLERANCE`.
+    """
+    weight = next(model.parameters())
+    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    images = torch.randn(2, channels, *image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    randomised = injection_error(model, images, randomize=True)
+    if not randomised <= ALGEBRA_TOLERANCE:
+        raise ValueError(
+            f"the conversion is wrong, and nothing was written: with random BatchNorm statistics the logits differ by "
+            f"{randomised:.1e}, more than {ALGEBRA_TOLERANCE:.0e}"
+        )
+    difference = relative_difference(in_float64(model)(images), in_float64(deploy)(images))
+    tolerance = ROUNDING_TOLERANCE * torch.finfo(weight.dtype).eps
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the deploy weights do not answer as the training weights do, and nothing was written: the logits differ "
+            f"by {difference:.1e}, more than {tolerance:.1e} ({weight.dtype})"
+        )
+    return difference
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """Returns a float64 copy."""
+    copy = deepcopy(model)
+    return copy.double().eval()
+
+
+def main() -> None:
+    """Reads, converts, verifies, writes."""
+    args = parser().parse_args()
+    source, target = Path(args.load), Path(args.save)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"{target} would be overwritten by its own conversion: give another name to write to")
+    if target.is_dir() or not target.name:
+        raise ValueError(f"{target} is a folder: give the name of a file to write")
+    checkpoint = read_checkpoint(source, ema=args.ema)
+    if checkpoint.form == "deploy":
+        raise ValueError(f"{source} is converted already: it holds deploy weights, and nothing was written")
+    arch, model, _, image_size = build_from(checkpoint, args.arch)
+    deploy = to_deploy(model)
+    difference = verify(model, deploy, image_size)
+    write_checkpoint(target, {"model": deploy.state_dict(), "meta": describe(arch, deploy, image_size, "deploy")})
+    before, after = (sum(v.numel() for v in m.parameters()) for m in (model, deploy))
+    print(f"{arch}: {source} ({before:,} parameters) -> {target} ({after:,} parameters)")
+    print(f"verified on random images: largest relative logit difference {difference:.1e}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

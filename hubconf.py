@@ -1,0 +1,21 @@
+"""Entry points of torch.hub: one for each architecture, and `load_checkpoint` for weights in a file.
+
+torch.hub.load("PATH", "repmlpnet_t224", source="local", num_classes=10)
+"""
+
+from functools import partial
+
+from torch import nn
+
+from models import create_model, list_models
+from models.checkpoints import build_from, read_checkpoint
+
+dependencies = ["torch", "timm"]
+
+
+def load_checkpoint(path: str, arch: str | None = None) -> nn.Module:
+    """Returns the network of a checkpoint with its weights, in evaluation mode and in the form that they have."""
+    return build_from(read_checkpoint(path), arch).model
+
+
+globals().update({name.lower().replace("-", "_"): partial(create_model, name) for name in list_models()})

@@ -1,0 +1,110 @@
+"""Evaluates weights on one CPU or GPU, or checks that a conversion keeps every answer.
+
+Modes: `train` evaluates training weights, `deploy` evaluates converted ones, `check` takes training weights, converts
+them in memory and compares both forms on every image.
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from timm.layers import to_2tuple
+from torch.utils.data import DataLoader
+
+import data
+from engine.evaluate import compare, evaluate
+from engine.train import autocast
+from models.checkpoints import Network, build_from, read_checkpoint
+from models.reparam import to_deploy
+from utils import cli
+
+REMEDY = {
+    "train": "evaluate them with mode deploy",
+    "check": "give the training weights that they were converted from",
+    "deploy": "convert them first: python convert.py TRAIN.pth DEPLOY.pth",
+}
+
+
+def parser() -> cli.Parser:
+    """Describes the command line."""
+    result = cli.Parser(description=__doc__, argument_default=None)
+    result.add_argument("data", metavar="DATA", help="folder with val/<class>/*, or the word digits")
+    result.add_argument("mode", metavar="MODE", choices=["train", "deploy", "check"], help="train, deploy or check")
+    result.add_argument("weights", metavar="WEIGHTS", help="checkpoint")
+    result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
+    result.add_argument("-b", "--batch-size", type=int, default=100, metavar="N", help="images per batch")
+    result.add_argument("-r", "--resolution", type=int, metavar="R", help="test size; the architecture's own if absent")
+    result.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="data loading processes")
+    result.add_argument("--dataset", default="imagenet", help="imagenet (any image folder), cf100 or digits")
+    result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
+    result.add_argument("--ema", action="store_true", default=False, help="use the averaged weights")
+    result.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="precision of the forward pass")
+    result.add_argument("--tolerance", type=float, default=1e-4, help="of mode check, on the relative logit difference")
+    result.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    return result
+
+
+def load(path: str, mode: str, arch: str | None, ema: bool) -> Network:
+    """Builds the network and loads the weights.
+
+    Raises:
+        ValueError: no readable checkpoint, weights of another network, or weights in the other form.
+    """
+    checkpoint = read_checkpoint(path, ema=ema)
+    wanted = "deploy" if mode == "deploy" else "train"
+    if checkpoint.form not in (wanted, None):
+        raise ValueError(f"mode {mode} needs {wanted} weights, {path} holds {checkpoint.form} weights: {REMEDY[mode]}")
+    return build_from(checkpoint, arch)
+
+
+def batches(args: Namespace, size: tuple[int, int], num_classes: int) -> DataLoader:
+    """Opens the validation images.
+
+    Raises:
+        ValueError: they are missing, or of another number of classes than the network's.
+    """
+    source = data.open_source(args.dataset, args.data, "val")
+    if len(source.classes) != num_classes:
+        raise ValueError(f"{args.data} has {len(source.classes)} classes, the network {num_classes}")
+    return data.build_eval_loader(
+        source,
+        data.eval_transform(size, crop=args.crop),
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+        pin_memory=True,
+    )
+
+
+def main() -> int:
+    """Evaluates or compares; returns 1 where `check` finds a difference beyond the tolerance."""
+    args = parser().parse_args()
+    if args.batch_size < 1 or args.workers < 0 or not args.tolerance > 0:
+        raise ValueError("-b must be at least 1, -j at least 0 and --tolerance above 0")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = load(args.weights, args.mode, args.arch, args.ema)
+    model = network.model.float().to(device)
+    loader = batches(args, to_2tuple(args.resolution or network.image_size), network.num_classes)
+    spec = data.DATASETS[data.resolve_name(args.dataset, args.data)]
+    normalize = data.Normalize(spec.mean, spec.std).to(device)
+    precision = autocast(device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp])
+    status, figures = 0, {}
+    if args.mode == "check":
+        result = compare(model, to_deploy(model), loader, normalize, device, precision)
+        status = int(not result.difference <= args.tolerance)
+        print(f" * training weights   {result.first}")
+        print(f" * injected weights   {result.second}")
+        print(f" * top-1 agreement {result.agreement:.3f} %, largest relative logit difference {result.difference:.1e}")
+        print(f" * {'FAILED, beyond' if status else 'passed, within'} the tolerance of {args.tolerance:.0e}")
+        figures = {"agreement": result.agreement, "difference": result.difference, "injected": result.second.as_dict()}
+        evaluation = result.first
+    else:
+        evaluation = evaluate(model, loader, normalize, device, precision)
+        print(f" * {evaluation}")
+    if args.json:
+        args.json.write_text(json.dumps({**evaluation.as_dict(), **figures}) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    cli.run(main)
