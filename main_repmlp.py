@@ -25,14 +25,17 @@ from engine.evaluate import Evaluation, evaluate
 from engine.loss import build_loss
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
+from engine.sync_batch_norm import synchronise_batch_norms
 from engine.throughput import throughput
 from engine.train import Trainer, autocast
 from models.checkpoints import describe, load_pretrained, load_weights, read_checkpoint
 from models.reparam import is_reparameterizable, to_deploy
 from utils import cli, distributed
 from utils.distributed import Process
+from utils.lock import folder_lock
 from utils.log import MetricsWriter, create_logger
 from utils.seed import seed_everything
+from utils.signals import Stopped, StopRequest
 
 # Each flag and the configuration key that it sets.
 FLAGS: dict[str, tuple[str, dict]] = {
@@ -196,7 +199,7 @@ def measure_throughput(task: Task) -> None:
         task.logger.info(f"{cfg.MODEL.ARCH} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
 
 
-def build_trainer(task: Task, model: nn.Module, derived: Derived, metrics: MetricsWriter) -> Trainer:
+def build_trainer(task: Task, model: nn.Module, derived: Derived, source: data.ImageSource) -> Trainer:
     """Puts together what takes part in an update."""
     cfg, process = task.cfg, task.process
     optimizer = build_optimizer(
@@ -254,10 +257,12 @@ def build_trainer(task: Task, model: nn.Module, derived: Derived, metrics: Metri
         schedule=schedule,
         normalize=task.normalize(),
         process=process,
+        images=len(source),
         epochs=cfg.TRAIN.EPOCHS,
         updates_per_epoch=derived.updates_per_epoch,
+        global_batch=derived.global_batch,
         logger=task.logger,
-        metrics=metrics,
+        metrics=MetricsWriter(None),
         mixing=mixing,
         ema=ema,
         dtype=task.dtype,
@@ -266,6 +271,8 @@ def build_trainer(task: Task, model: nn.Module, derived: Derived, metrics: Metri
         print_freq=cfg.PRINT_FREQ,
         seed=cfg.SEED,
         max_unreadable=cfg.DATA.MAX_UNREADABLE,
+        max_skipped=cfg.TRAIN.MAX_SKIPPED,
+        locate=source.locate,
     )
 
 
@@ -285,6 +292,26 @@ def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
         broadcast_buffers=False,  # the statistics are brought together once, before they are used
         gradient_as_bucket_view=True,
     )
+
+
+def start_or_resume(task: Task, trainer: Trainer, checkpoints: CheckpointFolder) -> None:
+    """Goes on from the checkpoint that `--resume` names or that the run's folder holds, or starts at START_EPOCH."""
+    cfg, start = task.cfg, None
+    if task.process.is_main:
+        checkpoints.clear_leftovers()
+    if cfg.TRAIN.AUTO_RESUME:
+        # All processes go on from what rank 0 found: the folder must be one that all of them see.
+        start = distributed.from_main(lambda: checkpoints.newest(task.logger))
+    if start is None and cfg.MODEL.RESUME:
+        start = cfg.MODEL.RESUME
+    elif cfg.MODEL.RESUME:
+        task.logger.warning(f"going on from this run's own {start} instead of {cfg.MODEL.RESUME}")
+    if start is not None:
+        resume(trainer, Path(start))
+        task.logger.info(f"going on from {start}, update {trainer.progress.update}")
+    else:
+        trainer.progress.epoch = cfg.TRAIN.START_EPOCH
+        trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.updates_per_epoch
 
 
 def train(task: Task) -> None:
@@ -320,19 +347,22 @@ def train(task: Task) -> None:
         logger.info(f"starting from {cfg.MODEL.PRETRAINED}" + f", but {' and '.join(fresh)}" * bool(fresh))
     cast(Any, model).set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
 
-    meta = describe(cfg.MODEL.ARCH, model, task.train_size, "train")
+    if cfg.TRAIN.SYNC_BN and process.world_size > 1:
+        model = synchronise_batch_norms(model)
+    stop = StopRequest()
+    meta = describe(cfg.MODEL.ARCH, model, task.train_size, "train" if is_reparameterizable(model) else None)
     checkpoints = CheckpointFolder(task.folder, keep=cfg.KEEP_CHECKPOINTS, meta=meta, config=cfg.dump())
-    start = cfg.MODEL.RESUME or (cfg.TRAIN.AUTO_RESUME and checkpoints.newest())
-    trainer = build_trainer(task, model, derived, MetricsWriter(None))
-    if start:
-        resume(trainer, Path(start))
-        logger.info(f"going on from {start}, update {trainer.progress.update}")
-    else:
-        trainer.progress.epoch = cfg.TRAIN.START_EPOCH
-        trainer.progress.update = cfg.TRAIN.START_EPOCH * derived.updates_per_epoch
-    trainer.metrics = MetricsWriter(task.folder if process.is_main else None, trainer.progress.update)
+    trainer = build_trainer(task, model, derived, train_source)
+    start_or_resume(task, trainer, checkpoints)
     if process.is_main:
+        trainer.metrics = MetricsWriter(task.folder, trainer.progress.update)
         dump_config(cfg, task.folder / "config.yaml")
+
+    def after_update() -> bool:
+        stopping = bool(stop.agreed())
+        if stopping or (cfg.SAVE_STEPS and trainer.progress.update % cfg.SAVE_STEPS == 0):
+            checkpoints.save(trainer)
+        return stopping
 
     def evaluation(network: nn.Module, kind: str) -> Evaluation:
         if process.world_size > 1:
@@ -347,9 +377,10 @@ def train(task: Task) -> None:
     for epoch in range(progress.epoch, cfg.TRAIN.EPOCHS):
         train_sampler.set_position(epoch, progress.consumed)
         with logging_redirect_tqdm([logger]) if process.is_main else nullcontext():
-            trainer.train_epoch(
-                tqdm(train_loader, f"epoch {epoch}", leave=False, disable=None if process.is_main else True)
-            )
+            bar = tqdm(train_loader, f"epoch {epoch}", leave=False, disable=None if process.is_main else True)
+            if not trainer.train_epoch(bar, after_update):
+                logger.info(f"stopping on request, state saved after update {progress.update}")
+                raise Stopped(stop.number)
         best = best_ema = False
         last = epoch + 1 == cfg.TRAIN.EPOCHS
         if last or (epoch + 1) % cfg.EVAL_FREQ == 0:
@@ -358,11 +389,13 @@ def train(task: Task) -> None:
             if trainer.ema is not None:
                 top1 = evaluation(trainer.ema.module, "eval_ema").top1
                 best_ema, progress.best_ema_top1 = top1 > progress.best_ema_top1, max(top1, progress.best_ema_top1)
-        if process.is_main:
-            numbered = last or (epoch + 1) % cfg.SAVE_FREQ == 0
-            checkpoints.save(trainer, numbered=numbered, best=best, best_ema=best_ema)
+        numbered = last or (epoch + 1) % cfg.SAVE_FREQ == 0
+        checkpoints.save(trainer, numbered=numbered, best=best, best_ema=best_ema)
     trainer.metrics.close()
-    logger.info(f"Best Acc@1 {progress.best_top1:.3f}; weights in {task.folder}")
+    logger.info(
+        f"Best Acc@1 {progress.best_top1:.3f}; {len(trainer.unreadable)} unreadable images, "
+        f"{progress.skipped} skipped updates; weights in {task.folder}"
+    )
 
 
 def main() -> None:
@@ -374,7 +407,8 @@ def main() -> None:
         elif task.cfg.EVAL_MODE:
             evaluate_only(task)
         else:
-            train(task)
+            with folder_lock(task.folder) if task.process.is_main else nullcontext():
+                train(task)
     finally:
         distributed.shutdown()
 

@@ -81,6 +81,8 @@ _C.TRAIN.WARMUP_LR = 0.0
 _C.TRAIN.MIN_LR = 0.0
 # Largest L2 norm of the gradient, which is scaled down to it; 0: unlimited.
 _C.TRAIN.CLIP_GRAD = 5.0
+# How many updates may be skipped, because loss or gradients are not finite, before the run is stopped; 0: none.
+_C.TRAIN.MAX_SKIPPED = 20
 # Whether a run that finds its own latest checkpoint in the output folder continues from it.
 _C.TRAIN.AUTO_RESUME = True
 # Steps whose gradients are summed up before one update; 0 and 1: none.
@@ -168,6 +170,8 @@ _C.OUTPUT = "output"
 _C.TAG = "default"
 # Epochs between two numbered checkpoints; at least 1.
 _C.SAVE_FREQ = 20
+# Updates between two saves of the latest checkpoint within an epoch; 0: at the end of each epoch only.
+_C.SAVE_STEPS = 0
 # How many numbered checkpoints stay, the newest ones; 0: none. The latest and the best stay in any case.
 _C.KEEP_CHECKPOINTS = 3
 # Epochs between two evaluations, at least 1; the last epoch is always evaluated.

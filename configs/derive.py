@@ -14,7 +14,7 @@ class Derived:
     Attributes:
         global_batch: images behind one optimizer update, over all processes and accumulated steps.
         lr, warmup_lr, min_lr: TRAIN.BASE_LR, WARMUP_LR and MIN_LR x global_batch / 256.
-        updates_per_epoch: optimizer updates in one epoch, at least 1.
+        updates_per_epoch: optimizer updates in one epoch; batches that fill no update are left out.
         total_updates: optimizer updates of the whole training, the warm-up included.
         warmup_updates: optimizer updates of the warm-up.
         decay_updates: optimizer updates between two decays of the schedule `step`.
@@ -46,7 +46,7 @@ def derive(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Derived:
         steps_per_epoch: batches that each process sees in one epoch.
 
     Raises:
-        ValueError: `steps_per_epoch` is 0, because the training images do not fill one batch.
+        ValueError: the training images do not fill one batch, or the batches not one update.
     """
     assert world_size >= 1
     if steps_per_epoch < 1:
@@ -55,8 +55,13 @@ def derive(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Derived:
             f"{world_size} process(es); lower it"
         )
     accumulation = max(1, cfg.TRAIN.ACCUMULATION_STEPS)
+    if steps_per_epoch < accumulation:
+        raise ValueError(
+            f"TRAIN.ACCUMULATION_STEPS = {accumulation}: an epoch has {steps_per_epoch} batches only, so that "
+            "no update would ever be made; lower it, or DATA.BATCH_SIZE"
+        )
     global_batch = cfg.DATA.BATCH_SIZE * world_size * accumulation
-    updates_per_epoch = max(1, steps_per_epoch // accumulation)
+    updates_per_epoch = steps_per_epoch // accumulation
     return Derived(
         global_batch=global_batch,
         lr=cfg.TRAIN.BASE_LR * global_batch / REFERENCE_BATCH,

@@ -1,6 +1,7 @@
 """Batches of transformed images, the same ones whatever the number of workers."""
 
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -115,11 +116,25 @@ def build_eval_loader(
     return _build_loader(TransformedDataset(source, transform), sampler, batch_size, num_workers, pin_memory)
 
 
+class BatchLoader(DataLoader[Sample]):
+    """A loader that says what to do when the system has killed one of its workers."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                f"a data loading process was killed, probably for want of memory: lower DATA.NUM_WORKERS ({error})"
+            ) from error
+
+
 def _build_loader(
     dataset: TransformedDataset, sampler: Sampler[Draw], batch_size: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[Sample]:
     num_workers = min(num_workers, len(os.sched_getaffinity(0)))  # more than there are cores would only be in the way
-    return DataLoader(
+    return BatchLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,

@@ -3,7 +3,7 @@
 import datetime
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from utils.meters import Mean, Stopwatch
 from utils.seed import seed_everything
 
 from .ema import ModelEma
+from .finite import FiniteGuard
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Progress:
     update: int = 0  # optimizer updates done since the start
     best_top1: float = 0.0
     best_ema_top1: float = 0.0
+    skipped: int = 0  # updates left out because a number was not finite
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -42,7 +44,8 @@ class Trainer:
     """Everything that takes part in an update.
 
     `network` is the module that is trained, `forward` the same behind DistributedDataParallel and compilation. `dtype`
-    is that of autocast, None for the precision of the weights; float16 goes with a loss scale.
+    is that of autocast, None for the precision of the weights; float16 goes with a loss scale. `images` counts the
+    training set, `global_batch` the images of one update over all processes.
     """
 
     network: nn.Module
@@ -52,8 +55,10 @@ class Trainer:
     schedule: Scheduler
     normalize: nn.Module
     process: Process
+    images: int
     epochs: int
     updates_per_epoch: int
+    global_batch: int
     logger: logging.Logger
     metrics: MetricsWriter
     mixing: Mixing | None = None
@@ -64,57 +69,72 @@ class Trainer:
     print_freq: int = 10
     seed: int = 0
     max_unreadable: int = 0
+    max_skipped: int = 0
+    locate: Callable[[int], str] = str  # where an image of the training set lies
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=self.dtype is torch.float16)
+        self.guard = FiniteGuard(
+            self.network,
+            self.optimizer,
+            self.scaler,
+            window=self.print_freq,
+            limit=self.max_skipped,
+            locate=self.locate,
+            logger=self.logger,
+        )
         self.unreadable: set[str] = set()  # paths, with the reason
         self._watch, self._images = Stopwatch(), 0
-        self._loss, self._grad_norm = self._means()
+        self.meters = {name: Mean(self.process.device) for name in ("loss", "grad_norm")}
 
-    def train_epoch(self, batches: Iterable[Batch]) -> float:
+    def train_epoch(self, batches: Iterable[Batch], after_update: Callable[[], bool] = lambda: False) -> bool:
         """Trains on the rest of the epoch that `progress` stands in and moves `progress` to the next one.
 
         Args:
             batches: this process's, from the position that `progress` names.
+            after_update: called after each update; returns whether to stop there, in the middle of the epoch.
 
         Returns:
-            The mean loss of the epoch's images (of those since a resume), over this process.
+            Whether the epoch came to its end.
+
+        Raises:
+            ValueError: too many images that can't be read, or too many updates that had to be skipped.
         """
         self.forward.train()
         self.optimizer.zero_grad(set_to_none=True)
-        progress, epoch_loss = self.progress, Mean(self.process.device)
         self._watch.lap()
         for group in _groups(batches, self.accumulation):
-            loss = self._update(group)
-            epoch_loss.add(loss, sum(len(batch.labels) for batch in group))
-            if progress.update % self.print_freq == 0:
+            self._update(group)
+            if self.progress.update % self.print_freq == 0:
                 self._report()
-        progress.epoch, progress.consumed = progress.epoch + 1, 0
-        return epoch_loss.compute()
+            if after_update():
+                return False
+        self._look()
+        self.progress.epoch, self.progress.consumed = self.progress.epoch + 1, 0
+        return True
 
-    def _update(self, group: list[Batch]) -> Tensor:
-        """Runs forward and backward over a group of batches, then updates once; returns the mean loss on the device."""
+    def _update(self, group: list[Batch]) -> None:
+        """Runs forward and backward over a group of batches, then updates once."""
         progress = self.progress
         # Drop path and its like draw from the place in the run, so that a resumed run draws the same.
         seed_everything(self.seed, progress.epoch, progress.update, self.process.rank, 2)
+        statistics = self.guard.before()
         losses = [self._backward(batch, i, len(group)) for i, batch in enumerate(group)]
         self.schedule.step_update(progress.update)
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad or torch.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        loss = torch.stack(losses).mean()
+        self.guard.step(progress.update, loss, grad_norm, statistics, [batch.indices for batch in group])
         self.optimizer.zero_grad(set_to_none=True)
         progress.update += 1
         if self.ema is not None:
             self.ema.update(self.network, progress.update)
         images = sum(len(batch.labels) for batch in group)
         progress.consumed += images * self.process.world_size
-        loss = torch.stack(losses).mean()
-        self._loss.add(loss, images)
-        self._grad_norm.add(grad_norm)
+        self.meters["loss"].add(loss, images)
+        self.meters["grad_norm"].add(grad_norm)
         self._images += images * self.process.world_size
-        return loss
 
     def _backward(self, batch: Batch, index: int, size: int) -> Tensor:
         """Adds the gradient of batch `index` of a group of `size`; returns its loss, on the device."""
@@ -145,13 +165,14 @@ class Trainer:
                 f"the last one is {images[-1]}"
             )
 
-    def _means(self) -> tuple[Mean, Mean]:
-        return Mean(self.process.device), Mean(self.process.device)
+    def _look(self) -> None:
+        self.progress.skipped = self.guard.look(self.progress.skipped)
 
     def _report(self) -> None:
         """Logs what came together since the last report; the only place of an epoch that waits for the device."""
+        self._look()
         progress, device = self.progress, self.process.device
-        loss, grad_norm = self._loss.compute(), self._grad_norm.compute()
+        loss, grad_norm = (self.meters[name].compute() for name in ("loss", "grad_norm"))
         seconds = self._watch.lap()
         rate = self._images / seconds
         left = (self.epochs * self.updates_per_epoch - progress.update) * seconds / self.print_freq
@@ -165,7 +186,8 @@ class Trainer:
         )
         values = {"epoch": progress.epoch, "lr": lr, "loss": loss, "grad_norm": grad_norm}
         self.metrics.write("train", progress.update, values, {"images_per_second": rate})
-        self._loss, self._grad_norm = self._means()
+        for mean in self.meters.values():
+            mean.reset()
         self._images = 0
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import tempfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -101,7 +102,8 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
     """Builds the network that a checkpoint's weights belong to, in the structure that they have, and loads them.
 
     Args:
-        checkpoint: the weights; number of classes, input channels and image size are read off them.
+        checkpoint: the weights; number of classes and input channels are read off them, and so is the image size where
+            the metadata does not give it.
         arch: the architecture; None takes the one that the metadata names or that fits.
 
     Raises:
@@ -111,7 +113,8 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
     arch = arch or checkpoint.meta.get("arch") or next(iter(fitting_architectures(weights)), None)
     if arch is None:
         raise ValueError(f"{checkpoint.path} does not say which architecture it is of, and none fits: name it with -a")
-    size = default_image_size(arch)
+    height, width = checkpoint.meta.get("image_size") or default_image_size(arch)
+    size = (height, width)
     head = weights.get(f"{classifier_name(arch)}.weight")
     classes = 0 if head is None else len(head)
     if arch in SPECS:
@@ -121,7 +124,7 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
             arch, classes, deploy=checkpoint.form == "deploy", img_size=size, in_chans=embedding.shape[1]
         )
     else:
-        model = create_model(arch, classes)
+        model = create_model(arch, classes, img_size=size)
     dtypes = {v.dtype for v in weights.values() if v.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
@@ -187,7 +190,10 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     try:
-        write(temporary)
+        try:
+            write(temporary)
+        except RuntimeError as error:  # what torch.save makes of a disk that takes no more
+            raise OSError(f"{path} could not be written, is the disk full? {error}") from error
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -224,6 +230,7 @@ def _read_payload(path: Path) -> dict[str, Any]:
             with safe_open(path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {}).get("meta", "{}"))
                 return {"model": {k: file.get_tensor(k) for k in file.keys()}, "meta": meta}  # noqa: SIM118
+        _check_sums(path)
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
@@ -236,6 +243,15 @@ def _read_payload(path: Path) -> dict[str, Any]:
     return payload
 
 
+def _check_sums(path: Path) -> None:
+    """Raises ValueError where a byte of a zipped checkpoint is not as it was written, which `torch.load` overlooks."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the check sum of {damaged} is wrong")
+
+
 def _find_weights(path: Path, payload: Mapping[str, Any], ema: bool) -> Mapping[str, Tensor]:
     keys = EMA_KEYS if ema else (*WEIGHT_KEYS, *EMA_KEYS)
     for key in keys:
@@ -243,7 +259,7 @@ def _find_weights(path: Path, payload: Mapping[str, Any], ema: bool) -> Mapping[
             return _find_weights(path, payload[key], ema=False)
     if ema:
         raise ValueError(f"{path} holds no moving average of the weights (none of the keys {', '.join(EMA_KEYS)})")
-    strays = [k for k, v in payload.items() if not isinstance(v, Tensor)]
+    strays = [k for k, v in payload.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if strays or not payload:
         raise ValueError(f"{path} holds no weights: found {', '.join(map(repr, list(payload)[:5])) or 'nothing'}")
     return payload

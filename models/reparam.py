@@ -161,7 +161,7 @@ def to_deploy(model: nn.Module) -> nn.Module:
 def relative_difference(expected: Tensor, actual: Tensor) -> float:
     """Returns max |actual - expected| / max |expected| (infinite where anything is not finite)."""
     difference = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
-    return float(torch.nan_to_num(difference, nan=torch.inf))
+    return float(torch.nan_to_num(difference, nan=torch.inf, posinf=torch.inf))
 
 
 @torch.no_grad()

@@ -212,7 +212,7 @@ class RepMLPBlock(Reparameterizable):
         with torch.device("meta"):
             fc3 = ShareSetFC(self.share_sets, self.h, self.w, bias=True)
         fc3.weight, fc3.bias = (nn.Parameter(t, self.fc3.weight.requires_grad) for t in (weight, bias))
-        self.fc3, self.fc3_bn = fc3.train(self.training), nn.Identity()
+        self.fc3, self.fc3_bn = fc3.train(self.training), nn.Identity().train(self.training)
         for k in self.branches:
             delattr(self, f"repconv{k}")
         self.branches, self.deploy = (), True

@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from termcolor import colored
 
+from .signals import Stopped
+
 USER_ERROR = 2  # the exit status of a mistake that the user can mend, as argparse uses it
 
 
@@ -42,10 +44,14 @@ def print_error(message: str) -> None:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and exits with its status; a user's mistake (ValueError, OSError) ends in one line.
 
+    A run that stopped on a signal exits with 128 + its number.
     Setting `REPMLP_TRACEBACK=1` shows where it was raised. Everything else is a defect and keeps its traceback.
     """
     try:
         status = main() or 0
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        status = stop.status
     except (ValueError, OSError) as error:
         if os.environ.get("REPMLP_TRACEBACK"):
             raise

@@ -2,12 +2,16 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 # Long enough for the slowest evaluation or checkpoint of one rank while the others wait for it.
 TIMEOUT = timedelta(minutes=30)
@@ -85,6 +89,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """Computes something on rank 0 and returns it on all processes."""
+    if not dist.is_initialized():
+        return compute()
+    box = [compute() if rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return cast(T, box[0])
 
 
 def _number(name: str, default: int) -> int:

@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from .distributed import all_reduce_sum
+from .distributed import all_reduce_sum, rank
 
 
 class Mean:
@@ -24,6 +24,18 @@ class Mean:
         """Returns the mean (0.0 of nothing); all processes must ask, and it waits for them and for the device."""
         total, count = all_reduce_sum(self._sums.clone()).tolist()
         return total / count if count else 0.0
+
+    def reset(self) -> None:
+        """Starts anew."""
+        self._sums.zero_()
+
+    def state(self) -> list[float]:
+        """Returns the sums over all processes, for a checkpoint; all processes must ask."""
+        return all_reduce_sum(self._sums.clone()).tolist()
+
+    def load_state(self, sums: list[float]) -> None:
+        """Goes on from `state`; one process takes it up for all."""
+        self._sums.copy_(torch.tensor(sums if rank() == 0 else [0.0, 0.0], dtype=torch.float64))
 
 
 class Stopwatch:

@@ -1,0 +1,23 @@
+"""The running statistics of a network as one flat tensor: to keep a copy, to put it back, to pass it around."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class RunningStatistics:
+    """Running means and variances of every BatchNorm of some networks; the tensors themselves, not copies."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        norms = (m for network in networks for m in network.modules() if isinstance(m, _BatchNorm))
+        self._tensors = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+
+    def read(self) -> Tensor:
+        """Returns a copy of all of them, (n,), n = 0 where there are none."""
+        return torch.cat([t.reshape(-1) for t in self._tensors]) if self._tensors else torch.empty(0)
+
+    def write(self, flat: Tensor) -> None:
+        """Puts back what `read` gave."""
+        if self._tensors:
+            pieces = flat.to(self._tensors[0].device).split([t.numel() for t in self._tensors])
+            torch._foreach_copy_(self._tensors, [p.view_as(t) for p, t in zip(pieces, self._tensors, strict=True)])

@@ -1,0 +1,102 @@
+"""A small trainer on made-up images, and the pieces that it is put together from."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from data import Batch, Normalize
+from engine.optimizer import build_optimizer
+from engine.schedule import build_schedule
+from engine.train import Trainer
+from utils import distributed
+from utils.distributed import Process
+from utils.log import MetricsWriter
+from utils.seed import seed_everything
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _same_draws_in_each_test() -> None:
+    seed_everything(0)
+
+
+@pytest.fixture
+def launcher() -> Iterator[Callable[..., None]]:
+    """Returns a function that sets a launcher's variables; the environment is as before afterwards."""
+    before = dict(os.environ)
+
+    def prepare(**variables: str) -> None:
+        for name in [n for n in os.environ if n in LAUNCHER or n.startswith("SLURM_")]:
+            del os.environ[name]
+        os.environ.update(variables)
+
+    prepare()
+    yield prepare
+    distributed.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def batch_of() -> Callable[..., Batch]:
+    """Returns a function that makes a batch of random images of 6 x 6 pixels."""
+
+    def make(count: int, *, classes: int = 4, seed: int = 0, unreadable: tuple[str, ...] = ()) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 256, (count, 3, 6, 6), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, classes, (count,), generator=generator)
+        return Batch(images, labels, torch.arange(count), list(unreadable))
+
+    return make
+
+
+@pytest.fixture
+def plain_network() -> Callable[..., nn.Module]:
+    """Returns a function that builds a network without BatchNorm, in float64."""
+
+    def make(seed: int = 0, classes: int = 4) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 5, 3, stride=2), nn.GELU(), nn.Flatten(), nn.Linear(20, classes), nn.Identity()
+        ).double()
+
+    return make
+
+
+@pytest.fixture
+def trainer_of() -> Callable[..., Trainer]:
+    """Returns a function that puts a trainer together: constant learning rate, on the CPU, alone."""
+
+    def make(network: nn.Module, **changes: object) -> Trainer:
+        optimizer = changes.pop("optimizer", None) or build_optimizer(network, name="sgd", lr=0.1, weight_decay=0.01)
+        schedule = changes.pop("schedule", None) or build_schedule(
+            optimizer,  # type: ignore[arg-type]
+            name="step",
+            total_updates=1000,
+            warmup_updates=0,
+            warmup_lr=0.0,
+            min_lr=0.0,
+            decay_updates=1000,
+            decay_rate=1.0,
+        )
+        settings = {
+            "network": network,
+            "forward": network,
+            "criterion": nn.CrossEntropyLoss(),
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "normalize": Normalize((0.5,) * 3, (0.25,) * 3, dtype=next(network.parameters()).dtype),
+            "process": Process(0, 1, 0, torch.device("cpu")),
+            "epochs": 10,
+            "updates_per_epoch": 5,
+            "logger": logging.getLogger("tests.engine"),
+            "metrics": MetricsWriter(None),
+        }
+        return Trainer(**settings | changes)  # type: ignore[arg-type]
+
+    return make

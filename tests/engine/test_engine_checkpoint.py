@@ -1,0 +1,301 @@
+"""The folder of a run: names, retention, contents; and going on from a checkpoint, ours or a published one."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import models
+from data import Batch, Normalize
+from engine.checkpoint import CheckpointFolder, resume
+from engine.ema import ModelEma
+from engine.optimizer import build_optimizer, parameter_groups
+from engine.schedule import build_schedule
+from engine.train import Trainer
+from models.checkpoints import describe, read_checkpoint
+from models.reparam import to_deploy
+
+ARCH = "RepMLPNet-Digits"
+META = {"arch": ARCH, "num_classes": 10, "image_size": [16, 16], "form": "train"}
+
+
+@pytest.fixture
+def run_of(trainer_of):
+    """Returns a function that builds a trainer of RepMLPNet-Digits whose weights come from a seed."""
+
+    def make(seed: int, *, ema: bool = False, name: str = "adamw", **changes: object) -> Trainer:
+        torch.manual_seed(seed)
+        model = models.create_model(ARCH, 10)
+        optimizer = build_optimizer(model, name=name, lr=0.002, weight_decay=0.05)
+        schedule = build_schedule(
+            optimizer,
+            name="cosine",
+            total_updates=100,
+            warmup_updates=2,
+            warmup_lr=0.0,
+            min_lr=0.0,
+            decay_updates=1,
+            decay_rate=1.0,
+        )
+        average = ModelEma(model, alpha=0.1, period=2, global_batch=8, epochs=4, warmup_updates=2) if ema else None
+        normalize = Normalize((0.3,) * 3, (0.4,) * 3)
+        settings = {"optimizer": optimizer, "schedule": schedule, "ema": average, "normalize": normalize, "epochs": 4}
+        return trainer_of(model, **settings | changes)
+
+    return make
+
+
+def epoch(number: int) -> list[Batch]:
+    """Five batches of eight images of 16 x 16 pixels."""
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randint(0, 256, (5, 8, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (5, 8), generator=generator)
+    return [Batch(images[i], labels[i], torch.arange(8), []) for i in range(5)]
+
+
+def flat(value: object, prefix: str = "") -> dict[str, object]:
+    """Every tensor and every plain value below containers, by its path."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: leaf for k, v in items for name, leaf in flat(v, f"{prefix}/{k}").items()}
+    return {prefix: value}
+
+
+def assert_equal(first: object, second: object) -> None:
+    """Bit for bit, in all containers."""
+    left, right = flat(first), flat(second)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        same = torch.equal(value, right[name]) if isinstance(value, Tensor) else value == right[name]
+        assert same, name
+
+
+def state(trainer: Trainer) -> dict[str, object]:
+    """What a run consists of, as it is in memory."""
+    return {
+        "model": trainer.network.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "ema": {} if trainer.ema is None else trainer.ema.module.state_dict(),
+        "progress": vars(trainer.progress),
+    }
+
+
+def folder(path: Path, keep: int = 3) -> CheckpointFolder:
+    return CheckpointFolder(path, keep=keep, meta=META, config="TAG: test\n")
+
+
+def names(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir()}
+
+
+def test_an_empty_folder_has_nothing_to_go_on_from(tmp_path):
+    assert folder(tmp_path).newest() is None
+    assert folder(tmp_path / "absent").newest() is None
+    assert folder(tmp_path).numbered() == []
+
+
+def test_what_a_checkpoint_is_called(tmp_path, run_of):
+    trainer, checkpoints = run_of(1, ema=True), folder(tmp_path)
+    trainer.progress.epoch = 1
+    checkpoints.save(trainer)
+    assert names(tmp_path) == {"latest.pth"}
+    trainer.progress.epoch = 2
+    checkpoints.save(trainer, numbered=True)
+    assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth"}
+    checkpoints.save(trainer, best=True, best_ema=True)
+    assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth", "best_ckpt.pth", "best_ema.pth"}
+    assert checkpoints.newest() == tmp_path / "latest.pth"
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_the_newest_numbered_ones_stay(tmp_path, run_of, keep):
+    trainer, checkpoints = run_of(1), folder(tmp_path, keep)
+    for finished in (2, 9, 10, 11):
+        trainer.progress.epoch = finished + 1
+        checkpoints.save(trainer, numbered=True, best=finished == 2)
+    expected = [f"ckpt_epoch_{finished}.pth" for finished in (2, 9, 10, 11)[4 - keep :]]
+    assert [path.name for path in checkpoints.numbered()] == expected
+    assert names(tmp_path) == {"latest.pth", "best_ckpt.pth", *expected}
+    assert read_checkpoint(tmp_path / "latest.pth").payload["epoch"] == 11
+    assert read_checkpoint(tmp_path / "best_ckpt.pth").payload["epoch"] == 2
+
+
+def test_without_a_latest_one_the_highest_number_is_the_newest(tmp_path, run_of):
+    trainer, checkpoints = run_of(1), folder(tmp_path)
+    for finished in (9, 10):
+        trainer.progress.epoch = finished + 1
+        checkpoints.save(trainer, numbered=True)
+    (tmp_path / "latest.pth").unlink()
+    (tmp_path / "ckpt_epoch_best.pth").touch()
+    assert checkpoints.newest() == tmp_path / "ckpt_epoch_10.pth"
+
+
+def test_a_checkpoint_is_plain_data_with_its_description(tmp_path, run_of):
+    trainer = run_of(1, ema=True)
+    trainer.train_epoch(epoch(0))
+    folder(tmp_path).save(trainer)
+    payload = torch.load(tmp_path / "latest.pth", weights_only=True)
+    assert (payload["meta"], payload["config"]) == (META, "TAG: test\n")
+    assert (payload["epoch"], payload["max_accuracy"]) == (0, 0.0)
+    assert_equal(payload["model"], trainer.network.state_dict())
+    assert_equal(payload["ema"], trainer.ema.module.state_dict())
+    plain = (Tensor, int, float, str, bool, type(None))
+    assert all(isinstance(leaf, plain) for leaf in flat(payload).values())
+
+
+def test_no_temporary_file_is_left(tmp_path, run_of):
+    checkpoints = folder(tmp_path)
+    checkpoints.save(run_of(1), numbered=True, best=True)
+    assert not [name for name in names(tmp_path) if name.startswith(".") or name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, run_of, ema, name):
+    straight = run_of(1, ema=ema, name=name)
+    straight.train_epoch(epoch(0))
+    straight.progress.best_top1 = 12.5
+    folder(tmp_path).save(straight)
+    resumed = run_of(2, ema=ema, name=name)
+    resume(resumed, tmp_path / "latest.pth")
+    for part in ("model", "ema", "progress"):
+        assert_equal(state(resumed)[part], state(straight)[part])
+    assert_equal(resumed.optimizer.state_dict()["state"], straight.optimizer.state_dict()["state"])
+    assert (resumed.progress.epoch, resumed.progress.update, resumed.progress.best_top1) == (1, 5, 12.5)
+    for trainer in (straight, resumed):
+        trainer.train_epoch(epoch(1))
+    assert_equal(state(resumed), state(straight))
+
+
+def test_hyper_parameters_come_from_the_configuration(tmp_path, run_of):
+    trainer = run_of(1)
+    trainer.train_epoch(epoch(0))
+    folder(tmp_path).save(trainer)
+    other = run_of(1)
+    for group in other.optimizer.param_groups:
+        group.update(weight_decay=0.3, betas=(0.5, 0.6))
+    resume(other, tmp_path / "latest.pth")
+    assert [(g["weight_decay"], g["betas"]) for g in other.optimizer.param_groups] == [(0.3, (0.5, 0.6))] * 2
+    own, loaded = (list(t.optimizer.state.values()) for t in (trainer, other))
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(own, loaded, strict=True))
+
+
+def test_a_moving_average_that_begins_later_starts_from_the_weights(tmp_path, run_of):
+    trainer = run_of(1)
+    trainer.train_epoch(epoch(0))
+    folder(tmp_path).save(trainer)
+    averaging = run_of(2, ema=True)
+    resume(averaging, tmp_path / "latest.pth")
+    assert_equal(averaging.ema.module.state_dict(), trainer.network.state_dict())
+
+
+def published_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Writes what the published training code would have after its epoch 6; returns its network and its optimizer's state."""
+    torch.manual_seed(5)
+    model = models.create_model(ARCH, 10)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    config = CfgNode({"MODEL": CfgNode({"ARCH": ARCH}), "TRAIN": CfgNode({"EPOCHS": 100, "OPTIMIZER": "adamw"})})
+    config.freeze()
+    payload = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"t_initial": 500400, "base_values": [1e-3, 1e-3], "metric": None},
+        "max_accuracy": 71.25,
+        "epoch": 6,
+        "config": config,
+    }
+    torch.save(payload, path)
+    return model, payload["optimizer"]
+
+
+def test_a_published_checkpoint_goes_on_after_its_epoch(tmp_path, run_of):
+    published, optimizer = published_checkpoint(tmp_path / "published.pth")
+    trainer = run_of(1, ema=True)
+    resume(trainer, tmp_path / "published.pth")
+    assert_equal(trainer.network.state_dict(), published.state_dict())
+    assert_equal(trainer.ema.module.state_dict(), published.state_dict())
+    assert_equal(trainer.optimizer.state_dict()["state"], optimizer["state"])
+    progress = trainer.progress
+    assert (progress.epoch, progress.consumed, progress.update, progress.best_top1) == (7, 0, 35, 71.25)
+    before = trainer.network.head.weight.clone()
+    trainer.train_epoch(epoch(0))
+    assert (trainer.progress.epoch, trainer.progress.update) == (8, 40)
+    assert not torch.equal(before, trainer.network.head.weight)
+
+
+def test_names_with_the_prefix_of_a_wrapper(tmp_path, run_of):
+    trainer = run_of(1)
+    folder(tmp_path).save(trainer)
+    payload = torch.load(tmp_path / "latest.pth", weights_only=True)
+    payload["model"] = {f"module.{name}": value for name, value in payload["model"].items()}
+    torch.save(payload, tmp_path / "wrapped.pth")
+    other = run_of(2)
+    resume(other, tmp_path / "wrapped.pth")
+    assert_equal(other.network.state_dict(), trainer.network.state_dict())
+
+
+def saved(path: Path, trainer: Trainer, **changes: object) -> Path:
+    """Writes a checkpoint with some entries replaced, or left out where they are None."""
+    folder(path.parent).save(trainer)
+    payload = torch.load(path.parent / "latest.pth", weights_only=True) | changes
+    torch.save({key: value for key, value in payload.items() if value is not None}, path)
+    return path
+
+
+def test_weights_alone_are_for_pretrained(tmp_path, run_of):
+    path = saved(tmp_path / "weights.pth", run_of(1), optimizer=None, progress=None, epoch=None)
+    with pytest.raises(ValueError, match=re.escape("start from it with --pretrained instead of --resume")) as error:
+        resume(run_of(2), path)
+    assert str(error.value).startswith(f"{path} holds weights but not the state of a training")
+
+
+def test_a_bare_state_dict_is_for_pretrained(tmp_path, run_of):
+    torch.save(run_of(1).network.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=r"optimizer and epoch is missing\): start from it with --pretrained"):
+        resume(run_of(2), tmp_path / "bare.pth")
+
+
+def test_deploy_weights_do_not_resume(tmp_path, run_of):
+    trainer = run_of(1)
+    path = saved(tmp_path / "deploy.pth", trainer, model=to_deploy(trainer.network).state_dict())
+    with pytest.raises(ValueError, match=r"does not fit the network: .*These are deploy weights of RepMLPNet-Digits"):
+        resume(run_of(2), path)
+
+
+def test_another_number_of_classes_does_not_resume(tmp_path, run_of):
+    torch.manual_seed(0)
+    other = models.create_model(ARCH, 7)
+    path = saved(tmp_path / "seven.pth", run_of(1), model=other.state_dict(), meta=describe(ARCH, other, (16, 16), "x"))
+    with pytest.raises(ValueError, match="train weights of RepMLPNet-Digits with 7 classes"):
+        resume(run_of(2), path)
+
+
+@pytest.mark.parametrize(("written", "wanted"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_the_state_of_another_optimizer_is_refused(tmp_path, run_of, written, wanted):
+    trainer = run_of(1, name=written)
+    trainer.train_epoch(epoch(0))
+    folder(tmp_path).save(trainer)
+    with pytest.raises(ValueError, match="optimizer"):
+        resume(run_of(2, name=wanted), tmp_path / "latest.pth")
+
+
+def test_an_optimizer_of_other_groups_is_refused(tmp_path, run_of):
+    trainer = run_of(1)
+    trainer.train_epoch(epoch(0))
+    one_group = trainer.optimizer.state_dict() | {"param_groups": trainer.optimizer.state_dict()["param_groups"][:1]}
+    path = saved(tmp_path / "group.pth", trainer, optimizer=one_group)
+    with pytest.raises(ValueError, match=re.escape(f"the optimizer's state in {path} does not fit")):
+        resume(run_of(2), path)
+
+
+def test_an_absent_file(tmp_path, run_of):
+    with pytest.raises(ValueError, match=r"no checkpoint at .*absent\.pth: no such file"):
+        resume(run_of(1), tmp_path / "absent.pth")

@@ -1,0 +1,147 @@
+"""What a run writes: the log of each process, records of numbers that no clock says, and the curves."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.log import MetricsWriter, create_logger
+
+
+@pytest.fixture(autouse=True)
+def _no_open_log_files():
+    yield
+    create_logger()
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+def test_the_log_goes_to_the_console_and_to_a_file(tmp_path, capsys):
+    logger = create_logger(tmp_path / "run", rank=0)
+    logger.info("accuracy 12.5")
+    logger.warning("a flag is old")
+    out, err = capsys.readouterr()
+    assert [line.split(" ", 1)[1] for line in out.splitlines()] == ["accuracy 12.5", "warning: a flag is old"]
+    assert err == ""
+    lines = (tmp_path / "run" / "log_rank0.txt").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["INFO accuracy 12.5", "WARNING a flag is old"]
+
+
+def test_other_processes_have_their_own_file_and_only_warn_on_the_console(tmp_path, capsys):
+    logger = create_logger(tmp_path, rank=3)
+    logger.info("accuracy 12.5")
+    logger.warning("a flag is old")
+    out = capsys.readouterr().out
+    assert "accuracy" not in out
+    assert "a flag is old" in out
+    assert "accuracy 12.5" in (tmp_path / "log_rank3.txt").read_text()
+    assert not (tmp_path / "log_rank0.txt").exists()
+
+
+def test_a_second_logger_replaces_the_first(tmp_path, capsys):
+    create_logger(tmp_path / "first")
+    create_logger(tmp_path / "second").info("once")
+    assert capsys.readouterr().out.count("once") == 1
+    assert (tmp_path / "first" / "log_rank0.txt").read_text() == ""
+
+
+def test_a_file_grows_over_several_runs(tmp_path):
+    create_logger(tmp_path).info("first run")
+    create_logger(tmp_path).info("second run")
+    assert len((tmp_path / "log_rank0.txt").read_text().splitlines()) == 2
+
+
+def test_the_console_has_no_colours_where_it_is_no_terminal(capsys):
+    create_logger().error("broken")
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_the_root_logger_is_left_alone(tmp_path, caplog):
+    create_logger(tmp_path).info("not for others")
+    assert logging.getLogger("repmlpnet").propagate is False
+    assert caplog.records == []
+
+
+def test_records_have_no_clock_and_the_curves_have(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", 10, {"loss": 0.5, "epoch": 0}, {"images_per_second": 100.0})
+    writer.write("eval", 22, {"top1": 12.5})
+    writer.close()
+    assert records(tmp_path) == [
+        {"kind": "train", "update": 10, "loss": 0.5, "epoch": 0},
+        {"kind": "eval", "update": 22, "top1": 12.5},
+    ]
+    assert curves(tmp_path) == {
+        "train/loss": [(10, 0.5)],
+        "train/epoch": [(10, 0.0)],
+        "train/images_per_second": [(10, 100.0)],
+        "eval/top1": [(22, 12.5)],
+    }
+
+
+def test_numbers_keep_all_their_digits(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    value = 0.1 + 0.2
+    writer.write("train", 1, {"loss": value})
+    writer.close()
+    assert records(tmp_path)[0]["loss"] == value
+
+
+def test_records_are_on_the_disk_before_the_run_ends(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", 10, {"loss": 0.5})
+    assert len(records(tmp_path)) == 1
+    writer.close()
+
+
+def test_a_resumed_run_drops_what_it_will_record_again(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for update in (10, 20, 30):
+        writer.write("train", update, {"loss": float(update)})
+    writer.write("eval", 22, {"top1": 50.0})
+    writer.close()
+    writer = MetricsWriter(tmp_path, start=22)
+    writer.write("train", 30, {"loss": 3.5})
+    writer.close()
+    assert [(r["kind"], r["update"]) for r in records(tmp_path)] == [
+        ("train", 10),
+        ("train", 20),
+        ("eval", 22),
+        ("train", 30),
+    ]
+    assert records(tmp_path)[-1]["loss"] == 3.5
+
+
+def test_a_fresh_run_drops_everything(tmp_path):
+    for loss in (1.0, 2.0):
+        writer = MetricsWriter(tmp_path)
+        writer.write("train", 10, {"loss": loss})
+        writer.close()
+    assert [record["loss"] for record in records(tmp_path)] == [2.0]
+
+
+@pytest.mark.parametrize("rest", ['{"kind": "train", "upd', '{"kind": "train", "update": 20, "loss": 0.25}'])
+def test_a_line_that_was_cut_off_in_writing_is_dropped(tmp_path, rest):
+    whole = '{"kind": "train", "update": 10, "loss": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + rest)
+    writer = MetricsWriter(tmp_path, start=20)
+    writer.write("eval", 22, {"top1": 1.0})
+    writer.close()
+    assert [record["update"] for record in records(tmp_path)] == [10, 22]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = MetricsWriter(None)
+    writer.write("train", 10, {"loss": 0.5})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []

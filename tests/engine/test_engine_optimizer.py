@@ -1,0 +1,119 @@
+"""Which parameters decay, which options arrive, and one update against torch's plain implementation."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from configs.rules import RULES
+from engine.optimizer import build_optimizer, parameter_groups
+
+
+class Exempting(nn.Module):
+    """A network that names a matrix which shall not decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.ones(2, 3))
+        self.linear = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm1d(2)
+        self.frozen = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"position"}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double()
+
+
+def gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def test_biases_norms_and_exempt_names_do_not_decay():
+    model = Exempting()
+    decaying, plain = parameter_groups(model, 0.3)
+    assert (decaying["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert [id(p) for p in decaying["params"]] == [id(model.linear.weight)]
+    expected = [model.position, model.linear.bias, model.norm.weight, model.norm.bias]
+    assert [id(p) for p in plain["params"]] == [id(p) for p in expected]
+
+
+def test_the_order_within_a_group_is_that_of_the_network():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    decaying, plain = parameter_groups(model, 0.3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(p)] for p in decaying["params"]] == ["0.weight", "2.weight"]
+    assert [names[id(p)] for p in plain["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
+
+
+def test_a_bias_of_several_dimensions_does_not_decay():
+    model = nn.Module()
+    model.bias_holder = nn.Module()
+    model.bias_holder.bias = nn.Parameter(torch.ones(3, 1, 1))
+    decaying, plain = parameter_groups(model, 0.3)
+    assert (len(decaying["params"]), len(plain["params"])) == (0, 1)
+
+
+def test_the_options_of_adamw_arrive():
+    optimizer = build_optimizer(network(), name="adamw", lr=0.02, weight_decay=0.3, betas=[0.7, 0.8], eps=1e-5)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
+        assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.7, 0.8), 1e-5)
+        assert (group["weight_decay"], group["amsgrad"]) == (decay, False)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_the_options_of_sgd_arrive(momentum):
+    optimizer = build_optimizer(network(), name="sgd", lr=0.02, weight_decay=0.3, momentum=momentum)
+    assert isinstance(optimizer, torch.optim.SGD)
+    for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
+        assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.02, momentum, decay)
+        assert (group["nesterov"], group["dampening"]) == (momentum > 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("adamw", lambda groups: torch.optim.AdamW(groups, lr=0.02, betas=(0.7, 0.8), eps=1e-5, foreach=False)),
+        ("sgd", lambda groups: torch.optim.SGD(groups, lr=0.02, momentum=0.6, nesterov=True, foreach=False)),
+    ],
+)
+def test_updates_equal_those_of_torch_unfused(name, plain):
+    ours = network()
+    theirs = deepcopy(ours)
+    optimizer = build_optimizer(ours, name=name, lr=0.02, weight_decay=0.3, momentum=0.6, betas=(0.7, 0.8), eps=1e-5)
+    reference = plain(parameter_groups(theirs, 0.3))
+    start = [p.clone() for p in ours.parameters()]
+    for step in range(3):
+        gradients(ours, step)
+        gradients(theirs, step)
+        optimizer.step()
+        reference.step()
+    for own, other, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-14)
+        assert not torch.equal(own, before)
+
+
+def test_adamw_by_hand():
+    model = nn.Linear(1, 1, bias=False).double()
+    model.weight.data.fill_(2.0)
+    optimizer = build_optimizer(model, name="adamw", lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-8)
+    model.weight.grad = torch.full((1, 1), 3.0, dtype=torch.float64)
+    optimizer.step()
+    # The first step has the size of the learning rate, whatever the gradient; the decay is apart from it.
+    assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-8)
+
+
+def test_all_optimizers_of_the_rules_exist_and_no_others():
+    words = RULES["TRAIN.OPTIMIZER.NAME"].allowed.removeprefix("one of ").split(", ")
+    assert words == ["adamw", "sgd"]
+    for name in words:
+        build_optimizer(network(), name=name, lr=0.1, weight_decay=0.0)
+    with pytest.raises(ValueError, match="unknown optimizer 'adam': choose adamw or sgd"):
+        build_optimizer(network(), name="adam", lr=0.1, weight_decay=0.0)

@@ -1,0 +1,167 @@
+"""The learning rate at every update: golden values, and each schedule against its formula."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import configs
+import models
+from configs.rules import RULES
+from engine.optimizer import build_optimizer
+from engine.schedule import build_schedule
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "optimisation.json").read_text())
+PUBLISHED = "MODEL.ARCH RepMLPNet-T224 TRAIN.BASE_LR 0.001 TRAIN.WARMUP_LR 5e-7 TRAIN.MIN_LR 0.0 DATA.BATCH_SIZE 32"
+
+
+def published():
+    """The published recipe: its configuration and the numbers of eight processes."""
+    cfg = configs.load_config(None, configs.parse_opts(f"{PUBLISHED} TRAIN.EPOCHS 100 TRAIN.WARMUP_EPOCHS 10".split()))
+    return cfg, configs.derive(cfg, world_size=8, steps_per_epoch=GOLDEN["recipe"]["steps_per_epoch"])
+
+
+def sgd(lr: float = 1.0) -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=lr)
+
+
+def rates(schedule, optimizer, updates) -> list[float]:
+    """The learning rate after `step_update` of each update."""
+    result = []
+    for update in updates:
+        schedule.step_update(update)
+        assert len({group["lr"] for group in optimizer.param_groups}) == 1
+        result.append(optimizer.param_groups[0]["lr"])
+    return result
+
+
+def build(optimizer, **changes):
+    settings = {
+        "name": "cosine",
+        "total_updates": 100,
+        "warmup_updates": 20,
+        "warmup_lr": 0.1,
+        "min_lr": 0.0,
+        "decay_updates": 30,
+        "decay_rate": 0.5,
+    }
+    return build_schedule(optimizer, **settings | changes)
+
+
+def test_the_published_recipe_gives_the_golden_learning_rates():
+    cfg, derived = published()
+    optimizer = sgd(derived.lr)
+    schedule = build_schedule(
+        optimizer,
+        name=cfg.TRAIN.LR_SCHEDULER.NAME,
+        total_updates=derived.total_updates,
+        warmup_updates=derived.warmup_updates,
+        warmup_lr=derived.warmup_lr,
+        min_lr=derived.min_lr,
+        decay_updates=derived.decay_updates,
+        decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
+        warmup_prefix=cfg.TRAIN.LR_SCHEDULER.WARMUP_PREFIX,
+    )
+    golden = {int(update): rate for update, rate in GOLDEN["lr_after_step_update"].items()}
+    assert len(golden) == 15
+    assert rates(schedule, optimizer, golden) == pytest.approx(list(golden.values()), rel=1e-12, abs=1e-28)
+
+
+def test_the_golden_weight_decay_groups():
+    cfg, derived = published()
+    with torch.device("meta"):
+        model = models.create_model(cfg.MODEL.ARCH)
+    optimizer = build_optimizer(
+        model, name=cfg.TRAIN.OPTIMIZER.NAME, lr=derived.lr, weight_decay=cfg.TRAIN.WEIGHT_DECAY
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [
+        {
+            "weight_decay": group["weight_decay"],
+            "count": len(group["params"]),
+            "names": sorted(names[id(p)] for p in group["params"]),  # as the golden file has them
+        }
+        for group in optimizer.param_groups
+    ]
+    assert groups == GOLDEN["param_groups"]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_the_warm_up_is_a_straight_line(name, prefix):
+    optimizer = sgd(2.0)
+    schedule = build(optimizer, name=name, warmup_prefix=prefix)
+    expected = [0.1 + (2.0 - 0.1) * t / 20 for t in range(20)]
+    assert rates(schedule, optimizer, range(20)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_with_the_warm_up_as_a_prefix_the_learning_rate_peaks_at_the_base(name):
+    optimizer = sgd(2.0)
+    before, at, after = rates(build(optimizer, name=name, warmup_prefix=True), optimizer, (19, 20, 21))
+    rise = (2.0 - 0.1) / 20
+    assert at == pytest.approx(2.0, rel=1e-12)
+    assert at - before == pytest.approx(rise, rel=1e-9)
+    assert 0 <= at - after < rise
+
+
+def test_beneath_the_warm_up_the_cosine_has_fallen_already():
+    optimizer = sgd(2.0)
+    (at,) = rates(build(optimizer), optimizer, (20,))
+    assert at == pytest.approx(1 + math.cos(math.pi * 20 / 100), rel=1e-12)
+
+
+@pytest.mark.parametrize("lowest", [0.0, 0.25])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_cosine_by_its_formula(lowest, prefix):
+    optimizer = sgd(2.0)
+    schedule = build(optimizer, min_lr=lowest, warmup_prefix=prefix)
+    start, length = (20, 80) if prefix else (0, 100)
+    updates = range(20, 101)
+    expected = [lowest + (2.0 - lowest) * (1 + math.cos(math.pi * (t - start) / length)) / 2 for t in updates]
+    assert rates(schedule, optimizer, updates) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("prefix", "start", "length"), [(False, 0, 100), (True, 20, 80)])
+def test_linear_ends_at_a_hundredth(prefix, start, length):
+    optimizer = sgd(2.0)
+    schedule = build(optimizer, name="linear", warmup_prefix=prefix)
+    updates = range(20, 101)
+    expected = [2.0 * (1 - 0.99 * (t - start) / length) for t in updates]
+    measured = rates(schedule, optimizer, [*updates, 130])
+    assert measured[:-1] == pytest.approx(expected, rel=1e-12)
+    assert measured[-1] == pytest.approx(0.02, rel=1e-12)
+
+
+@pytest.mark.parametrize(("prefix", "start"), [(False, 0), (True, 20)])
+def test_step_decays_by_its_rate(prefix, start):
+    optimizer = sgd(2.0)
+    schedule = build(optimizer, name="step", warmup_prefix=prefix)
+    updates = range(20, 100)
+    expected = [2.0 * 0.5 ** ((t - start) // 30) for t in updates]
+    assert rates(schedule, optimizer, updates) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_without_a_warm_up_the_first_update_has_the_base(name):
+    optimizer = sgd(2.0)
+    assert rates(build(optimizer, name=name, warmup_updates=0), optimizer, (0,)) == [2.0]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_the_learning_rate_depends_on_the_update_alone(name):
+    first, second = sgd(2.0), sgd(2.0)
+    in_order = rates(build(first, name=name), first, range(100))
+    assert rates(build(second, name=name), second, (77,)) == [in_order[77]]
+
+
+def test_all_schedules_of_the_rules_exist_and_no_others():
+    words = RULES["TRAIN.LR_SCHEDULER.NAME"].allowed.removeprefix("one of ").split(", ")
+    assert words == ["cosine", "linear", "step"]
+    for name in words:
+        build(sgd(), name=name)
+    with pytest.raises(ValueError, match="unknown schedule 'cosin': choose cosine, linear or step"):
+        build(sgd(), name="cosin")

@@ -1,0 +1,49 @@
+"""Small networks with random weights and statistics, drawn here so that they do not rest on the code under test."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models import RepMLPNet, RepMLPNetSpec
+
+# Two stages of 8x8 and 4x4 maps, share-sets on both sides of one and of the number of channels.
+TINY = RepMLPNetSpec((8, 16), (1, 2), (2, 4), 16, patch_size=2)
+
+
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Draws every parameter and every running statistic of a module anew, in place, and makes it float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low)
+
+    module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+            uniform(parameter, -((3 / fan_in) ** 0.5), (3 / fan_in) ** 0.5)
+        for norm in module.modules():
+            if isinstance(norm, _BatchNorm):
+                uniform(norm.running_mean, -0.5, 0.5)
+                uniform(norm.running_var, 0.3, 2.0)
+                if norm.affine:
+                    uniform(norm.weight, 0.3, 1.5)
+                    uniform(norm.bias, -0.5, 0.5)
+    return module
+
+
+def tiny_network(num_classes: int = 5, seed: int = 0, spec: RepMLPNetSpec = TINY, **kwargs: object) -> nn.Module:
+    """Returns a small float64 network in evaluation mode, with every parameter and statistic random."""
+    return randomised(RepMLPNet(spec, num_classes=num_classes, **kwargs), seed).eval()
+
+
+def random_tensor(*shape: int, seed: int = 0) -> Tensor:
+    """Returns standard normal numbers in float64, the same in every run."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def largest_difference(expected: Tensor, actual: Tensor) -> float:
+    """Returns max |actual - expected| / max |expected|, and fails where the shapes differ."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-300))

@@ -1,0 +1,51 @@
+"""Stopping on request: a signal is noted, and acted on between two updates by all processes at the same one."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Catches SIGTERM, SIGINT and SIGUSR1; a second one acts as it always does, for whoever will not wait.
+
+    Signals reach processes at different times, or only one of them. After each update the processes therefore agree by
+    a small reduction of their own on the CPU, whose result is looked at one update later, so that no one waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0  # the signal that all processes know of
+        self._received = 0
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        for each in SIGNALS:
+            signal.signal(each, self._previous[each] or signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """Returns the signal that all processes know of by now, or 0; all must ask equally often."""
+        if self._group is None:
+            self.number = self._received
+            return self.number
+        if self._pending is not None:
+            known, work = self._pending
+            work.wait()
+            self.number = int(known)
+        mine = torch.tensor(self._received)
+        self._pending = mine, dist.all_reduce(mine, dist.ReduceOp.MAX, self._group, async_op=True)
+        return self.number
+
+
+class Stopped(Exception):
+    """A run that stopped on request, with its state saved; the exit status is 128 + the signal, as shells count."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
