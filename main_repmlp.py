@@ -1,6 +1,7 @@
 """Trains, evaluates (`--eval`) or times (`--throughput`) a network; alone, or in many processes by torchrun or srun."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -286,12 +287,15 @@ def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
     forward = compiled(model, cfg)
     if process.world_size == 1:
         return forward
-    return DistributedDataParallel(
-        forward,
-        device_ids=[process.device.index] if process.device.type == "cuda" else None,
-        broadcast_buffers=False,  # the statistics are brought together once, before they are used
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        # torch 2.15 renames broadcast_buffers; the old name is the one that 2.11 knows too.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            forward,
+            device_ids=[process.device.index] if process.device.type == "cuda" else None,
+            broadcast_buffers=False,  # the statistics are brought together once, before they are used
+            gradient_as_bucket_view=True,
+        )
 
 
 def start_or_resume(task: Task, trainer: Trainer, checkpoints: CheckpointFolder) -> None:

@@ -29,6 +29,8 @@ StateDict = dict[str, Tensor]
 # Where the containers of Swin, timm, MMPretrain and this project keep the weights and their moving average.
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
+# How a zipped checkpoint begins.
+ZIP_START = b"PK\3\4"
 # Prefixes that wrappers put before every name.
 WRAPPERS = ("module.", "_orig_mod.")
 # MMPretrain's names for the published ones.
@@ -234,13 +236,19 @@ def _read_payload(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
-        reason = str(error).strip().split("\n")[0]
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            reason = "it holds Python objects, and loading those could run code"
-        raise ValueError(f"{path} is damaged or no checkpoint that can be read safely: {reason}") from error
+        raise ValueError(f"{path} is damaged or no checkpoint that can be read safely: {_reason(error)}") from error
     if not isinstance(payload, dict):
         raise ValueError(f"{path} holds no weights but a {type(payload).__name__}")
     return payload
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    if re.search("unsupported (global|class)", text, re.IGNORECASE):
+        return "it holds Python objects, and loading those could run code"
+    if not text or "weights_only" in text:  # there torch advises to trust the file
+        return "its content is not that of a checkpoint"
+    return text.split("\n")[0]
 
 
 def _check_sums(path: Path) -> None:
@@ -250,6 +258,10 @@ def _check_sums(path: Path) -> None:
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"the check sum of {damaged} is wrong")
+    else:
+        with path.open("rb") as file:
+            if file.read(len(ZIP_START)) == ZIP_START:
+                raise ValueError("its end is missing")
 
 
 def _find_weights(path: Path, payload: Mapping[str, Any], ema: bool) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
 """Structural re-parameterisation: the kernel algebra of Locality Injection, as pure functions, and its interface.
 
-The functions are differentiable, never change an argument, and compute in the dtype of the weight they are given.
-Callers fuse in float64 and cast back (`Tensor.double` is differentiable too), so that a conversion rounds once.
+The functions are differentiable, change no argument but an `out`, and compute in the dtype of the weight that they are
+given. Callers fuse in float64 and cast back (`Tensor.double` is differentiable too), so that a conversion rounds once.
 
 Source: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVPR 2022 (arXiv:2112.11081).
 """
@@ -53,6 +53,8 @@ def conv_to_fc(
     size: tuple[int, int],
     padding: int | tuple[int, int] | None = None,
     dilation: int | tuple[int, int] = 1,
+    rows: range | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Returns the fully-connected kernel that equals a convolution on maps of one fixed size (Eq. 12).
 
@@ -65,9 +67,11 @@ def conv_to_fc(
         size: (h, w) of the maps.
         padding: zeros on each side; None stands for the one that keeps the size, and any other is an error.
         dilation: distance between taps.
+        rows: only these consecutive y of the output, to build a large kernel piece by piece; None is all of them.
+        out: an FC kernel of the result's shape, contiguous, to which the convolution is added in place.
 
     Returns:
-        (O * h * w, I * h * w): rows are (output channel, y, x), columns (input channel within the group, y, x).
+        (O * len(rows) * w, I * h * w): rows are (output channel, y, x), columns (input channel in the group, y, x).
 
     Raises:
         ValueError: an even kernel, or a padding that does not keep the size.
@@ -81,15 +85,17 @@ def conv_to_fc(
         raise ValueError(
             f"padding {padding} changes the size of the map; kernel {tuple(kernel_size)} needs {keeps_size}"
         )
-    fc = kernel.new_zeros(out_channels, h, w, in_channels, h, w)
+    rows = range(h) if rows is None else rows
+    if out is None:
+        out = kernel.new_zeros(out_channels * len(rows) * w, in_channels * h * w)
+    fc = out.view(out_channels, len(rows), w, in_channels, h, w)
     for i in range(kernel_size[0]):
         for j in range(kernel_size[1]):
             dy, dx = i * step_y - keeps_size[0], j * step_x - keeps_size[1]
-            if abs(dy) < h and abs(dx) < w:
-                # (O, h, w, I, h, w) -> (O, w, I, w, rows) -> (O, I, rows, columns)
-                diagonal = fc.diagonal(dy, 1, 4).diagonal(dx, 1, 3)
-                diagonal.copy_(kernel[:, :, i, j, None, None].expand_as(diagonal))
-    return fc.reshape(out_channels * h * w, in_channels * h * w)
+            # (O, rows, w, I, h, w) -> (O, w, I, w, y) -> (O, I, y, x); empty where the tap never meets the map
+            diagonal = fc.diagonal(dy + rows.start, 1, 4).diagonal(dx, 1, 3)
+            diagonal.add_(kernel[:, :, i, j, None, None])
+    return out
 
 
 def merge_kernels(kernels: Sequence[Tensor]) -> Tensor:

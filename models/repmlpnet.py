@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .reparam import Reparameterizable, ReparameterizableNetwork, conv_to_fc, fold_batch_norm, merge_kernels
 
-# From this many share-sets on, a grouped convolution over the sets is cheaper than a depth-wise one over all channels.
-MANY_SHARE_SETS = 16
+# Elements of an FC kernel that Locality Injection works on at a time: a mebibyte in float64.
+PIECE = 2**17
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,30 @@ class GlobalPerceptron(nn.Module):
         return self.fc2(self.fc1(x).relu()).sigmoid()
 
 
+class _BatchedLinear(torch.autograd.Function):
+    """rows (S, M, I) times kernel (S, O, I) transposed, with a kernel gradient that is laid out as the kernel is.
+
+    Derived from `torch.bmm` alone it would come transposed, and be copied, and under autocast converted, with strides
+    that defeat the cache: for the kernel of a first stage that takes longer than the product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, kernel)
+        return torch.bmm(rows, kernel.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        rows, kernel = ctx.saved_tensors
+        return torch.bmm(grads[0], kernel), torch.bmm(grads[0].transpose(1, 2), rows)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype in which a matrix product with `x` is to be computed."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class ShareSetFC(nn.Conv2d):
     """A fully-connected layer over the h * w positions of a map, one kernel for each of S share-sets.
 
@@ -81,17 +105,18 @@ class ShareSetFC(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(M, S, h, w) -> (M, S, h, w), the result strided as (S, M, h * w)."""
         m, s, h, w = x.shape
-        rows = x.reshape(m, s, h * w).transpose(0, 1)
-        kernel = self.weight.reshape(s, h * w, h * w).transpose(1, 2)
+        dtype = autocast_dtype(x)
+        rows = x.reshape(m, s, h * w).transpose(0, 1).to(dtype)
+        kernel = self.weight.reshape(s, h * w, h * w).to(dtype)
         if self.bias is None:
-            out = torch.bmm(rows, kernel)
+            out = _BatchedLinear.apply(rows, kernel)
         else:
-            out = torch.baddbmm(self.bias.reshape(s, 1, h * w), rows, kernel)
+            out = torch.baddbmm(self.bias.reshape(s, 1, h * w).to(dtype), rows, kernel.transpose(1, 2))
         return out.transpose(0, 1).reshape(m, s, h, w)
 
 
 class ShareSetConv(nn.Conv2d):
-    """A depth-wise convolution in which channel c of C uses kernel c mod S, in the cheapest of three exact forms."""
+    """A depth-wise convolution in which channel c of C uses kernel c mod S."""
 
     def __init__(self, share_sets: int, kernel_size: int) -> None:
         super().__init__(share_sets, share_sets, kernel_size, padding=kernel_size // 2, groups=share_sets, bias=False)
@@ -102,10 +127,8 @@ class ShareSetConv(nn.Conv2d):
         s = self.groups
         if self.kernel_size == (1, 1):
             return x.reshape(-1, s, h, w) * self.weight.reshape(s, 1, 1)
-        if s < MANY_SHARE_SETS:
-            out = F.conv2d(x, self.weight.repeat(c // s, 1, 1, 1), padding=self.padding, groups=c)
-            return out.reshape(-1, s, h, w)
-        return super().forward(x.reshape(-1, s, h, w))
+        # One kernel for each channel: many times faster than S groups over N * C / S maps.
+        return F.conv2d(x, self.weight.repeat(c // s, 1, 1, 1), padding=self.padding, groups=c).reshape(-1, s, h, w)
 
 
 class ConvNorm(nn.Sequential):
@@ -185,6 +208,18 @@ class RepMLPBlock(Reparameterizable):
         x = partitions.reshape(n, height // self.h, width // self.w, c, self.h, self.w)
         return x.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
+    def _terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns, in float64, what makes the equal FC: a factor (S*h*w, 1) for FC3, a bias (S*h*w,), a convolution."""
+        assert isinstance(self.fc3_bn, _BatchNorm)
+        ones = torch.ones(self.fc3.out_channels, 1, dtype=torch.float64, device=self.fc3.weight.device)
+        factor, bias = fold_batch_norm(ones, None, self.fc3_bn)
+        if not self.branches:
+            return factor, bias, None
+        folded = [fold_batch_norm(b.conv.weight.double(), None, b.bn) for b in self._local_branches()]
+        kernels, biases = zip(*folded, strict=True)
+        bias = bias + torch.stack(biases).sum(0).repeat_interleave(self.h * self.w)
+        return factor, bias, merge_kernels(kernels)
+
     def get_equivalent_fc3(self) -> tuple[Tensor, Tensor]:
         """Returns the FC that equals FC3, its BatchNorm and all branches: weight (S*h*w, h*w, 1, 1), bias (S*h*w,).
 
@@ -193,43 +228,68 @@ class RepMLPBlock(Reparameterizable):
         if self.deploy:
             assert self.fc3.bias is not None
             return self.fc3.weight, self.fc3.bias
-        assert isinstance(self.fc3_bn, _BatchNorm)
-        weight, bias = fold_batch_norm(self.fc3.weight.double(), None, self.fc3_bn)
-        if self.branches:
-            folded = [fold_batch_norm(b.conv.weight.double(), None, b.bn) for b in self._local_branches()]
-            kernels, biases = zip(*folded, strict=True)
-            weight = weight + conv_to_fc(merge_kernels(kernels), (self.h, self.w)).view_as(weight)
-            bias = bias + torch.stack(biases).sum(0).repeat_interleave(self.h * self.w)
+        factor, bias, kernel = self._terms()
+        weight = self.fc3.weight.flatten(1).double() * factor
+        if kernel is not None:
+            weight = weight + conv_to_fc(kernel, (self.h, self.w))
         dtype = self.fc3.weight.dtype
-        return weight.to(dtype), bias.to(dtype)
+        return weight.to(dtype).view_as(self.fc3.weight), bias.to(dtype)
 
     @torch.no_grad()
     def local_inject(self) -> None:
-        """Locality Injection, in place; does nothing where it is already done."""
+        """Locality Injection, in place; does nothing where it is already done.
+
+        Computes what `get_equivalent_fc3` does, in pieces of a few rows that fit into the cache, and leaves the result
+        where the weight is, so that it takes next to no memory.
+        """
         if self.deploy:
             return
-        weight, bias = self.get_equivalent_fc3()
-        with torch.device("meta"):
-            fc3 = ShareSetFC(self.share_sets, self.h, self.w, bias=True)
-        fc3.weight, fc3.bias = (nn.Parameter(t, self.fc3.weight.requires_grad) for t in (weight, bias))
-        self.fc3, self.fc3_bn = fc3.train(self.training), nn.Identity().train(self.training)
+        factor, bias, kernel = self._terms()
+        self.fc3.weight.data = self.fc3.weight.contiguous()
+        weight, factor = (t.view(self.share_sets, self.h, self.w, -1) for t in (self.fc3.weight, factor))
+        at_once = max(1, PIECE // (self.share_sets * self.w * self.h * self.w))
+        for rows in (range(y, min(y + at_once, self.h)) for y in range(0, self.h, at_once)):
+            piece = weight[:, rows.start : rows.stop]
+            wide = piece.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+            wide.mul_(factor[:, rows.start : rows.stop])
+            if kernel is not None:
+                conv_to_fc(kernel, (self.h, self.w), rows=rows, out=wide.view(-1, self.h * self.w))
+            piece.copy_(wide)
+        self.fc3.bias = nn.Parameter(bias.to(self.fc3.weight.dtype), self.fc3.weight.requires_grad)
+        self.fc3_bn = nn.Identity()
         for k in self.branches:
             delattr(self, f"repconv{k}")
         self.branches, self.deploy = (), True
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution of one image (1, C, H, W) as a matrix product, which is faster than a convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, C, H, W) -> (1, O, H, W)."""
+        return torch.mm(self.weight.flatten(1), x.reshape(x.shape[1], -1)).view(1, -1, *x.shape[2:])
+
+
 class FFNBlock(nn.Module):
-    """The usual two-layer perceptron over channels, as 1x1 convolutions with BatchNorm."""
+    """The usual two-layer perceptron over channels, as 1x1 convolutions with BatchNorm.
+
+    It treats positions alike, so the images of a batch are put below each other and taken for one.
+    """
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
-        self.ffn_fc1 = ConvNorm(nn.Conv2d(channels, hidden_channels, 1, bias=False))
-        self.ffn_fc2 = ConvNorm(nn.Conv2d(hidden_channels, channels, 1, bias=False))
+        self.ffn_fc1 = ConvNorm(PointwiseConv(channels, hidden_channels))
+        self.ffn_fc2 = ConvNorm(PointwiseConv(hidden_channels, channels))
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        return self.ffn_fc2(self.act(self.ffn_fc1(x)))
+        """(N, C, H, W) -> (N, C, H, W), strided as (C, N, H, W)."""
+        n, c, h, w = x.shape
+        tall = x.transpose(0, 1).reshape(1, c, n * h, w)
+        return self.ffn_fc2(self.act(self.ffn_fc1(tall))).view(c, n, h, w).transpose(0, 1)
 
 
 class RepMLPNetUnit(nn.Module):
@@ -328,7 +388,7 @@ class RepMLPNet(ReparameterizableNetwork):
         Raises:
             ValueError: H or W is no multiple of `img_size`, so that the partitions do not divide the maps.
         """
-        self._check_size(x)
+        check_input_size(x, self.img_size)
         x = self.conv_embedding(x)
         for i, stage in enumerate(self.stages):
             for unit in stage.children():
@@ -346,26 +406,32 @@ class RepMLPNet(ReparameterizableNetwork):
         """Image (N, in_chans, H, W) -> logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def _check_size(self, x: Tensor) -> None:
-        (height, width), (h, w) = x.shape[-2:], self.img_size
-        if height % h or width % w:
-            raise ValueError(
-                f"an input of {height}x{width} does not fit a network whose partitions are made for {h}x{w}: give it "
-                f"{h}x{w} or a multiple of that, or build it with img_size=({height}, {width})"
-            )
+
+def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
+    """Raises ValueError where partitions made for images of `img_size` do not divide an input (..., H, W)."""
+    (height, width), (h, w) = x.shape[-2:], img_size
+    if height % h or width % w:
+        raise ValueError(
+            f"an input of {height}x{width} does not fit a network whose partitions are made for {h}x{w}: give it "
+            f"{h}x{w} or a multiple of that, or build it with img_size=({height}, {width})"
+        )
 
 
 @contextmanager
 def untracked_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, the BatchNorms of a module in training normalise as ever but leave their running statistics alone."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    """Inside, the BatchNorms of a module normalise as ever, but keep their running statistics in copies to throw away.
+
+    They are not told to stop tracking, since checkpointing wants the same tensors saved in both passes.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in buffers:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, name, buffer in buffers:
+            setattr(norm, name, buffer)
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def test_a_moving_average_that_begins_later_starts_from_the_weights(tmp_path, ru
 
 
 def published_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Writes what the published training code would have after its epoch 6; returns its network and its optimizer's state."""
+    """Writes what the published training code leaves after its epoch 6; returns the network and the optimizer."""
     torch.manual_seed(5)
     model = models.create_model(ARCH, 10)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)

@@ -1,0 +1,208 @@
+"""RepMLPNet for inference: every BatchNorm folded away, and nothing left but matrix multiplications and GELU.
+
+`fuse_batch_norms` rewrites a network exactly. Maps are kept as (C, N, h * w), channels first of all and in the order of
+their share-sets. In that layout the FC3 of a block is one batched product and each FFN layer one product over the whole
+batch, with no copy between them, and the second FFN layer adds straight onto the shortcut.
+
+What is folded where, for a block whose shortcut holds x:
+
+- `prebn1` is a * x + b. FC3 gives a * (W x) + b * rowsum(W) + bias, since W acts on positions and a, b on channels; the
+  Global Perceptron takes a and b into its first layer, since a mean commutes with both.
+- `prebn2`, and the BatchNorms of the two FFN layers, go into these layers.
+- The bias of the second FFN layer is not added at all: the shortcut holds x less a constant k for each channel, which
+  whatever reads the shortcut makes up for in its own constants.
+"""
+
+from copy import deepcopy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .reparam import fold_batch_norm, is_reparameterizable, to_deploy
+from .repmlpnet import ConvNorm, RepMLPNet, RepMLPNetUnit, check_input_size
+
+# Hidden elements of an FFN that are computed at a time on a CPU: few enough to stay in the cache of one core.
+CACHED_ELEMENTS = 2**18
+
+
+def fuse_batch_norms(model: nn.Module) -> "FusedRepMLPNet":
+    """Returns a copy of a RepMLPNet in inference form, of the same dtype and on the same device.
+
+    Computed in float64 and cast back. The copy takes inputs of the same sizes and gives the same logits; it can't be
+    trained.
+
+    Raises:
+        ValueError: the network is no RepMLPNet.
+    """
+    if not isinstance(model, RepMLPNet):
+        raise ValueError(f"only a RepMLPNet can be fused, not a {type(model).__name__}")
+    double = deepcopy(model).double()
+    fused = FusedRepMLPNet(cast(RepMLPNet, to_deploy(double) if is_reparameterizable(double) else double))
+    return fused.to(model.head_norm.weight.dtype).eval()
+
+
+class FusedLinear(nn.Module):
+    """A linear layer over channels: (in, n) -> (out, n)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = _constant(weight), _constant(bias[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(in, n) -> (out, n)."""
+        return torch.addmm(self.bias, self.weight, x)
+
+
+class FusedUnit(nn.Module):
+    """A RepMLP block and an FFN, both adding to the shortcut in place.
+
+    Args:
+        unit: in deploy structure.
+        order: (C,) which channel of the unit each of the shortcut's is.
+        shift: (C,) what the shortcut's channels lack of the unit's; brought up to date for what comes after.
+    """
+
+    def __init__(self, unit: RepMLPNetUnit, order: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        block, ffn = unit.repmlp_block, unit.ffn_block
+        sets, positions = block.share_sets, block.h * block.w
+        scale, offset = (t[order] for t in _affine(unit.prebn1))
+        offset = offset + scale * shift
+
+        kernel = block.fc3.weight.reshape(sets, positions, positions)
+        of_set = torch.arange(len(order), device=order.device) // (len(order) // sets)
+        bias = cast(Tensor, block.fc3.bias).reshape(sets, positions)
+        self.fc3 = _constant(kernel)
+        self.fc3_scale = _constant(scale[:, None])
+        self.fc3_offset = _constant((offset[:, None] * kernel.sum(2)[of_set] + bias[of_set])[:, None])
+
+        fc1, fc2 = (fc.weight.flatten(1) for fc in (block.gp.fc1, block.gp.fc2))
+        bias1, bias2 = (cast(Tensor, fc.bias) for fc in (block.gp.fc1, block.gp.fc2))
+        self.gp1 = FusedLinear(fc1[:, order] * scale, bias1 + fc1[:, order] @ offset)
+        self.gp2 = FusedLinear(fc2[order], bias2[order])
+
+        scale, offset = (t[order] for t in _affine(unit.prebn2))
+        fc1, bias1 = _fold(ffn.ffn_fc1)
+        fc2, bias2 = _fold(ffn.ffn_fc2)
+        self.ffn1 = FusedLinear(fc1[:, order] * scale, bias1 + fc1[:, order] @ (offset + scale * shift))
+        self.ffn2 = _constant(fc2[order])
+        shift += bias2[order]
+
+    def forward(self, x: Tensor, partitions: int) -> None:
+        """Adds to x (C, N * partitions, h * w), contiguous."""
+        self._add_block(x, partitions)
+        self._add_ffn(x.flatten(1))
+
+    def _add_block(self, x: Tensor, partitions: int) -> None:
+        channels, rows, positions = x.shape
+        out = torch.bmm(x.view(len(self.fc3), -1, positions), self.fc3.transpose(1, 2)).view_as(x)
+        images = (channels, rows // partitions, partitions)
+        gate = self.gp2(self.gp1(x.view(*images[:2], -1).mean(2)).relu_()).sigmoid_()
+        gate = gate[:, :, None].expand(images).reshape(channels, rows)
+        x.addcmul_(out, (gate * self.fc3_scale)[:, :, None])
+        x.addcmul_(self.fc3_offset, gate[:, :, None])
+
+    def _add_ffn(self, x: Tensor) -> None:
+        for columns in x.split(self._columns(x), 1):
+            hidden = torch.ops.aten.gelu_(self.ffn1(columns))
+            columns.addmm_(self.ffn2, hidden)
+
+    def _columns(self, x: Tensor) -> int:
+        """Returns how many columns of x (C, n) to work on at a time."""
+        return x.shape[1] if x.is_cuda else max(1, CACHED_ELEMENTS // len(self.ffn1.weight))
+
+
+class FusedRepMLPNet(nn.Module):
+    """A RepMLPNet without BatchNorm, for inference; made by `fuse_batch_norms`."""
+
+    def __init__(self, model: RepMLPNet) -> None:
+        super().__init__()
+        self.img_size, self.num_classes = model.img_size, model.num_classes
+        self.patches = [model.conv_embedding.conv.stride[0]]
+        self.patches += [cast(ConvNorm, embed).conv.stride[0] for embed in model.embeds]
+        self.embeds, self.stages = nn.ModuleList(), nn.ModuleList()
+        order = torch.arange(model.in_chans, device=model.head_norm.weight.device)
+        shift = torch.zeros(model.in_chans, dtype=torch.float64, device=order.device)
+        for embed, stage in zip([model.conv_embedding, *model.embeds], model.stages, strict=True):
+            weight, bias = _fold(cast(ConvNorm, embed), flat=False)
+            weight = weight[:, order]
+            bias = bias + weight.sum((2, 3)) @ shift
+            units = [cast(RepMLPNetUnit, unit) for unit in stage.children()]
+            order = _by_share_set(len(bias), units[0].repmlp_block.share_sets).to(order.device)
+            shift = torch.zeros_like(bias)
+            self.embeds.append(FusedLinear(weight[order].flatten(1), bias[order]))
+            self.stages.append(nn.ModuleList(FusedUnit(unit, order, shift) for unit in units))
+        scale, offset = (t[order] for t in _affine(model.head_norm))
+        self.scale, self.offset = _constant(scale[:, None]), _constant((offset + scale * shift)[:, None])
+        self.head: FusedLinear | None = None
+        if isinstance(model.head, nn.Linear):
+            weight = model.head.weight[:, order]
+            bias = cast(Tensor, model.head.bias) + weight @ (offset + scale * shift)
+            self.head = FusedLinear(weight * scale, bias)
+        self.restore_order = _constant(order.argsort()) if self.head is None else None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (N, in_chans, H, W) -> logits (N, num_classes), or pooled features (N, C) of a network without head.
+
+        Raises:
+            ValueError: H or W is no multiple of `img_size`.
+        """
+        check_input_size(x, self.img_size)
+        parts = x.shape[2] // self.img_size[0], x.shape[3] // self.img_size[1]
+        size = x.shape[2:]
+        x = x.transpose(0, 1)
+        for patch, embed, stage in zip(self.patches, self.embeds, self.stages, strict=True):
+            size = torch.Size(s // patch for s in size)
+            x = embed(_patches(x, patch)).relu_().view(-1, x.shape[1], *size)
+            x = _partition(x, parts)
+            for unit in cast(nn.ModuleList, stage):
+                unit(x, parts[0] * parts[1])
+            x = _restore(x, parts, size)
+        x = x.flatten(2).mean(2)
+        if self.head is not None:
+            return self.head(x).t()
+        assert self.restore_order is not None
+        return (x * self.scale + self.offset)[self.restore_order].t()
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
+
+
+def _affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Returns the scale and shift (C,) that a BatchNorm applies in inference."""
+    return fold_batch_norm(torch.ones_like(cast(Tensor, bn.running_mean)), None, bn)
+
+
+def _fold(layer: ConvNorm, flat: bool = True) -> tuple[Tensor, Tensor]:
+    """Returns weight (O, I, k, k), or (O, I) of a 1x1 convolution, and bias (O,) of a convolution and its BatchNorm."""
+    weight, bias = fold_batch_norm(layer.conv.weight, None, layer.bn)
+    return weight.flatten(1) if flat else weight, bias
+
+
+def _by_share_set(channels: int, share_sets: int) -> Tensor:
+    """Returns the channels (C,) set by set: those of set s are s, s + S, s + 2 S ..."""
+    return torch.arange(channels).reshape(-1, share_sets).t().reshape(-1)
+
+
+def _patches(x: Tensor, patch: int) -> Tensor:
+    """Returns the pixels of each patch in a column: (C, N, H, W) -> (C * patch * patch, N * H/patch * W/patch)."""
+    c, n, height, width = x.shape
+    x = x.reshape(c, n, height // patch, patch, width // patch, patch)
+    return x.permute(0, 3, 5, 1, 2, 4).reshape(c * patch * patch, -1)
+
+
+def _partition(x: Tensor, parts: tuple[int, int]) -> Tensor:
+    """(C, N, H, W) -> (C, N * p * q, H/p * W/q), image by image."""
+    c, n, height, width = x.shape
+    (p, q), h, w = parts, height // parts[0], width // parts[1]
+    return x.view(c, n, p, h, q, w).transpose(3, 4).reshape(c, n * p * q, h * w)
+
+
+def _restore(x: Tensor, parts: tuple[int, int], size: torch.Size) -> Tensor:
+    """Undoes `_partition` towards maps of a given size (H, W)."""
+    (p, q), h, w = parts, size[0] // parts[0], size[1] // parts[1]
+    return x.view(len(x), -1, p, q, h, w).transpose(3, 4).reshape(len(x), -1, *size)

@@ -1,0 +1,255 @@
+"""`main_repmlp.py` on the embedded digits: what a run leaves, that it repeats itself, goes on, and evaluates."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import configs
+import main_repmlp
+
+ARCH = "RepMLPNet-Digits"
+ROOT = Path(__file__).parents[2]
+SHORT = f"--cfg {ROOT}/configs/quickstart.yaml --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 1 SAVE_FREQ 1"
+ONE = f"--cfg {ROOT}/configs/quickstart.yaml --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
+ACCURACY = re.compile(r"Acc@1 ([\d.]+) Acc@5 ([\d.]+) loss ([\d.]+) on (\d+) images")
+
+
+def figures(text: str) -> list[tuple[str, ...]]:
+    return ACCURACY.findall(text)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_run_leaves_its_files(trained):
+    names = {path.name for path in trained.folder.iterdir()}
+    wanted = {"config.yaml", "log_rank0.txt", "metrics.jsonl", "latest.pth", "best_ckpt.pth"}
+    assert wanted | {"ckpt_epoch_0.pth", "ckpt_epoch_1.pth"} <= names
+    assert len([name for name in names if name.startswith("events.out.tfevents.")]) == 1
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert [path.name for path in trained.output.iterdir()] == [ARCH]
+
+
+def test_it_learns(trained):
+    first, second = trained.records("eval")
+    assert (first["epoch"], second["epoch"], first["images"], second["images"]) == (0, 1, 359, 359)
+    assert second["top1"] > 50
+    assert second["top5"] > second["top1"]
+    losses = [record["loss"] for record in trained.records("train")]
+    assert losses[-1] < losses[0]
+
+
+def test_the_records_are_json_without_a_clock(trained):
+    keys = {}
+    for line in (trained.folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        keys.setdefault(record["kind"], set()).update(record)
+    assert keys["train"] >= {"kind", "update", "epoch", "lr", "loss", "grad_norm"}
+    assert keys["eval"] >= {"kind", "update", "epoch", "top1", "top5", "loss", "images"}
+    clocks = ("second", "time", "date", "eta", "img/s", "speed", "memory")
+    assert not [key for key in set.union(*keys.values()) if any(word in key for word in clocks)]
+
+
+def test_the_learning_rates_in_the_records_are_those_of_the_recipe(trained):
+    updates = [record["update"] for record in trained.records("train")]
+    assert updates == [10, 20, 30, 40]
+    first = trained.records("train")[0]
+    # 22 updates an epoch, one epoch of warm-up from 0 to 0.008 * 64 / 256; the record follows update number 9.
+    assert first["lr"] == pytest.approx(0.002 * 9 / 22, rel=1e-12)
+
+
+def test_the_curves_are_readable(trained):
+    accumulator = EventAccumulator(str(trained.folder)).Reload()
+    assert {"train/loss", "train/lr", "eval/top1"} <= set(accumulator.Tags()["scalars"])
+    curve = [(event.step, event.value) for event in accumulator.Scalars("eval/top1")]
+    assert curve == [(r["update"], pytest.approx(r["top1"], rel=1e-6)) for r in trained.records("eval")]
+
+
+def test_the_log_tells_the_accuracy(trained):
+    log = (trained.folder / "log_rank0.txt").read_text()
+    assert figures(log) == figures(trained.result.out)
+    assert [float(found[0]) for found in figures(log)] == [
+        pytest.approx(record["top1"], abs=6e-4) for record in trained.records("eval")
+    ]
+    assert trained.result.err == ""
+
+
+def test_the_written_configuration_is_the_one_that_ran(trained):
+    again = configs.load_config(trained.folder / "config.yaml")
+    ran = main_repmlp.parse(
+        [*SHORT.split(), "TAG", "first", "OUTPUT", str(trained.output)],
+    ).config
+    assert configs.flatten(again) == configs.flatten(ran)
+    assert "BASE" not in yaml.safe_load((trained.folder / "config.yaml").read_text())
+
+
+def test_the_checkpoints_describe_themselves(trained):
+    for name in ("latest.pth", "best_ckpt.pth", "ckpt_epoch_1.pth"):
+        payload = torch.load(trained.folder / name, weights_only=True)
+        meta = payload["meta"]
+        assert (meta["arch"], meta["num_classes"], meta["image_size"], meta["form"]) == (ARCH, 10, [16, 16], "train")
+        assert set(meta["versions"]) == {"repmlpnet", "torch", "timm"}
+        assert yaml.safe_load(payload["config"])["TRAIN"]["EPOCHS"] == 2
+        assert payload["epoch"] == 1
+    best = max(record["top1"] for record in trained.records("eval"))
+    assert torch.load(trained.folder / "best_ckpt.pth", weights_only=True)["max_accuracy"] == best
+
+
+def test_the_same_command_gives_the_same_run_bit_for_bit(trained, train):
+    again = train(SHORT, tag="second")
+    assert (again.folder / "metrics.jsonl").read_bytes() == (trained.folder / "metrics.jsonl").read_bytes()
+    assert same(again.weights(), trained.weights())
+
+
+def test_another_seed_gives_another_run(trained, train):
+    other = train(ONE + " SEED 1")
+    assert not same(other.weights(), trained.weights("ckpt_epoch_0.pth"))
+
+
+def test_a_run_goes_on_from_its_own_checkpoint_as_if_nothing_had_happened(trained, train, tmp_path):
+    folder = tmp_path / ARCH / "run"
+    folder.mkdir(parents=True)
+    shutil.copy(trained.folder / "ckpt_epoch_0.pth", folder / "latest.pth")
+    records = (trained.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    # As it was killed: one record of the second epoch is there already, and another one half.
+    (folder / "metrics.jsonl").write_text("".join(records[:4]) + records[4][:20])
+    resumed = train(SHORT, output=tmp_path)
+    assert "latest.pth" in resumed.result.out
+    assert len(figures(resumed.result.out)) == 1
+    assert (folder / "metrics.jsonl").read_bytes() == (trained.folder / "metrics.jsonl").read_bytes()
+    assert same(resumed.weights(), trained.weights())
+    first, second = (torch.load(f / "latest.pth", weights_only=True) for f in (trained.folder, folder))
+    assert first["progress"] == second["progress"]
+
+
+def test_a_run_that_is_over_stays_as_it_is(trained, train, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / ARCH / "run")
+    again = train(SHORT, output=tmp_path)
+    assert figures(again.result.out) == []
+    assert same(again.weights(), trained.weights())
+    assert (folder / "metrics.jsonl").read_bytes() == (trained.folder / "metrics.jsonl").read_bytes()
+
+
+def test_without_auto_resume_a_run_begins_anew(trained, train, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / ARCH / "run")
+    again = train(SHORT + " TRAIN.AUTO_RESUME False", output=tmp_path)
+    assert len(figures(again.result.out)) == 2
+    assert (again.folder / "metrics.jsonl").read_bytes() == (trained.folder / "metrics.jsonl").read_bytes()
+
+
+def test_resume_names_the_checkpoint_to_go_on_from(trained, train):
+    resumed = train(f"--resume {trained.folder}/ckpt_epoch_0.pth {SHORT}")
+    assert len(figures(resumed.result.out)) == 1
+    assert same(resumed.weights(), trained.weights())
+
+
+def test_pretrained_weights_start_a_new_run(trained, train):
+    fresh, started = train(ONE), train(f"--pretrained {trained.folder}/best_ckpt.pth {ONE}")
+    # A whole epoch at the full learning rate shakes good weights, but not back to where a fresh run gets.
+    assert started.records("train")[0]["loss"] < fresh.records("train")[0]["loss"] - 0.3
+    assert torch.load(started.folder / "latest.pth", weights_only=True)["epoch"] == 0
+
+
+def test_pretrained_weights_of_other_classes_leave_a_fresh_head(weights, train):
+    started = train(f"--pretrained {weights.seven} {ONE}")
+    assert "head.weight" in started.result.out
+    assert started.weights()["head.weight"].shape == (10, 64)
+
+
+@pytest.mark.parametrize("name", ["best_ckpt.pth", "latest.pth"])
+def test_evaluating_gives_the_accuracy_of_the_training(trained, script, tmp_path, name):
+    result = script("main_repmlp.py", "--eval", "--resume", trained.folder / name, "--output", tmp_path, *SHORT.split())
+    assert (result.status, result.err) == (0, "")
+    last = trained.records("eval")[-1]
+    (found,) = figures(result.out)
+    assert found == (f"{last['top1']:.3f}", f"{last['top5']:.3f}", f"{last['loss']:.4f}", "359")
+
+
+@pytest.mark.parametrize("batch", [1000, 7])
+def test_the_batch_of_an_evaluation_does_not_matter(trained, script, tmp_path, batch):
+    options = f"--eval --resume {trained.folder}/best_ckpt.pth --output {tmp_path} {SHORT} DATA.TEST_BATCH_SIZE {batch}"
+    result = script("main_repmlp.py", *options.split())
+    assert [found[0::3] for found in figures(result.out)] == [(figures(trained.result.out)[-1][0], "359")]
+
+
+def test_deploy_weights_evaluate_alike(trained, deployed, user, tmp_path):
+    result = user("main_repmlp.py", "--eval", "--resume", deployed, "--output", tmp_path, *SHORT.split())
+    assert (result.status, result.err) == (0, "")
+    assert [found[:2] for found in figures(result.out)] == [figures(trained.result.out)[-1][:2]]
+    assert "deploy weights" in result.out
+
+
+def test_an_evaluation_needs_no_training_images(trained, digits_val, script, tmp_path):
+    command = (
+        f"--eval --resume {trained.folder}/best_ckpt.pth --arch {ARCH} --data-path {digits_val} --batch-size 50 "
+        f"--output {tmp_path} --opts DATA.NUM_WORKERS 0"
+    )
+    result = script("main_repmlp.py", *command.split())
+    assert result.status == 0, result.err
+    (found,) = figures(result.out)
+    assert found[3] == "359"
+    assert float(found[0]) > 50
+    assert not (digits_val / "train").exists()
+
+
+def test_an_evaluation_writes_no_checkpoint(trained, script, tmp_path):
+    script(
+        "main_repmlp.py",
+        "--eval",
+        "--resume",
+        trained.folder / "best_ckpt.pth",
+        "--output",
+        tmp_path,
+        "--tag",
+        "e",
+        *SHORT.split(),
+    )
+    assert {path.name for path in (tmp_path / ARCH / "e").iterdir()} <= {"log_rank0.txt", "config.yaml", ".lock"}
+
+
+def test_throughput_of_both_structures(script, tmp_path):
+    options = f"--throughput --arch {ARCH} --batch-size 4 --output {tmp_path}"
+    result = script("main_repmlp.py", *options.split())
+    assert result.status == 0, result.err
+    rates = re.findall(
+        r"(training|deploy) structure.*?: ([\d.]+) img/s \(slowest ([\d.]+), fastest ([\d.]+)\)", result.out
+    )
+    assert [name for name, *_ in rates] == ["training", "deploy"]
+    assert all(0 < float(slowest) <= float(median) <= float(fastest) for _, median, slowest, fastest in rates)
+
+
+def test_throughput_of_a_network_with_one_structure(script, tmp_path):
+    options = f"--throughput --arch resnet10t --batch-size 2 --output {tmp_path} --opts DATA.IMG_SIZE 32"
+    result = script("main_repmlp.py", *options.split())
+    assert result.status == 0, result.err
+    assert result.out.count(" img/s (slowest") == 1
+
+
+@pytest.mark.parametrize(("level", "amp"), [("O0", "off"), ("O1", "fp16"), ("O2", "fp16")])
+def test_the_old_precision_flag_is_announced(script, tmp_path, level, amp):
+    options = f"--throughput --arch {ARCH} --batch-size 4 --output {tmp_path} --amp-opt-level {level}"
+    result = script("main_repmlp.py", *options.split())
+    assert result.status == 0, result.err
+    assert f"warning: --amp-opt-level {level} is the old name of --amp {amp}" in result.out
+    assert f"amp {amp}" in result.out.split("warning", 1)[1]
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
+def test_the_flag_of_old_launchers_is_accepted(trained, script, tmp_path, flag):
+    options = f"{flag} --eval --resume {trained.folder}/best_ckpt.pth --output {tmp_path} {SHORT}"
+    result = script("main_repmlp.py", *options.split())
+    assert (result.status, result.err) == (0, "")
+    assert figures(result.out) == figures(trained.result.out)[-1:]
+
+
+def test_help(user):
+    result = user("main_repmlp.py", "--help")
+    assert (result.status, result.err) == (0, "")
+    assert "--data-path" in result.out
