@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,11 +30,12 @@ from engine.sync_batch_norm import synchronise_batch_norms
 from engine.throughput import throughput
 from engine.train import Trainer, autocast
 from models.checkpoints import describe, load_pretrained, load_weights, read_checkpoint
+from models.fusion import fuse_verified
 from models.reparam import is_reparameterizable, to_deploy
 from utils import cli, distributed
 from utils.distributed import Process
 from utils.lock import folder_lock
-from utils.log import MetricsWriter, create_logger
+from utils.log import MetricsWriter, create_logger, log_failure
 from utils.seed import seed_everything
 from utils.signals import Stopped, StopRequest
 
@@ -156,11 +157,14 @@ class Task(NamedTuple):
         return wanted
 
 
-def prepare(options: Options) -> Task:
-    """Joins the other processes and settles sizes and precision."""
-    cfg = options.config
-    process = distributed.init(options.local_rank)
-    folder = Path(cfg.OUTPUT, cfg.MODEL.ARCH, cfg.TAG)
+def run_folder(cfg: CfgNode) -> Path:
+    """Returns where a run writes to."""
+    return Path(cfg.OUTPUT, cfg.MODEL.ARCH, cfg.TAG)
+
+
+def prepare(options: Options, process: Process) -> Task:
+    """Opens the log and settles sizes and precision."""
+    cfg, folder = options.config, run_folder(options.config)
     logger = create_logger(folder, process.rank)
     for notice in options.notices:
         logger.warning(notice)
@@ -188,15 +192,19 @@ def evaluate_only(task: Task) -> None:
 
 
 def measure_throughput(task: Task) -> None:
-    """Times the network in its training and its deploy structure."""
+    """Times the network in its training structure, its deploy structure, and fused for inference."""
     cfg, device = task.cfg, task.process.device
     model = task.build_model(cfg.MODEL.NUM_CLASSES or 1000).eval()
-    forms = {"training structure": model}
-    if is_reparameterizable(model):
-        forms["deploy structure"] = to_deploy(model)
     images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *task.test_size, device=device)
-    for name, network in forms.items():
-        speed = throughput(compiled(network, cfg), images, autocast(device, task.dtype))
+    precision = autocast(device, task.dtype)
+    forms = [("training structure", model, images, precision)]
+    if is_reparameterizable(model):
+        forms.append(("deploy structure", to_deploy(model), images, precision))
+    if isinstance(model, models.RepMLPNet):  # fused, it computes in the dtype of its weights
+        dtype = task.dtype or images.dtype
+        forms.append(("fused for inference", fuse_verified(model).to(dtype), images.to(dtype), nullcontext()))
+    for name, network, inputs, context in forms:
+        speed = throughput(compiled(network, cfg), inputs, context)
         task.logger.info(f"{cfg.MODEL.ARCH} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
 
 
@@ -298,24 +306,34 @@ def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
         )
 
 
-def start_or_resume(task: Task, trainer: Trainer, checkpoints: CheckpointFolder) -> None:
-    """Goes on from the checkpoint that `--resume` names or that the run's folder holds, or starts at START_EPOCH."""
+def start_or_resume(task: Task, trainer: Trainer, checkpoints: CheckpointFolder) -> int:
+    """Goes on from the checkpoint that `--resume` names or that the run's folder holds, or starts at START_EPOCH.
+
+    Returns:
+        The number of the last update whose record stays in `metrics.jsonl`.
+    """
     cfg, start = task.cfg, None
-    if task.process.is_main:
+
+    def newest() -> Path | None:
         checkpoints.clear_leftovers()
-    if cfg.TRAIN.AUTO_RESUME:
-        # All processes go on from what rank 0 found: the folder must be one that all of them see.
-        start = distributed.from_main(lambda: checkpoints.newest(task.logger))
+        path = checkpoints.newest(task.logger) if cfg.TRAIN.AUTO_RESUME else None
+        if path is not None:
+            checkpoints.complete(path)
+        return path
+
+    # All processes go on from what rank 0 found: the folder must be one that all of them see.
+    start = distributed.from_main(newest)
     if start is None and cfg.MODEL.RESUME:
         start = cfg.MODEL.RESUME
     elif cfg.MODEL.RESUME:
         task.logger.warning(f"going on from this run's own {start} instead of {cfg.MODEL.RESUME}")
     if start is not None:
-        resume(trainer, Path(start))
+        recorded = resume(trainer, Path(start))
         task.logger.info(f"going on from {start}, update {trainer.progress.update}")
-    else:
-        trainer.progress.epoch = cfg.TRAIN.START_EPOCH
-        trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.updates_per_epoch
+        return recorded
+    trainer.progress.epoch = cfg.TRAIN.START_EPOCH
+    trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.updates_per_epoch
+    return trainer.progress.update
 
 
 def train(task: Task) -> None:
@@ -357,9 +375,9 @@ def train(task: Task) -> None:
     meta = describe(cfg.MODEL.ARCH, model, task.train_size, "train" if is_reparameterizable(model) else None)
     checkpoints = CheckpointFolder(task.folder, keep=cfg.KEEP_CHECKPOINTS, meta=meta, config=cfg.dump())
     trainer = build_trainer(task, model, derived, train_source)
-    start_or_resume(task, trainer, checkpoints)
+    recorded = start_or_resume(task, trainer, checkpoints)
     if process.is_main:
-        trainer.metrics = MetricsWriter(task.folder, trainer.progress.update)
+        trainer.metrics = MetricsWriter(task.folder, recorded, trainer.progress.epoch)
         dump_config(cfg, task.folder / "config.yaml")
 
     def after_update() -> bool:
@@ -369,8 +387,6 @@ def train(task: Task) -> None:
         return stopping
 
     def evaluation(network: nn.Module, kind: str) -> Evaluation:
-        if process.world_size > 1:
-            distribute_bn(network, process.world_size, reduce=True)
         precision = autocast(process.device, task.dtype)
         result = evaluate(network, val_loader, trainer.normalize, process.device, precision)
         logger.info(f"Epoch {trainer.progress.epoch - 1} {kind}: {result}")
@@ -385,6 +401,9 @@ def train(task: Task) -> None:
             if not trainer.train_epoch(bar, after_update):
                 logger.info(f"stopping on request, state saved after update {progress.update}")
                 raise Stopped(stop.number)
+        if process.world_size > 1:
+            for network in trainer.networks:
+                distribute_bn(network, process.world_size, reduce=True)
         best = best_ema = False
         last = epoch + 1 == cfg.TRAIN.EPOCHS
         if last or (epoch + 1) % cfg.EVAL_FREQ == 0:
@@ -404,15 +423,20 @@ def train(task: Task) -> None:
 
 def main() -> None:
     """Runs the mode that the command line asks for."""
-    task = prepare(parse())
+    options = parse()
+    cfg, process = options.config, distributed.init(options.local_rank)
+    mode = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_only if cfg.EVAL_MODE else train
     try:
-        if task.cfg.THROUGHPUT_MODE:
-            measure_throughput(task)
-        elif task.cfg.EVAL_MODE:
-            evaluate_only(task)
-        else:
-            with folder_lock(task.folder) if task.process.is_main else nullcontext():
-                train(task)
+        with ExitStack() as stack:
+            if mode is train:  # before anything is written, so that a run that is under way stays undisturbed
+                distributed.from_main(lambda: stack.enter_context(folder_lock(run_folder(cfg))))
+            task = prepare(options, process)
+            try:
+                mode(task)
+            except Exception as error:
+                if not isinstance(error, Stopped):
+                    log_failure(task.logger, error)
+                raise
     finally:
         distributed.shutdown()
 

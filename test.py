@@ -7,15 +7,17 @@ them in memory and compares both forms on every image.
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
 from torch.utils.data import DataLoader
 
 import data
-from engine.evaluate import compare, evaluate
+from engine.evaluate import Comparison, compare, evaluate
 from engine.train import autocast
 from models.checkpoints import Network, build_from, read_checkpoint
+from models.fusion import fuse_verified
 from models.reparam import to_deploy
 from utils import cli
 
@@ -38,6 +40,7 @@ def parser() -> cli.Parser:
     result.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="data loading processes")
     result.add_argument("--dataset", default="imagenet", help="imagenet (any image folder), cf100 or digits")
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
+    result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
     result.add_argument("--ema", action="store_true", default=False, help="use the averaged weights")
     result.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="precision of the forward pass")
     result.add_argument("--tolerance", type=float, default=1e-4, help="of mode check, on the relative logit difference")
@@ -76,6 +79,17 @@ def batches(args: Namespace, size: tuple[int, int], num_classes: int) -> DataLoa
     )
 
 
+def report(result: Comparison, tolerance: float) -> tuple[dict[str, Any], int]:
+    """Prints a comparison; returns its figures, and 1 where the logits differ by more than the tolerance, else 0."""
+    failed = not result.difference <= tolerance
+    print(f" * training weights   {result.first}")
+    print(f" * injected weights   {result.second}")
+    print(f" * top-1 agreement {result.agreement:.3f} %, largest relative logit difference {result.difference:.1e}")
+    print(f" * {'FAILED, beyond' if failed else 'passed, within'} the tolerance of {tolerance:.0e}")
+    figures = {"agreement": result.agreement, "difference": result.difference, "injected": result.second.as_dict()}
+    return result.first.as_dict() | figures, int(failed)
+
+
 def main() -> int:
     """Evaluates or compares; returns 1 where `check` finds a difference beyond the tolerance."""
     args = parser().parse_args()
@@ -86,23 +100,23 @@ def main() -> int:
     model = network.model.float().to(device)
     loader = batches(args, to_2tuple(args.resolution or network.image_size), network.num_classes)
     spec = data.DATASETS[data.resolve_name(args.dataset, args.data)]
-    normalize = data.Normalize(spec.mean, spec.std).to(device)
-    precision = autocast(device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp])
-    status, figures = 0, {}
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     if args.mode == "check":
-        result = compare(model, to_deploy(model), loader, normalize, device, precision)
-        status = int(not result.difference <= args.tolerance)
-        print(f" * training weights   {result.first}")
-        print(f" * injected weights   {result.second}")
-        print(f" * top-1 agreement {result.agreement:.3f} %, largest relative logit difference {result.difference:.1e}")
-        print(f" * {'FAILED, beyond' if status else 'passed, within'} the tolerance of {args.tolerance:.0e}")
-        figures = {"agreement": result.agreement, "difference": result.difference, "injected": result.second.as_dict()}
-        evaluation = result.first
+        if args.fuse and dtype:
+            raise ValueError("mode check compares in full precision what --fuse makes: leave --amp away")
+        normalize = data.Normalize(spec.mean, spec.std).to(device)
+        prepare = fuse_verified if args.fuse else to_deploy
+        result = compare(model, prepare(model), loader, normalize, device, autocast(device, dtype))
+        figures, status = report(result, args.tolerance)
     else:
-        evaluation = evaluate(model, loader, normalize, device, precision)
+        if args.fuse:  # a fused network computes in the dtype of its weights
+            model, dtype = fuse_verified(model).to(dtype or torch.float32), None
+        normalize = data.Normalize(spec.mean, spec.std, dtype=next(model.parameters()).dtype).to(device)
+        evaluation = evaluate(model, loader, normalize, device, autocast(device, dtype))
         print(f" * {evaluation}")
+        figures, status = evaluation.as_dict(), 0
     if args.json:
-        args.json.write_text(json.dumps({**evaluation.as_dict(), **figures}) + "\n")
+        args.json.write_text(json.dumps(figures) + "\n")
     return status
 
 

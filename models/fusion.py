@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .reparam import fold_batch_norm, is_reparameterizable, to_deploy
+from .reparam import fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
 from .repmlpnet import ConvNorm, RepMLPNet, RepMLPNetUnit, check_input_size
 
 # Hidden elements of an FFN that are computed at a time on a CPU: few enough to stay in the cache of one core.
@@ -41,6 +41,29 @@ def fuse_batch_norms(model: nn.Module) -> "FusedRepMLPNet":
     double = deepcopy(model).double()
     fused = FusedRepMLPNet(cast(RepMLPNet, to_deploy(double) if is_reparameterizable(double) else double))
     return fused.to(model.head_norm.weight.dtype).eval()
+
+
+@torch.no_grad()
+def fuse_verified(model: nn.Module, tolerance: float = 1e-4) -> "FusedRepMLPNet":
+    """Fuses a network and compares both on random images.
+
+    Args:
+        model: in evaluation mode.
+        tolerance: of the largest relative difference of the logits.
+
+    Raises:
+        ValueError: the network is no RepMLPNet, or the difference is beyond the tolerance.
+    """
+    fused = fuse_batch_norms(model)
+    reference = next(model.parameters())
+    images = torch.randn(
+        2, cast(RepMLPNet, model).in_chans, *fused.img_size, generator=torch.Generator().manual_seed(0)
+    )
+    images = images.to(reference)
+    difference = relative_difference(model(images), fused(images))
+    if not difference <= tolerance:
+        raise ValueError(f"fusing the BatchNorms changes the logits by {difference:.1e}, more than {tolerance:.0e}")
+    return fused
 
 
 class FusedLinear(nn.Module):
@@ -135,13 +158,11 @@ class FusedRepMLPNet(nn.Module):
             self.embeds.append(FusedLinear(weight[order].flatten(1), bias[order]))
             self.stages.append(nn.ModuleList(FusedUnit(unit, order, shift) for unit in units))
         scale, offset = (t[order] for t in _affine(model.head_norm))
-        self.scale, self.offset = _constant(scale[:, None]), _constant((offset + scale * shift)[:, None])
-        self.head: FusedLinear | None = None
         if isinstance(model.head, nn.Linear):
-            weight = model.head.weight[:, order]
-            bias = cast(Tensor, model.head.bias) + weight @ (offset + scale * shift)
-            self.head = FusedLinear(weight * scale, bias)
-        self.restore_order = _constant(order.argsort()) if self.head is None else None
+            weight, bias = model.head.weight[:, order], cast(Tensor, model.head.bias)
+        else:  # the pooled features, in the order of the network
+            weight, bias = torch.eye(len(order)).to(scale)[:, order], torch.zeros_like(scale)
+        self.head = FusedLinear(weight * scale, bias + weight @ (offset + scale * shift))
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -161,11 +182,7 @@ class FusedRepMLPNet(nn.Module):
             for unit in cast(nn.ModuleList, stage):
                 unit(x, parts[0] * parts[1])
             x = _restore(x, parts, size)
-        x = x.flatten(2).mean(2)
-        if self.head is not None:
-            return self.head(x).t()
-        assert self.restore_order is not None
-        return (x * self.scale + self.offset)[self.restore_order].t()
+        return self.head(x.flatten(2).mean(2)).t()
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

@@ -89,7 +89,9 @@ class _BatchedLinear(torch.autograd.Function):
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype in which a matrix product with `x` is to be computed."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 class ShareSetFC(nn.Conv2d):
