@@ -1,9 +1,10 @@
 """Trains, evaluates (`--eval`) or times (`--throughput`) a network; alone, or in many processes by torchrun or srun."""
 
+import errno
 import logging
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -421,6 +422,18 @@ def train(task: Task) -> None:
     )
 
 
+@contextmanager
+def clear_about_space(folder: Path) -> Iterator[None]:
+    """Names the folder and the remedy where the system says only that there is no space left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
+            raise
+        remedy = "make room and start again, the run goes on from its latest checkpoint"
+        raise OSError(f"{folder} can't be written to: {error.strerror}; {remedy}") from error
+
+
 def main() -> None:
     """Runs the mode that the command line asks for."""
     options = parse()
@@ -432,7 +445,8 @@ def main() -> None:
                 distributed.from_main(lambda: stack.enter_context(folder_lock(run_folder(cfg))))
             task = prepare(options, process)
             try:
-                mode(task)
+                with clear_about_space(task.folder):
+                    mode(task)
             except Exception as error:
                 if not isinstance(error, Stopped):
                     log_failure(task.logger, error)

@@ -1,6 +1,9 @@
 """Batches of transformed images, the same ones whatever the number of workers."""
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.seed import keyed_rng
+from utils.signals import SIGNALS
 
 from .samplers import Draw, EvalSampler, TrainSampler
 from .sources import ImageSource
@@ -120,14 +124,37 @@ class BatchLoader(DataLoader[Sample]):
     """A loader that says what to do when the system has killed one of its workers."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        at_death = signal.getsignal(signal.SIGCHLD)
         try:
-            yield from super().__iter__()
+            batches = super().__iter__()
+            if threading.current_thread() is threading.main_thread():
+                # torch's handler would raise wherever the run happens to be, in the middle of an update too; without
+                # it the loader finds a death out by itself, within seconds, when it waits for a batch.
+                signal.signal(signal.SIGCHLD, at_death or signal.SIG_DFL)
+            yield from batches
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise OSError(
                 f"a data loading process was killed, probably for want of memory: lower DATA.NUM_WORKERS ({error})"
             ) from error
+
+
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """Keeps a worker at work when a signal goes to every process of a job: the run wants batches until it has saved.
+
+    Only the run itself ends its workers by a signal.
+    """
+    run = multiprocessing.parent_process()
+    assert run is not None
+
+    def wait() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != run.pid:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _build_loader(
@@ -140,6 +167,7 @@ def _build_loader(
         sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,  # torch gives each worker a single thread
+        worker_init_fn=_leave_signals_to_the_run,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator(),  # each iteration draws from it, and must not disturb the global one

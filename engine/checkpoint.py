@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.checkpoints import load_weights, read_checkpoint, write_checkpoint
+from utils.distributed import gather_objects
 
 from .statistics import RunningStatistics
 from .train import Progress, Trainer
@@ -40,14 +43,33 @@ class CheckpointFolder:
         Raises:
             OSError: it could not be written; what had been written before is intact.
         """
-        payload = training_state(trainer) | {"meta": self._meta, "config": self._config}
-        if not trainer.process.is_main:
-            return
-        names = [LATEST] + [BEST] * best + [BEST_EMA] * best_ema
-        if numbered:
-            names.append(f"ckpt_epoch_{trainer.progress.epoch - 1}.pth")
-        for name in names:
-            write_checkpoint(self.folder / name, payload)
+        kinds = {"numbered": numbered, "best": best, "best_ema": best_ema}
+        extra = {"meta": self._meta, "config": self._config, "saved_as": kinds}
+        trainer.look()
+        trainer.unreadable = set().union(*gather_objects(trainer.unreadable))
+        with _mean_statistics(trainer) as of_ranks:
+            payload = training_state(trainer) | {"rank_statistics": of_ranks} | extra
+            if trainer.process.is_main:
+                for path in self._paths(payload):
+                    write_checkpoint(path, payload)
+                self._delete_outdated()
+
+    def complete(self, path: Path) -> None:
+        """Writes a state under the rest of its names, where the run was killed when it had written only some."""
+        payload = read_checkpoint(path).payload
+        if "saved_as" in payload:
+            for other in self._paths(payload):
+                if not other.is_file() or _updates(other) != payload["progress"]["update"]:
+                    write_checkpoint(other, payload)
+            self._delete_outdated()
+
+    def _paths(self, payload: dict[str, Any]) -> list[Path]:
+        """Returns the files that a state belongs into."""
+        kinds, number = payload["saved_as"], f"ckpt_epoch_{payload['epoch']}.pth"
+        names = [LATEST] + [BEST] * kinds["best"] + [BEST_EMA] * kinds["best_ema"] + [number] * kinds["numbered"]
+        return [self.folder / name for name in names]
+
+    def _delete_outdated(self) -> None:
         outdated = self.numbered()
         for path in outdated[: max(0, len(outdated) - self._keep)]:
             path.unlink()
@@ -98,13 +120,29 @@ def _updates(path: Path) -> int:
         return 2**63
 
 
+@contextmanager
+def _mean_statistics(trainer: Trainer) -> Iterator[list[Tensor]]:
+    """Gives the running statistics of each process; inside, those of the networks are their mean.
+
+    They differ in the middle of an epoch, and a file of that moment is to hold weights that are fit for use, too.
+    """
+    statistics = RunningStatistics(*trainer.networks)
+    own = statistics.read()
+    of_ranks = _gather(own)
+    try:
+        if trainer.progress.consumed:
+            statistics.write(torch.stack(of_ranks).mean(0))
+        yield of_ranks
+    finally:
+        statistics.write(own)
+
+
 def training_state(trainer: Trainer) -> dict[str, Any]:
-    """Returns the whole state of a run by name, plain tensors and plain values; all processes must ask.
+    """Returns the state of a run by name, plain tensors and plain values; all processes must ask.
 
     Learning rate, data order, augmentation, mixing and drop path are functions of the progress and the seed, so that
     no generator has a state of its own to keep.
     """
-    networks = [trainer.network] + ([trainer.ema.module] if trainer.ema is not None else [])
     state = {
         "model": trainer.network.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
@@ -114,7 +152,7 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         "progress": asdict(trainer.progress),
         "meters": {name: mean.state() for name, mean in trainer.meters.items()},
         "run": _run(trainer),
-        "rank_statistics": _gather(RunningStatistics(*networks).read()),
+        "unreadable": sorted(trainer.unreadable),
     }
     return state | ({"ema": trainer.ema.module.state_dict()} if trainer.ema is not None else {})
 
@@ -139,8 +177,11 @@ def _gather(tensor: Tensor) -> list[Tensor]:
     return [t.cpu() for t in gathered]
 
 
-def resume(trainer: Trainer, path: Path) -> None:
+def resume(trainer: Trainer, path: Path) -> int:
     """Puts a run where a checkpoint left it: one of ours, or a published training checkpoint (after a whole epoch).
+
+    Returns:
+        The updates done so far as the earlier run counted and recorded them, which other processes or batches change.
 
     Raises:
         ValueError: no training state in the file, or that of another network, optimizer or order of images.
@@ -162,11 +203,19 @@ def resume(trainer: Trainer, path: Path) -> None:
     for name, sums in payload.get("meters", {}).items():
         trainer.meters[name].load_state(sums)
     _load_statistics(trainer, payload.get("rank_statistics", []), same_networks="ema" in payload or trainer.ema is None)
-    _load_progress(trainer, payload, path)
+    trainer.unreadable = set(payload.get("unreadable", ()))
+    return _load_progress(trainer, payload, path)
 
 
 def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     own = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
+    # torch takes in the state of any optimizer whose groups are as long; these names tell AdamW from SGD.
+    if any(
+        ("betas" in group) != ("betas" in settings) for group, settings in zip(state["param_groups"], own, strict=False)
+    ):
+        raise ValueError(
+            f"the optimizer's state in {path} is that of another one than {type(trainer.optimizer).__name__}"
+        )
     try:
         trainer.optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
@@ -182,11 +231,10 @@ def _load_statistics(trainer: Trainer, of_ranks: list[Tensor], same_networks: bo
         return
     process = trainer.process
     same = len(of_ranks) == process.world_size
-    networks = [trainer.network] + ([trainer.ema.module] if trainer.ema is not None else [])
-    RunningStatistics(*networks).write(of_ranks[process.rank] if same else torch.stack(of_ranks).mean(0))
+    RunningStatistics(*trainer.networks).write(of_ranks[process.rank] if same else torch.stack(of_ranks).mean(0))
 
 
-def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> None:
+def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int:
     run, now = payload.get("run", {}), _run(trainer)
     known = {f.name for f in fields(Progress)}
     epoch = int(payload["epoch"]) + 1
@@ -199,6 +247,7 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> Non
                 f"{path} stands in the middle of an epoch, whose order of images is another one with {key} "
                 f"{changed[key][1]} instead of {changed[key][0]}: go on with the old value"
             )
+    recorded = progress.update
     if changed or not run:
         progress.update = progress.epoch * trainer.updates_per_epoch + progress.consumed // trainer.global_batch
     if changed:
@@ -208,3 +257,4 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> Non
             f"which is update {progress.update} by the new count"
         )
     trainer.progress = progress
+    return recorded

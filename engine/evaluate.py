@@ -137,4 +137,6 @@ def compare(
         scale = scale.maximum(expected.double().abs().max())
     evaluation1, evaluation2 = (counter.compute() for counter in counters)
     agreement = 100 * float(same) / evaluation1.images
-    return Comparison(evaluation1, evaluation2, agreement, float(torch.nan_to_num(largest / scale, nan=torch.inf)))
+    return Comparison(
+        evaluation1, evaluation2, agreement, float(torch.nan_to_num(largest / scale, nan=torch.inf, posinf=torch.inf))
+    )

@@ -88,6 +88,11 @@ class Trainer:
         self._watch, self._images = Stopwatch(), 0
         self.meters = {name: Mean(self.process.device) for name in ("loss", "grad_norm")}
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network, and the averaged one where there is one."""
+        return [self.network] + ([self.ema.module] if self.ema is not None else [])
+
     def train_epoch(self, batches: Iterable[Batch], after_update: Callable[[], bool] = lambda: False) -> bool:
         """Trains on the rest of the epoch that `progress` stands in and moves `progress` to the next one.
 
@@ -110,7 +115,7 @@ class Trainer:
                 self._report()
             if after_update():
                 return False
-        self._look()
+        self.look()
         self.progress.epoch, self.progress.consumed = self.progress.epoch + 1, 0
         return True
 
@@ -165,12 +170,13 @@ class Trainer:
                 f"the last one is {images[-1]}"
             )
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Counts the updates that were skipped since the last look; waits for the device, raises as `train_epoch`."""
         self.progress.skipped = self.guard.look(self.progress.skipped)
 
     def _report(self) -> None:
         """Logs what came together since the last report; the only place of an epoch that waits for the device."""
-        self._look()
+        self.look()
         progress, device = self.progress, self.process.device
         loss, grad_norm = (self.meters[name].compute() for name in ("loss", "grad_norm"))
         seconds = self._watch.lap()

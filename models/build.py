@@ -30,11 +30,10 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
     """
     if name in SPECS:
         return RepMLPNet(SPECS[name], num_classes=num_classes, deploy=deploy, **kwargs)
-    if not timm.is_model(name):
-        raise ValueError(f"unknown architecture {name!r}{_closest(name)}")
+    cfg = _timm_cfg(name)
     if deploy:
         raise ValueError(f"{name} has one structure only: nothing is injected into it, so it has no deploy form")
-    if not _timm_cfg(name).fixed_input_size:
+    if not cfg.fixed_input_size:
         kwargs.pop("img_size", None)  # a network of any input size has no such argument
     return timm.create_model(name, num_classes=num_classes, **kwargs)
 
@@ -48,13 +47,13 @@ def default_image_size(name: str) -> tuple[int, int]:
     if name in SPECS:
         size = SPECS[name].image_size
         return (size, size) if isinstance(size, int) else size
-    if not timm.is_model(name):
-        raise ValueError(f"unknown architecture {name!r}{_closest(name)}")
     height, width = _timm_cfg(name).input_size[-2:]
     return height, width
 
 
 def _timm_cfg(name: str) -> PretrainedCfg:
+    if not timm.is_model(name):
+        raise ValueError(f"unknown architecture {name!r}{_closest(name)}")
     return timm.get_pretrained_cfg(name) or PretrainedCfg()
 
 
@@ -65,7 +64,11 @@ def _closest(name: str) -> str:
 
 
 def classifier_name(name: str) -> str:
-    """Returns the name of an architecture's head within it: `head`, or what timm says (`fc`, `head.fc`, ...)."""
+    """Returns the name of an architecture's head within it: `head`, or what timm says (`fc`, `head.fc`, ...).
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
     return "head" if name in SPECS else str(_timm_cfg(name).classifier)
 
 

@@ -119,6 +119,8 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
     size = (height, width)
     head = weights.get(f"{classifier_name(arch)}.weight")
     classes = 0 if head is None else len(head)
+    if head is None and checkpoint.meta.get("num_classes") != 0:
+        raise ValueError(f"{checkpoint.path} holds no head ({classifier_name(arch)}.weight) of {arch}")
     if arch in SPECS:
         size = _image_size(weights, SPECS[arch], size)
         embedding = weights.get("conv_embedding.conv.weight", torch.empty(0, 3))

@@ -156,7 +156,10 @@ def to_deploy(model: nn.Module) -> nn.Module:
         ValueError: it has no blocks that Locality Injection could replace, or they are replaced already.
     """
     if not is_reparameterizable(model):
-        raise ValueError(f"{type(model).__name__} has no block left to re-parameterise")
+        raise ValueError(
+            f"there is nothing to convert: this {type(model).__name__} has no blocks with local branches, or they are "
+            "injected already"
+        )
     copy = deepcopy(model).eval()
     for module in copy.modules():
         if isinstance(module, Reparameterizable):

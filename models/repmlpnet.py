@@ -258,7 +258,7 @@ class RepMLPBlock(Reparameterizable):
                 conv_to_fc(kernel, (self.h, self.w), rows=rows, out=wide.view(-1, self.h * self.w))
             piece.copy_(wide)
         self.fc3.bias = nn.Parameter(bias.to(self.fc3.weight.dtype), self.fc3.weight.requires_grad)
-        self.fc3_bn = nn.Identity()
+        self.fc3_bn = nn.Identity().train(self.training)
         for k in self.branches:
             delattr(self, f"repconv{k}")
         self.branches, self.deploy = (), True

@@ -17,7 +17,8 @@ USER_ERROR = 2  # the exit status of a mistake that the user can mend, as argpar
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean X?"` for the closest of the known words, or nothing where none is close."""
     lookup = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(word.lower(), lookup, n=1, cutoff=0.5)
+    longer = [candidate for candidate in lookup if candidate.startswith(word.lower())]
+    close = longer or difflib.get_close_matches(word.lower(), lookup, n=1, cutoff=0.5)
     return f"; did you mean {lookup[close[0]]}?" if close else ""
 
 

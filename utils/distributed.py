@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -92,12 +92,32 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """Computes something on rank 0 and returns it on all processes."""
+    """Computes something on rank 0 and returns it on all processes.
+
+    Raises:
+        ValueError: on all processes alike, for a ValueError or OSError of `compute`.
+    """
     if not dist.is_initialized():
         return compute()
-    box = [compute() if rank() == 0 else None]
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = compute()
+        except (ValueError, OSError) as error:
+            box[1] = str(error)
     dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise ValueError(box[1])
     return cast(T, box[0])
+
+
+def gather_objects(value: T) -> list[T]:
+    """Returns a small plain value of every process, by rank; all must take part."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def _number(name: str, default: int) -> int:

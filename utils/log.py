@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ class _ConsoleFormatter(logging.Formatter):
         return f"{colored(self.formatTime(record, '%H:%M:%S'), 'green')} {text}"
 
 
+class _FileHandler(logging.FileHandler):
+    """A full disk costs lines of the log, but no messages about each of them on the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def create_logger(folder: Path | None = None, rank: int = 0) -> logging.Logger:
     """Returns the project's logger: `log_rank<r>.txt` in `folder`, and the console, where other ranks only warn."""
     logger = logging.getLogger("repmlpnet")
@@ -35,10 +44,23 @@ def create_logger(folder: Path | None = None, rank: int = 0) -> logging.Logger:
     logger.addHandler(console)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / f"log_rank{rank}.txt")
+        file = _FileHandler(folder / f"log_rank{rank}.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
     return logger
+
+
+def log_failure(logger: logging.Logger, error: Exception) -> None:
+    """Writes what ends a run to the log file alone; the console gets it from whoever ends the process.
+
+    A mistake of the user or the system's refusal is one line, everything else comes with its traceback.
+    """
+    trace = None if isinstance(error, ValueError | OSError) else (type(error), error, error.__traceback__)
+    text = f"stopped: {' '.join(str(error).split())}"
+    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), trace)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 class MetricsWriter:
@@ -48,19 +70,22 @@ class MetricsWriter:
 
     Args:
         folder: where both go; None writes nothing.
-        start: the first update that is still to come. A run that resumes drops what an earlier one recorded from there
-            on, because it will record that again.
+        start: the updates done so far. A run that resumes drops what an earlier one recorded after that many, because
+            it will record that again.
+        epoch: the one to go on in; its evaluation is still to come, even where all of its updates are done.
     """
 
-    def __init__(self, folder: Path | None, start: int = 0) -> None:
+    def __init__(self, folder: Path | None, start: int = 0, epoch: int | None = None) -> None:
         self._file = None
         self._board = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             path = folder / "metrics.jsonl"
-            kept = [line for line in _lines(path) if json.loads(line)["update"] <= start]
-            path.write_text("".join(kept))
+            kept = [line for line in _lines(path) if not _is_ahead(json.loads(line), start, epoch)]
+            temporary = folder / ".metrics.jsonl.tmp"
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
             self._file = path.open("a", buffering=1)
             self._board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
@@ -83,3 +108,9 @@ class MetricsWriter:
 def _lines(path: Path) -> list[str]:
     """Returns the whole lines of a file; a last one that was cut off in writing is left out."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+
+
+def _is_ahead(record: dict[str, Any], start: int, epoch: int | None) -> bool:
+    """Returns whether a record is of what a run that goes on after `start` updates, in `epoch`, will do again."""
+    evaluated = record["kind"].startswith("eval") and epoch is not None and record.get("epoch", -1) >= epoch
+    return evaluated or record["update"] > start

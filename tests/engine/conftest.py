@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def plain_network() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
+def metrics(tmp_path: Path) -> Iterator[MetricsWriter]:
+    """Writes `metrics.jsonl` to the test's folder."""
+    writer = MetricsWriter(tmp_path)
+    yield writer
+    writer.close()
+
+
+@pytest.fixture
 def trainer_of() -> Callable[..., Trainer]:
     """Returns a function that puts a trainer together: constant learning rate, on the CPU, alone."""
 
@@ -92,8 +101,10 @@ def trainer_of() -> Callable[..., Trainer]:
             "schedule": schedule,
             "normalize": Normalize((0.5,) * 3, (0.25,) * 3, dtype=next(network.parameters()).dtype),
             "process": Process(0, 1, 0, torch.device("cpu")),
+            "images": 40,
             "epochs": 10,
             "updates_per_epoch": 5,
+            "global_batch": 8,
             "logger": logging.getLogger("tests.engine"),
             "metrics": MetricsWriter(None),
         }

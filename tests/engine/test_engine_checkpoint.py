@@ -1,5 +1,6 @@
 """The folder of a run: names, retention, contents; and going on from a checkpoint, ours or a published one."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from models.checkpoints import describe, read_checkpoint
 from models.reparam import to_deploy
 
 ARCH = "RepMLPNet-Digits"
+LOGGER = logging.getLogger("tests.engine")
 META = {"arch": ARCH, "num_classes": 10, "image_size": [16, 16], "form": "train"}
 
 
@@ -93,8 +95,8 @@ def names(path: Path) -> set[str]:
 
 
 def test_an_empty_folder_has_nothing_to_go_on_from(tmp_path):
-    assert folder(tmp_path).newest() is None
-    assert folder(tmp_path / "absent").newest() is None
+    assert folder(tmp_path).newest(LOGGER) is None
+    assert folder(tmp_path / "absent").newest(LOGGER) is None
     assert folder(tmp_path).numbered() == []
 
 
@@ -108,7 +110,7 @@ def test_what_a_checkpoint_is_called(tmp_path, run_of):
     assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth"}
     checkpoints.save(trainer, best=True, best_ema=True)
     assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth", "best_ckpt.pth", "best_ema.pth"}
-    assert checkpoints.newest() == tmp_path / "latest.pth"
+    assert checkpoints.newest(LOGGER) == tmp_path / "latest.pth"
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])
@@ -131,7 +133,7 @@ def test_without_a_latest_one_the_highest_number_is_the_newest(tmp_path, run_of)
         checkpoints.save(trainer, numbered=True)
     (tmp_path / "latest.pth").unlink()
     (tmp_path / "ckpt_epoch_best.pth").touch()
-    assert checkpoints.newest() == tmp_path / "ckpt_epoch_10.pth"
+    assert checkpoints.newest(LOGGER) == tmp_path / "ckpt_epoch_10.pth"
 
 
 def test_a_checkpoint_is_plain_data_with_its_description(tmp_path, run_of):

@@ -6,8 +6,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import RepMLPNet, RepMLPNetSpec
 
-# Two stages of 8x8 and 4x4 maps, share-sets on both sides of one and of the number of channels.
-TINY = RepMLPNetSpec((8, 16), (1, 2), (2, 4), 16, patch_size=2)
+# Two stages, of 8x8 and 4x4 maps.
+TINY = RepMLPNetSpec((16, 32), (1, 2), (2, 4), 16, patch_size=2, gp_reduction=2)
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:

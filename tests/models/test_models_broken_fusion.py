@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from types import SimpleNamespace
 
 import pytest
@@ -69,33 +70,64 @@ def norm_not_folded(weight: Tensor, bias: Tensor | None, bn: _BatchNorm) -> Fuse
     return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
 
+def piecewise(whole: Callable[[Tensor, tuple[int, int]], Tensor]) -> Callable[..., Tensor]:
+    """Lets a replacement that makes the whole FC kernel be asked for some of its rows, or to add them in place."""
+
+    @wraps(whole)
+    def replacement(
+        kernel: Tensor, size: tuple[int, int], rows: range | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        fc = whole(kernel, size)
+        if rows is not None:
+            fc = fc.view(len(kernel), size[0], size[1], -1)[:, rows.start : rows.stop].reshape(-1, fc.shape[1])
+        return fc if out is None else out.add_(fc)
+
+    return replacement
+
+
+@piecewise
 def kernel_transposed(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     return conv_to_fc(kernel.transpose(2, 3), size)
 
 
+@piecewise
 def kernel_flipped(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     return conv_to_fc(kernel.flip(2, 3), size)
 
 
+@piecewise
 def matrix_transposed(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     fc = conv_to_fc(kernel, size)
     return fc.view(len(kernel), -1, fc.shape[1]).transpose(1, 2).reshape(fc.shape)
 
 
+@piecewise
 def kernel_channels_misordered(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     return conv_to_fc(kernel.flip(0), size)
 
 
+@piecewise
 def rows_misordered(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     fc = conv_to_fc(kernel, size)  # (set, position) as if it were (position, set)
     return fc.view(-1, len(kernel), fc.shape[1]).transpose(0, 1).reshape(fc.shape)
 
 
+@piecewise
 def border_wrapped(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     fc = conv_to_fc(kernel, size)
-    top_left, bottom_right = 0, fc.shape[1] - 1
-    fc[top_left, bottom_right] = kernel[0, 0, 0, 0]
+    fc[0, -1] = kernel[0, 0, 0, 0]  # the last position into the first
     return fc
+
+
+def conv_ignored(kernel: Tensor, size: tuple[int, int], rows: range | None = None, out: Tensor | None = None) -> Tensor:
+    return torch.zeros_like(conv_to_fc(kernel, size, rows=rows)) if out is None else out
+
+
+def pieces_misplaced(
+    kernel: Tensor, size: tuple[int, int], rows: range | None = None, out: Tensor | None = None
+) -> Tensor:
+    rows = range(size[0]) if rows is None else rows
+    return conv_to_fc(kernel, size, rows=range(rows.start + 1, rows.stop + 1), out=out)
 
 
 def branch_dropped(kernels: list[Tensor]) -> Tensor:
@@ -133,6 +165,8 @@ BROKEN: list[tuple[str, Callable]] = [
     ("conv_to_fc", kernel_channels_misordered),
     ("conv_to_fc", rows_misordered),
     ("conv_to_fc", border_wrapped),
+    ("conv_to_fc", conv_ignored),
+    ("conv_to_fc", pieces_misplaced),
     ("merge_kernels", branch_dropped),
     ("merge_kernels", last_branch_dropped),
     ("merge_kernels", branches_off_centre),

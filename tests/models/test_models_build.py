@@ -46,7 +46,7 @@ def test_every_architecture_can_be_built_and_knows_its_size(arch: str) -> None:
 @pytest.mark.parametrize(
     ("name", "suggestion"),
     [
-        ("RepMLPNet-T225", "RepMLPNet-T224"),
+        ("RepMLPNet-T223", "RepMLPNet-T224"),
         ("repmlpnet-l256", "RepMLPNet-L256"),
         ("RepMLPNet_D256", "repmlpnet_d256"),
         ("RepMLP-B256", "RepMLPNet-B256"),

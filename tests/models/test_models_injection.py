@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from model_helpers import largest_difference, random_tensor, randomised, tiny_network
 from torch import Tensor, nn
 
+import models.repmlpnet
 from models import SPECS, RepMLPBlock, RepMLPNet, RepMLPNetSpec, create_model
 from models.reparam import is_reparameterizable, to_deploy
 
@@ -76,6 +77,31 @@ def test_blocks_of_any_shape(h: int, w: int, share_sets: int, branches: tuple[in
         expected = block(x)
         block.local_inject()
         assert largest_difference(expected, block(x)) < EXACT
+
+
+@pytest.mark.parametrize("piece", [1, 130, 400])
+@pytest.mark.parametrize("branches", [(), (1, 3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_injection_in_pieces_equals_the_equivalent_kernel(
+    piece: int, branches: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.repmlpnet, "PIECE", piece)  # elements at a time: a row of a map, one or a few of them
+    block = randomised(RepMLPBlock(8, 5, 4, share_sets=2, branches=branches)).to(dtype)
+    weight, bias = block.get_equivalent_fc3()
+    block.local_inject()
+    tolerance = EXACT if dtype is torch.float64 else 0
+    assert largest_difference(weight, block.fc3.weight) <= tolerance
+    assert largest_difference(bias, block.fc3.bias) <= tolerance
+
+
+def test_injection_makes_a_weight_in_channels_last_memory_contiguous() -> None:
+    block = randomised(RepMLPBlock(8, 5, 4, share_sets=2)).eval()
+    x = random_tensor(2, 8, 5, 4)
+    expected = block(x)
+    block.fc3.weight.data = block.fc3.weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    block.local_inject()
+    assert block.fc3.weight.is_contiguous()
+    assert largest_difference(expected, block(x)) < EXACT
 
 
 def test_the_injected_block_has_the_deploy_structure() -> None:

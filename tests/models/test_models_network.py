@@ -94,7 +94,19 @@ def test_checkpointing_changes_memory_alone(mode: Callable, drop_path_rate: floa
     buffers = dict(thrifty.named_buffers())
     assert all(torch.equal(value, buffers[name]) for name, value in plain.named_buffers())
     assert buffers["head_norm.num_batches_tracked"] == (2 if plain.head_norm.training else 0)
-    assert all(m.track_running_stats for m in thrifty.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_checkpointing_under_autocast() -> None:
+    images = random_tensor(6, 3, 16, 16).float()
+    plain, thrifty = (tiny_network().float().train() for _ in range(2))
+    thrifty.set_grad_checkpointing()
+    for model in (plain, thrifty):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(images), torch.arange(6) % 5)
+        loss.backward()
+    actual, buffers = gradients(thrifty), dict(thrifty.named_buffers())
+    assert all(torch.equal(gradient, actual[name]) for name, gradient in gradients(plain).items())
+    assert all(torch.equal(value, buffers[name]) for name, value in plain.named_buffers())
 
 
 def test_checkpointing_is_for_training_alone_and_can_be_switched_off() -> None:
@@ -155,7 +167,7 @@ def test_image_sizes_that_are_not_square(size: int | tuple[int, int]) -> None:
     block = model.stages[0][0].repmlp_block
     assert (block.h, block.w) == (height // 2, width // 2)
     images = random_tensor(2, 3, height, width)
-    assert model.forward_features(images).shape == (2, 16, height // 4, width // 4)
+    assert model.forward_features(images).shape == (2, 32, height // 4, width // 4)
     expected = model(images)
     model.locality_injection()
     assert largest_difference(expected, model(images)) < EXACT
@@ -182,7 +194,7 @@ def test_an_input_that_the_partitions_do_not_divide_is_refused_with_both_sizes(h
 def test_multiples_of_the_image_size_are_taken_in_partitions(height: int, width: int) -> None:
     model = tiny_network()
     images = random_tensor(2, 3, height, width)
-    assert model.forward_features(images).shape == (2, 16, height // 4, width // 4)
+    assert model.forward_features(images).shape == (2, 32, height // 4, width // 4)
     logits = model(images)
     assert logits.shape == (2, 5)
     model.locality_injection()
@@ -208,8 +220,8 @@ def test_features_and_head() -> None:
     features = model.forward_features(images)
     pooled = model.forward_head(features, pre_logits=True)
     logits = model.forward_head(features)
-    assert (features.shape, pooled.shape, logits.shape) == ((2, 16, 4, 4), (2, 16), (2, 5))
-    assert (model.num_features, model.head_hidden_size) == (16, 16)
+    assert (features.shape, pooled.shape, logits.shape) == ((2, 32, 4, 4), (2, 32), (2, 5))
+    assert (model.num_features, model.head_hidden_size) == (32, 32)
     torch.testing.assert_close(pooled, features.mean((2, 3)))
     torch.testing.assert_close(logits, pooled @ model.head.weight.T + model.head.bias)
     assert torch.equal(model(images), logits)
@@ -237,7 +249,7 @@ def test_reset_classifier(dtype: torch.dtype) -> None:
     assert model(images).shape == (2, 7)
     model.reset_classifier(0)
     assert model.num_classes == 0
-    assert model(images).shape == (2, 16)
+    assert model(images).shape == (2, 32)
 
 
 def test_reset_classifier_keeps_the_device() -> None:

@@ -1,5 +1,7 @@
 """The kernel algebra against the convolutions, fully-connected layers and BatchNorms that it stands for."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,20 @@ def test_conv_to_fc_equals_the_convolution(
         assert fc.shape == (groups * outputs * h * w, inputs * h * w)
         actual = grouped_linear(x.flatten(1), fc, groups).view_as(expected)
         assert largest_difference(expected, actual) < EXACT
+
+
+@examples
+@given(h=sides, w=sides, kh=odd, kw=odd, groups=few, cuts=st.tuples(st.integers(0, 6), st.integers(0, 6)))
+def test_conv_to_fc_in_pieces(h: int, w: int, kh: int, kw: int, groups: int, cuts: tuple[int, int]) -> None:
+    kernel = random_tensor(2 * groups, 2, kh, kw)
+    edges = [0, *sorted(min(cut, h) for cut in cuts), h]
+    pieces = [conv_to_fc(kernel, (h, w), rows=range(*edge)).view(2 * groups, -1, 2 * h * w) for edge in pairwise(edges)]
+    whole = conv_to_fc(kernel, (h, w))
+    assert torch.equal(torch.cat(pieces, 1).flatten(0, 1), whole)
+    start = random_tensor(*whole.shape, seed=1)
+    sum_ = start.clone()
+    assert conv_to_fc(kernel, (h, w), out=sum_) is sum_
+    assert torch.equal(sum_, start + whole)
 
 
 def test_conv_to_fc_of_a_small_kernel_by_hand() -> None:
@@ -202,7 +218,38 @@ def test_share_set_fc_equals_the_published_grouped_convolution(
     assert all(largest_difference(wanted, got) < EXACT for wanted, got in pairs)
 
 
-@pytest.mark.parametrize("sets", [1, 3, 15, 16, 20])
+def test_share_set_fc_has_first_and_second_derivatives() -> None:
+    fc = randomised(ShareSetFC(2, 2, 1, bias=False))
+    x = random_tensor(3, 2, 2, 1).requires_grad_()
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(fc, {"weight": weight}, (x,))
+
+    inputs = (x, fc.weight)
+    assert torch.autograd.gradcheck(product, inputs)
+    assert torch.autograd.gradgradcheck(product, inputs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_share_set_fc_under_autocast_computes_low_and_learns_high(bias: bool, input_dtype: torch.dtype) -> None:
+    exact = randomised(ShareSetFC(4, 3, 5, bias=bias))
+    x, upstream = random_tensor(6, 4, 3, 5).to(input_dtype), random_tensor(6, 4, 3, 5, seed=1)
+    low = ShareSetFC(4, 3, 5, bias=bias)
+    low.load_state_dict(exact.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = low(x.requires_grad_())
+    expected = exact(x.detach().double())
+    assert actual.dtype == torch.bfloat16
+    assert 1e-6 < largest_difference(expected, actual.double()) < 0.02
+
+    wanted = torch.autograd.grad(expected, list(exact.parameters()), upstream)
+    got = torch.autograd.grad(actual, [x, *low.parameters()], upstream.bfloat16())
+    assert [gradient.dtype for gradient in got] == [input_dtype] + [torch.float32] * (1 + bias)
+    assert all(largest_difference(a, b.double()) < 0.03 for a, b in zip(wanted, got[1:], strict=True))
+
+
+@pytest.mark.parametrize("sets", [1, 3, 16, 20])
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize(("h", "w"), [(4, 4), (2, 5)])
 def test_share_set_conv_equals_the_grouped_convolution(sets: int, kernel_size: int, h: int, w: int) -> None:
@@ -248,11 +295,11 @@ def test_randomized_statistics_are_far_from_fresh_ones_and_the_same_each_time() 
 def test_a_network_without_blocks_is_not_re_parameterised() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     assert not is_reparameterizable(plain)
-    with pytest.raises(ValueError, match="Sequential has no block left"):
+    with pytest.raises(ValueError, match="this Sequential has no blocks with local branches"):
         to_deploy(plain)
     deploy = RepMLPNet(TINY, deploy=True)
     assert not is_reparameterizable(deploy)
-    with pytest.raises(ValueError, match="RepMLPNet has no block left"):
+    with pytest.raises(ValueError, match="this RepMLPNet has no blocks with local branches, or they are injected"):
         to_deploy(deploy)
 
 

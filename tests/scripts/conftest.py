@@ -1,4 +1,4 @@
-"""Running the scripts, and what they need: trained weights of every kind, and small data sets with and without flaws."""
+"""Running the scripts, and what they work on: trained weights of every kind, small data sets with and without flaws."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ARCH = "RepMLPNet-Digits"
 # Two epochs, so that there is a warm-up; a numbered checkpoint after each.
-SHORT = "--cfg {root}/configs/quickstart.yaml --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 1 SAVE_FREQ 1".format(root=ROOT)
+SHORT = f"--cfg {ROOT}/configs/quickstart.yaml --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 1 SAVE_FREQ 1"
 # Threads decide in which order numbers are added, so one is what makes runs comparable.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "REPMLP_TRACEBACK", "PYTHONWARNINGS")
@@ -277,6 +277,9 @@ def weights(trained: Run, deployed: Path, tmp_path_factory: pytest.TempPathFacto
     save("nothing", {})
     save("code", {"model": payload["model"], "extra": Surprise()})
     save("incomplete", {"model": {k: v for k, v in payload["model"].items() if not k.startswith("head.")}})
+    save(
+        "holey", {"model": {k: v for k, v in payload["model"].items() if k != "stages.0.1.repmlp_block.fc3_bn.weight"}}
+    )
     fresh("seven", ARCH, 7)
     fresh("resnet", "resnet10t", 10)
     save("unknown", {"model": {"layer.weight": torch.ones(3, 3)}})

@@ -1,0 +1,221 @@
+"""How long a training step takes (forward, loss, backward, optimizer), and how much memory, beside the naive one."""
+
+import argparse
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+import models
+from engine.loss import build_loss
+from engine.optimizer import build_optimizer, parameter_groups
+from engine.train import autocast
+from utils import cli
+
+from . import harness, memory, roofline
+from .harness import DTYPES, Variant
+from .naive import naive
+
+LR, WEIGHT_DECAY = 1e-4, 0.05
+CHECKED_IMAGES = 2  # in the comparison of the formulations in float64
+EXACT = 1e-9  # the largest relative difference that passes there
+# And in a row's own precision, where BatchNorm and a backward pass through the whole depth amplify rounding.
+TOLERANCES = {"fp32": 1e-2, "tf32": 5e-2, "bf16": 0.5}
+COLUMNS = (
+    ("step", "name", "s"),
+    ("ms", "milliseconds", ".1f"),
+    ("img/s", "images_per_second", ".1f"),
+    ("x", "ratio", ".2f"),
+    ("GFLOP", "gflop", ".2f"),
+    ("MB", "megabytes", ".1f"),
+    ("of limit", "fraction", ".2f"),
+    ("peak MiB", "peak_mib", ".0f"),
+    ("difference", "difference", ".1e"),
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a step is made of. The naive form has AdamW as it comes, ours the project's own."""
+
+    naive: bool = False
+    dtype: str = "fp32"  # bf16 is that of autocast, and weights stay in float32
+    checkpointed: bool = False
+    compiled: bool = False
+
+
+BASELINE = "naive fp32"
+FORMS = {
+    BASELINE: Form(naive=True),
+    "naive bf16": Form(naive=True, dtype="bf16"),
+    "ours fp32": Form(),
+    "ours bf16": Form(dtype="bf16"),
+    "ours fp32, checkpointed": Form(checkpointed=True),
+    "ours bf16, checkpointed": Form(dtype="bf16", checkpointed=True),
+}
+COMPILED = {
+    "naive fp32, compiled": Form(naive=True, compiled=True),
+    "naive bf16, compiled": Form(naive=True, dtype="bf16", compiled=True),
+    "ours fp32, compiled": Form(compiled=True),
+    "ours bf16, compiled": Form(dtype="bf16", compiled=True),
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--arch", choices=models.list_models(), default="RepMLPNet-T224", help="the network")
+    parser.add_argument("--batch-size", type=harness.positive, default=16, help="images of a step")
+    parser.add_argument("--tf32", action="store_true", help="let a GPU round the factors of fp32 products to TF32")
+    parser.add_argument("--compile", action="store_true", help="add compiled rows")
+    parser.add_argument(
+        "--memory", action="store_true", help="add the peak memory of each row, in a process of its own"
+    )
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows to keep, beside the baseline; 'ours *'")
+    return parser.parse_args(argv)
+
+
+def build_model(arch: str) -> models.RepMLPNet:
+    """Returns a network of this project in training mode, with the same random weights every time."""
+    torch.manual_seed(0)
+    return cast(models.RepMLPNet, models.create_model(arch).train())
+
+
+def batch(arch: str, size: int) -> tuple[Tensor, Tensor]:
+    """Returns images (N, 3, H, W) and labels (N,), the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, *models.default_image_size(arch), generator=generator)
+    return images, torch.randint(1000, (size,), generator=generator)
+
+
+class Step:
+    """A network in one form, and its training step on one batch."""
+
+    def __init__(self, model: models.RepMLPNet, form: Form, images: Tensor, labels: Tensor, device: str) -> None:
+        self.device = torch.device(device)
+        network = (naive(model) if form.naive else deepcopy(model)).to(self.device)
+        if form.checkpointed:
+            cast(models.RepMLPNet, network).set_grad_checkpointing()
+        self.images, self.labels = images.to(self.device), labels.to(self.device)
+        self.criterion = build_loss(soft_targets=False)
+        self.autocast_dtype = torch.bfloat16 if form.dtype == "bf16" else None
+        self.optimizer: torch.optim.Optimizer
+        if form.naive:
+            self.optimizer = torch.optim.AdamW(parameter_groups(network, WEIGHT_DECAY), lr=LR)
+        else:
+            self.optimizer = build_optimizer(network, name="adamw", lr=LR, weight_decay=WEIGHT_DECAY)
+        self.network = network
+        self.forward = cast(nn.Module, torch.compile(network, fullgraph=True)) if form.compiled else network
+
+    def backward(self) -> None:
+        """Adds up the gradients of the batch."""
+        with autocast(self.device, self.autocast_dtype):
+            loss = self.criterion(self.forward(self.images), self.labels)
+        loss.backward()
+
+    def __call__(self) -> None:
+        """Makes one update."""
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Returns the gradient of every parameter in float64 on the CPU."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.backward()
+        found = {name: cast(Tensor, p.grad).double().cpu() for name, p in self.network.named_parameters()}
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+
+def gradient_difference(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> float:
+    """Returns |actual - expected| / |expected|, both as one vector over all parameters; infinite if not finite."""
+    assert expected.keys() == actual.keys()
+    squares = sum(float((actual[name] - g).square().sum()) for name, g in expected.items())
+    norm = sum(float(g.square().sum()) for g in expected.values())
+    difference = (squares / norm) ** 0.5
+    return difference if difference == difference else float("inf")
+
+
+def check_formulations(model: models.RepMLPNet, images: Tensor, labels: Tensor, device: str) -> float:
+    """Returns the difference of our gradients, plain and checkpointed, from the naive ones, all in float64.
+
+    Raises:
+        ValueError: it is more than rounding in float64 explains.
+    """
+    double = deepcopy(model).double()
+    data = images[:CHECKED_IMAGES].double(), labels[:CHECKED_IMAGES]
+    expected = Step(double, Form(naive=True), *data, device).gradients()
+    differences = []
+    for form in (Form(), Form(checkpointed=True)):
+        actual = Step(double, form, *data, device).gradients()
+        differences.append(harness.check("our gradient in float64", gradient_difference(expected, actual), EXACT))
+    return max(differences)
+
+
+def peak_memory(arch: str, form: Form, batch_size: int, device: str, threads: int) -> int:
+    """Returns the peak memory of two steps, in bytes: weights, optimizer state, activations.
+
+    To be run in a fresh process: what torch itself takes is left out. A compiled row includes its compilation.
+    """
+    torch.set_num_threads(threads)
+    before = memory.in_use(device)
+    step = Step(build_model(arch), form, *batch(arch, batch_size), device)
+    for _ in range(2):
+        step()
+    return memory.peak(device) - before
+
+
+def build(names: Sequence[str], model: models.RepMLPNet, args: argparse.Namespace) -> dict[Variant, float]:
+    """Returns the rows, each with its difference from the float64 gradient of the naive formulation.
+
+    Raises:
+        ValueError: a row is wrong.
+    """
+    images, labels = batch(args.arch, args.batch_size)
+    expected = Step(deepcopy(model).double(), Form(naive=True), images.double(), labels, args.device).gradients()
+    # A backward pass is two products for each of the forward pass. Recomputing is no useful work, so it is not counted.
+    flops = 3 * roofline.count_flops(model, tuple(images.shape))
+    traffic = roofline.training_bytes(model, args.batch_size, model.img_size)
+    rows = {}
+    for name in names:
+        form = (FORMS | COMPILED)[name]
+        step = Step(model, form, images, labels, args.device)
+        difference = gradient_difference(expected, step.gradients())
+        harness.check(name, difference, TOLERANCES["tf32" if args.tf32 and form.dtype == "fp32" else form.dtype])
+        rows[Variant(name, step, flops, traffic, form.dtype)] = difference
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks and times every row, and prints the table."""
+    args = parse(argv)
+    clock = harness.start(args)
+    harness.settle_precision(args.tf32)
+    names = harness.chosen(FORMS | (COMPILED if args.compile else {}), args.only, BASELINE)
+    model = build_model(args.arch)
+    exact = check_formulations(model, *batch(args.arch, args.batch_size), args.device)
+    print(f"{args.arch}, batch {args.batch_size}, AdamW; x: over {BASELINE}; gradients in float64 equal to {exact:.0e}")
+    differences = build(names, model, args)
+    variants = list(differences)
+    dtypes = {dtype: DTYPES[dtype] for dtype in DTYPES if any(v.dtype == dtype for v in variants)}
+    limits = roofline.measure(args.device, dtypes, clock.now)
+    times = harness.interleave(variants, clock, rounds=args.rounds, min_seconds=args.min_seconds)
+    limits = limits.best(roofline.measure(args.device, dtypes, clock.now))
+    rows = harness.summarise(variants, times, BASELINE, limits)
+    for row, variant in zip(rows, variants, strict=True):
+        row |= {"difference": differences[variant], "images_per_second": args.batch_size / row["median"]}
+        row |= {"milliseconds": 1e3 * row["median"], "gflop": row["flops"] / 1e9, "megabytes": row["bytes"] / 1e6}
+        if args.memory:
+            form = (FORMS | COMPILED)[variant.name]
+            settings = (args.arch, form, args.batch_size, args.device, args.threads)
+            row["peak_bytes"] = memory.in_fresh_process(peak_memory, *settings)
+            row["peak_mib"] = row["peak_bytes"] / 2**20
+    harness.report(args, rows, COLUMNS, clock, limits)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,184 @@
+"""Damaged checkpoints, full disks, folders that are taken: the older state stays, and a run goes on from it exactly."""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from fault_runs import Run, one_line
+
+from models.checkpoints import read_checkpoint
+from tools import soak
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """Turns over one bit in the middle, where the tensors are."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(random.Random(0).randbytes(1000))
+
+
+DAMAGES = (truncate, flip, empty, overwrite)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(undisturbed, interrupted, damage):
+    damage(interrupted.folder / "latest.pth")
+    process = interrupted.finish()
+    passed_over = [line for line in process.out.splitlines() if "passing over a checkpoint" in line]
+    assert len(passed_over) == 1
+    assert f"warning: passing over a checkpoint: {interrupted.folder}/latest.pth is damaged" in passed_over[0]
+    assert re.search(r"going on from \S+/(best_ckpt|ckpt_epoch_0)\.pth, update 44\n", interrupted.log)
+    assert soak.differences(undisturbed.folder, interrupted.folder) == []
+
+
+def test_several_damaged_ones(undisturbed, interrupted):
+    for name in ("latest.pth", "ckpt_epoch_0.pth", "best_ema.pth"):
+        truncate(interrupted.folder / name)
+    process = interrupted.finish()
+    assert process.out.count("passing over a checkpoint") >= 2
+    assert "best_ckpt.pth, update 44\n" in interrupted.log
+    assert soak.differences(undisturbed.folder, interrupted.folder) == []
+
+
+def test_where_all_are_damaged_nothing_is_touched(interrupted):
+    found = sorted(interrupted.folder.glob("*.pth"))
+    for path, damage in zip(found, DAMAGES, strict=False):
+        damage(path)
+    before = interrupted.contents()
+    error = one_line(interrupted.start())
+    folder = re.escape(str(interrupted.folder))
+    assert re.fullmatch(
+        rf"error: none of the {len(found)} checkpoints in {folder} can be read: .* another --tag", error
+    )
+    assert interrupted.contents() | {".lock": b""} == before | {".lock": b""}
+    assert error.removeprefix("error: ") in interrupted.log
+
+
+def test_the_newest_is_judged_by_its_content_and_not_by_its_date(undisturbed, interrupted):
+    for age, name in enumerate(("best_ckpt.pth", "ckpt_epoch_0.pth", "latest.pth")):
+        os.utime(interrupted.folder / name, (2e9 - 1e6 * age,) * 2)
+    interrupted.finish()
+    assert "latest.pth, update 60\n" in interrupted.log
+    assert soak.differences(undisturbed.folder, interrupted.folder) == []
+
+
+def test_a_state_under_any_name_is_as_good(undisturbed, interrupted):
+    (interrupted.folder / "latest.pth").rename(interrupted.folder / "best_ema.pth")
+    interrupted.finish()
+    assert "best_ema.pth, update 60\n" in interrupted.log
+    # The best averaged weights come with the end of the second epoch, so that this one was overwritten.
+    assert soak.differences(undisturbed.folder, interrupted.folder) == []
+
+
+def test_no_flipped_bit_goes_unnoticed(interrupted, tmp_path):
+    path, rng = tmp_path / "flipped.pth", random.Random(0)
+    sound = (interrupted.folder / "latest.pth").read_bytes()
+    expected = interrupted.state()["model"]
+    noticed = 0
+    # A third of them in the directory at the end and in the pickle at the beginning, which are short.
+    places = [rng.randrange(len(sound)) for _ in range(40)]
+    places += [rng.randrange(4000) for _ in range(20)] + [len(sound) - 1 - rng.randrange(4000) for _ in range(20)]
+    for place in places:
+        content = bytearray(sound)
+        content[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            found = read_checkpoint(path).state_dict
+        except ValueError:
+            noticed += 1
+        else:
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected), place
+    assert noticed > 40
+
+
+def test_a_file_size_limit_leaves_the_older_checkpoint_intact(undisturbed, interrupted):
+    before = interrupted.contents()
+    error = one_line(interrupted.start(largest_file=1_000_000))
+    assert f"{interrupted.folder}/latest.pth could not be written, is the disk full?" in error
+    assert "stopped: " in interrupted.log
+    after = interrupted.contents()
+    assert {k: v for k, v in after.items() if k.endswith(".pth")} == {
+        k: v for k, v in before.items() if k.endswith(".pth")
+    }
+    assert interrupted.leftovers() == []
+    interrupted.finish()
+    assert soak.differences(undisturbed.folder, interrupted.folder) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of four megabytes, with room for one checkpoint and a half."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if os.geteuid() or mount is None:
+        pytest.skip("only root may mount a small file system")
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_intact(undisturbed, start, small_disk, tmp_path):
+    run = Run(start, small_disk)
+    process = run.start()
+    error = one_line(process)
+    assert f"{run.folder}/latest.pth could not be written, is the disk full?" in error
+    assert run.state()["progress"]["update"] == 5
+    assert run.leftovers() == []
+    elsewhere = Run(start, tmp_path / "output")
+    shutil.copytree(run.folder, elsewhere.folder)
+    elsewhere.finish()
+    assert "latest.pth, update 5\n" in elsewhere.log
+    assert soak.differences(undisturbed.folder, elsewhere.folder) == []
+
+
+def test_a_disk_without_a_single_byte_left(start, small_disk):
+    run = Run(start, small_disk)
+    process = run.start("SAVE_STEPS", 0, "PRINT_FREQ", 1)
+    process.until("Train: ", 3)
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(b"x" * 4096):
+            pass
+    assert process.wait() == 2
+    error = process.err.splitlines()[-1]  # TensorBoard's thread may complain before
+    assert re.fullmatch(
+        rf"error: {re.escape(str(run.folder))} can't be written to: No space left .*; make room .*", error
+    )
+
+
+def test_two_runs_on_one_folder(undisturbed, run):
+    first = run.start()
+    first.until("Train: ", 2)
+    log = run.log
+    error = one_line(run.start())
+    assert re.fullmatch(
+        rf"error: another run \(process {first.pid}\) is writing to {re.escape(str(run.folder))}: wait for it, or give "
+        "this one another --tag",
+        error,
+    )
+    assert first.alive()
+    assert first.wait() == 0
+    assert run.log.startswith(log)
+    assert run.log.count("process(es) on cpu") == 1, "the second one wrote to the log of the first"
+    assert soak.differences(undisturbed.folder, run.folder) == []

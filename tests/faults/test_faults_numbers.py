@@ -1,0 +1,157 @@
+"""Numbers that are not finite: their update is left out, told of and counted; too many end the run."""
+
+import json
+import logging
+import math
+import re
+import signal
+
+import pytest
+import torch
+from fault_runs import one_line
+from torch import nn
+
+from engine.finite import MIN_LOSS_SCALE, FiniteGuard
+from tools import soak
+
+
+def assert_finite(run) -> None:
+    for line in (run.folder / "metrics.jsonl").read_text().splitlines():
+        assert all(math.isfinite(value) for value in json.loads(line).values() if isinstance(value, float)), line
+    state = run.state()
+    for key in ("model", "ema"):
+        assert all(tensor.isfinite().all() for tensor in state[key].values()), key
+
+
+def test_a_nan_costs_one_update(run, images):
+    options = ("DATA.DATA_PATH", images, "DATA.DATASET", "imagenet", "DATA.BATCH_SIZE", 16)
+    run.finish(*options, plan={"nan_at": [2, 5]})
+    told = re.findall(
+        r"WARNING update (\d+) skipped at learning rate (\S+): not a finite loss, on images (.*)", run.log
+    )
+    assert [(int(update), float(rate)) for update, rate, _ in told] == [
+        (2, pytest.approx(0.0005 * 2 / 4)),
+        (5, pytest.approx(0.0005 * (1 + math.cos(math.pi * 5 / 8)) / 2, rel=1e-2)),
+    ]
+    for *_, names in told:
+        assert re.fullmatch(rf"({re.escape(str(images))}/train/(ant|bee)/\d+\.png, ){{4}}\.\.\.", names)
+    assert "2 skipped updates" in run.log.splitlines()[-1]
+    assert run.state()["progress"] | {"best_top1": 0, "best_ema_top1": 0} == {
+        "epoch": 2,
+        "consumed": 0,
+        "update": 8,
+        "best_top1": 0,
+        "best_ema_top1": 0,
+        "skipped": 2,
+    }
+    assert len(run.records("train")) == 4
+    assert_finite(run)
+
+
+def test_the_count_and_the_state_survive_a_restart(start, run, tmp_path_factory):
+    """The skipped update lies between two looks at the numbers, and a save between it and the kill."""
+    from fault_runs import Run
+
+    options = ("PRINT_FREQ", 40)
+    whole = Run(start, tmp_path_factory.mktemp("whole"))
+    whole.finish(*options, plan={"nan_at": [6]})
+    assert run.start(*options, plan={"nan_at": [6], "kill_at_update": 12}).wait() == -signal.SIGKILL
+    assert run.state()["progress"]["skipped"] == 1
+    assert run.log.count("update 6 skipped") == 1
+    run.finish(*options)
+    assert "1 skipped updates" in run.log.splitlines()[-1]
+    assert soak.differences(whole.folder, run.folder) == []
+    assert_finite(run)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_first_update_that_is_skipped_leaves_no_trace(run, name):
+    process = run.start("TRAIN.OPTIMIZER.NAME", name, "SAVE_STEPS", 1, plan={"nan_at": [0], "kill_at_update": 1})
+    assert process.wait() == -signal.SIGKILL
+    state = run.state()
+    assert state["progress"]["skipped"] == 1
+    moments = [moment for each in state["optimizer"]["state"].values() for moment in each.values()]
+    assert moments
+    assert not any(moment.any() for moment in moments)
+    norms = [key.rsplit(".", 1)[0] for key in state["model"] if key.endswith("running_mean")]
+    assert norms
+    assert not any(state["model"][f"{norm}.running_mean"].any() for norm in norms)
+    assert all((state["model"][f"{norm}.running_var"] == 1).all() for norm in norms)
+
+
+def test_nan_from_some_update_on_ends_the_run(run):
+    error = one_line(run.start("TRAIN.MAX_SKIPPED", 6, plan={"nan_from": 9}))
+    assert re.fullmatch(
+        r"error: 7 updates were skipped, TRAIN\.MAX_SKIPPED is 6; the last: update 15 skipped at learning rate \S+: not "
+        r"a finite loss, on images digits image \d+, .*\. Lower TRAIN\.BASE_LR, look at the images, or train with --amp "
+        "off",
+        error,
+    )
+    assert "stopped: 7 updates were skipped" in run.log
+    assert_finite(run)
+
+
+class Steps:
+    """A guard over a linear layer, with gradients as they are told."""
+
+    def __init__(self, *, half: bool, limit: int = 100) -> None:
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.5, fused=True)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=half)
+        self.told: list[str] = []
+        logger = logging.getLogger("tests.faults")
+        logger.warning = self.told.append  # type: ignore[method-assign, assignment]
+        self.guard = FiniteGuard(
+            self.network, self.optimizer, self.scaler, window=4, limit=limit, locate=str, logger=logger
+        )
+        self.skipped = 0
+
+    def update(self, number: int, *, gradient: float = 1.0, loss: float = 1.0) -> None:
+        before = self.guard.before()
+        self.scaler.scale(torch.zeros(()))
+        for parameter in self.network.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        self.guard.step(number, torch.tensor(loss), norm, before, [torch.arange(3)])
+        if number % 4 == 3:
+            self.skipped = self.guard.look(self.skipped)
+
+
+@pytest.mark.parametrize("gradient", [math.inf, math.nan])
+def test_gradients_that_are_not_finite_under_a_finite_loss(gradient):
+    steps = Steps(half=False)
+    for number in range(4):
+        before = [p.clone() for p in steps.network.parameters()]
+        steps.update(number, gradient=gradient if number == 2 else 1.0)
+        same = all(torch.equal(p, q) for p, q in zip(before, steps.network.parameters(), strict=True))
+        assert same == (number == 2)
+    assert steps.told == ["update 2 skipped at learning rate 0.5: not a finite gradients"]
+    assert steps.skipped == 1
+
+
+def test_overflow_under_a_loss_scale_is_its_normal_work():
+    steps = Steps(half=True, limit=0)
+    for number in range(8):
+        steps.update(number, gradient=math.inf if number == 2 else 65536.0)
+    assert steps.told == []
+    assert steps.skipped == 0
+    assert steps.scaler.get_scale() == 2.0**15
+
+
+def test_a_loss_scale_that_collapses_ends_the_run():
+    steps, number = Steps(half=True, limit=0), 0
+    with pytest.raises(ValueError, match=r"the loss scale has collapsed to .*; use --amp bf16 or --amp off"):
+        for number in range(100):
+            steps.update(number, gradient=math.inf)
+    # 2^16 halves with every overflow; looks are four updates apart.
+    assert 2.0**16 / 2.0**number < MIN_LOSS_SCALE < 2.0**16 / 2.0 ** (number - 4)
+
+
+def test_a_loss_that_is_not_finite_counts_with_a_loss_scale_too():
+    steps = Steps(half=True, limit=1)
+    with pytest.raises(ValueError, match=r"2 updates were skipped, TRAIN\.MAX_SKIPPED is 1; the last: update 2 "):
+        for number in range(4):
+            bad = number in (1, 2)
+            steps.update(number, gradient=math.nan if bad else 1.0, loss=math.nan if bad else 1.0)

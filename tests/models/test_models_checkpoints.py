@@ -1,0 +1,555 @@
+"""Checkpoints of every origin: read as data alone, built, loaded strictly, and written atomically."""
+
+import json
+import os
+import pickle
+import re
+import resource
+import stat
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from model_helpers import random_tensor, randomised
+from safetensors import safe_open
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from models import RepMLPNet, create_model
+from models.checkpoints import (
+    build_from,
+    describe,
+    fitting_architectures,
+    load_pretrained,
+    load_weights,
+    read_checkpoint,
+    write_atomically,
+    write_checkpoint,
+)
+from models.reparam import to_deploy
+
+ARCH = "RepMLPNet-Digits"
+CLASSES = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> RepMLPNet:
+    """A network whose weights and statistics are all random; in single precision, as files mostly are."""
+    return randomised(create_model(ARCH, CLASSES)).float().eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model: RepMLPNet) -> dict[str, Tensor]:
+    return model.state_dict()
+
+
+def saved(path: Path, payload: object) -> Path:
+    torch.save(payload, path)
+    return path
+
+
+def same(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> bool:
+    return list(expected) == list(actual) and all(
+        value.dtype == actual[name].dtype and torch.equal(value, actual[name]) for name, value in expected.items()
+    )
+
+
+def prefixed(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+# Reading
+
+
+CONTAINERS: dict[str, Callable] = {
+    "bare": lambda w: w,
+    "bare ordered": OrderedDict,
+    "model": lambda w: {"model": w, "epoch": 3},
+    "state_dict": lambda w: {"state_dict": w, "epoch": 3},
+    "DDP": lambda w: {"model": prefixed(w, "module.")},
+    "compiled": lambda w: {"state_dict": prefixed(w, "_orig_mod.")},
+    "compiled DDP": lambda w: prefixed(w, "_orig_mod.module."),
+    "DDP compiled": lambda w: prefixed(w, "module._orig_mod."),
+    "nested": lambda w: {"model": {"state_dict": w, "args": {"lr": 0.1}}},
+    "average alone": lambda w: {"ema": w},
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_every_container_is_read(kind: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pth", CONTAINERS[kind](weights))
+    checkpoint = read_checkpoint(path)
+    assert same(weights, checkpoint.state_dict)
+    assert (checkpoint.path, checkpoint.form, checkpoint.meta) == (path, "train", {})
+
+
+@pytest.mark.parametrize("key", ["ema", "model_ema", "state_dict_ema"])
+def test_the_moving_average_is_read_when_asked_for(key: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    average = {name: value + 1 for name, value in weights.items()}
+    path = saved(tmp_path / "a.pth", {"model": weights, key: prefixed(average, "module.")})
+    assert same(weights, read_checkpoint(path).state_dict)
+    assert same(average, read_checkpoint(path, ema=True).state_dict)
+
+
+def test_a_checkpoint_without_average_says_so(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pth", {"model": weights})
+    with pytest.raises(ValueError, match="holds no moving average of the weights") as error:
+        read_checkpoint(path, ema=True)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("form", ["train", "deploy"])
+def test_what_is_written_is_read(name: str, form: str, model: RepMLPNet, tmp_path: Path) -> None:
+    network = model if form == "train" else to_deploy(model)
+    meta = describe(ARCH, network, (16, 16), form)
+    write_checkpoint(tmp_path / name, {"model": network.state_dict(), "meta": meta})
+    checkpoint = read_checkpoint(tmp_path / name)
+    assert sorted(checkpoint.state_dict) == sorted(network.state_dict())
+    assert all(torch.equal(value, checkpoint.state_dict[key]) for key, value in network.state_dict().items())
+    assert checkpoint.form == form
+    assert checkpoint.meta == meta
+    built = build_from(checkpoint)
+    assert (built.arch, built.num_classes, built.image_size) == (ARCH, CLASSES, (16, 16))
+    images = random_tensor(2, 3, 16, 16).float()
+    assert torch.equal(network(images), built.model(images))
+
+
+def test_metadata_says_what_the_weights_are(model: RepMLPNet) -> None:
+    meta = describe(ARCH, model, (16, 32), "deploy")
+    versions = meta.pop("versions")
+    assert meta == {"arch": ARCH, "num_classes": CLASSES, "image_size": [16, 32], "form": "deploy"}
+    assert sorted(versions) == ["repmlpnet", "timm", "torch"]
+    assert versions["torch"] == str(torch.__version__)
+    assert {type(version) for version in versions.values()} == {str}
+
+
+def test_safetensors_of_another_origin_are_read(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    safetensors.torch.save_file(weights, tmp_path / "a.safetensors")
+    checkpoint = read_checkpoint(tmp_path / "a.safetensors")
+    assert checkpoint.meta == {}
+    assert build_from(checkpoint).arch == ARCH
+
+
+def published_config() -> CfgNode:
+    """A frozen configuration with nested nodes and every type that the published training code keeps in one."""
+    config = CfgNode({"DATA": {"IMG_SIZE": 16, "DATA_PATH": ""}, "MODEL": {"ARCH": "RepMLPNet-B224", "NUM": 1000}})
+    config.TRAIN = CfgNode({"BASE_LR": 1e-3, "WARMUP": None, "EMA": False, "STEPS": [1, 2], "BETAS": (0.9, 0.999)})
+    config.freeze()
+    return config
+
+
+def test_a_published_training_checkpoint_with_its_pickled_configuration(model: RepMLPNet, tmp_path: Path) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = published_config()
+    payload = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"base_values": [1e-3], "t_in_epochs": False, "metric": None},
+        "max_accuracy": 77.5,
+        "epoch": 99,
+        "config": config,
+        "amp": {"loss_scaler0": {"loss_scale": 65536.0, "unskipped": 12}},
+    }
+    checkpoint = read_checkpoint(saved(tmp_path / "latest.pth", payload))
+    assert same(model.state_dict(), checkpoint.state_dict)
+    assert (checkpoint.payload["epoch"], checkpoint.payload["max_accuracy"]) == (99, 77.5)
+    read = checkpoint.payload["config"]
+    assert not isinstance(read, CfgNode)
+    assert read == config
+    assert read["TRAIN"]["BETAS"] == (0.9, 0.999)
+    assert build_from(checkpoint).arch == ARCH
+
+
+# Files that are no checkpoints
+
+
+class Payload:
+    """Runs a shell command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+class Home(nn.Module):
+    """A network that is pickled whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("place", ["alone", "beside weights", "in the configuration", "plain pickle", "old format"])
+def test_code_in_a_file_is_not_run(place: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "a.pth"
+    evil = Payload(f"touch {marker}")
+    if place == "plain pickle":
+        path.write_bytes(pickle.dumps({"model": evil}, protocol=2))
+    elif place == "in the configuration":
+        config = published_config()
+        dict.__setitem__(config, "HOOK", evil)
+        torch.save({"model": weights, "config": config}, path)
+    elif place == "old format":
+        torch.save({"model": evil}, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.save({"alone": evil, "beside weights": {"model": weights, "extra": evil}}[place], path)
+
+    with pytest.raises(ValueError, match="damaged or no checkpoint that can be read safely") as error:
+        read_checkpoint(path)
+
+    assert not marker.exists()
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "it holds Python objects, and loading those could run code" in str(error.value)
+    # The payload is a real one: a reader that trusts the file runs it.
+    if place == "beside weights":
+        torch.load(path, weights_only=False)
+        assert marker.exists()
+
+
+def test_a_pickled_network_is_refused(tmp_path: Path) -> None:
+    for network in (Home(), nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="it holds Python objects, and loading those could run code"):
+            read_checkpoint(saved(tmp_path / "a.pth", network))
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"no checkpoint at {tmp_path / 'a.pth'}: no such file")):
+        read_checkpoint(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=re.escape(f"no checkpoint at {tmp_path}: that is a folder")):
+        read_checkpoint(tmp_path)
+
+
+NO_CHECKPOINT = "its content is not that of a checkpoint"
+DAMAGES = [
+    ("truncated", ".pth", "its end is missing"),
+    ("halved", ".pth", "its end is missing"),
+    ("bit flipped", ".pth", r"the check sum of a/data/\d+ is wrong"),
+    ("empty", ".pth", NO_CHECKPOINT),
+    ("text", ".pth", NO_CHECKPOINT),
+    ("image", ".pth", NO_CHECKPOINT),
+    *((damage, ".safetensors", r"\w") for damage in ("truncated", "halved", "empty", "text", "image")),
+]
+
+
+@pytest.mark.parametrize(("damage", "suffix", "reason"), DAMAGES)
+def test_a_damaged_file(damage: str, suffix: str, reason: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    write_checkpoint(path, {"model": weights})
+    content = path.read_bytes()
+    middle = len(content) // 2
+    damaged = {
+        "truncated": content[:-10],
+        "halved": content[:middle],
+        "bit flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "empty": b"",
+        "text": b"404: Not Found\n",
+        "image": b"\x89PNG\r\n\x1a\n" + bytes(100),
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=f"is damaged or no checkpoint that can be read safely: {reason}") as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "weights_only" not in str(error.value)  # no advice to trust the file
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ([1, 2], "holds no weights but a list"),
+        (torch.ones(3), "holds no weights but a Tensor"),
+        ({}, "holds no weights: found nothing"),
+        ({"model": {}}, "holds no weights: found nothing"),
+        ({"optimizer": {"lr": 1}, "epoch": 3}, "holds no weights: found 'optimizer', 'epoch'"),
+        ({"model": {"conv": 3}}, "holds no weights: found 'conv'"),
+        ({0: torch.ones(3)}, "holds no weights: found 0"),
+    ],
+    ids=str,
+)
+def test_a_file_without_weights(payload: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"a.pth {message}")):
+        read_checkpoint(saved(tmp_path / "a.pth", payload))
+
+
+# Building
+
+
+OURS = [
+    (ARCH, {}),
+    (ARCH, {"in_chans": 1}),
+    (ARCH, {"img_size": 32}),
+    (ARCH, {"img_size": (16, 32)}),
+    (ARCH, {"img_size": (8, 32)}),  # as many positions as the architecture's own size
+    ("RepMLPNet-C100", {"in_chans": 2}),
+]
+OF_TIMM = [("resnet18", {}), ("resnet18", {"img_size": (64, 64)}), ("mixer_s32_224", {"img_size": (64, 64)})]
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "form"),
+    [(*case, form) for case in OURS for form in ("train", "deploy")] + [(*case, None) for case in OF_TIMM],
+    ids=str,
+)
+def test_a_network_is_built_from_what_its_checkpoint_tells(
+    arch: str, options: dict, form: str | None, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = create_model(arch, 9, deploy=form == "deploy", **options).eval()
+    size = network.img_size if form else options.get("img_size", (224, 224))
+    meta = describe(arch, network, size, form)
+    write_checkpoint(tmp_path / "a.pth", {"model": network.state_dict(), "meta": meta})
+
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    built = build_from(checkpoint)
+
+    assert checkpoint.form == form
+    assert (built.arch, built.num_classes, built.image_size) == (arch, 9, size)
+    assert not built.model.training
+    images = torch.randn(1, options.get("in_chans", 3), *size)
+    with torch.no_grad():
+        assert torch.equal(network(images), built.model(images))
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+def test_a_bare_state_dict_tells_its_architecture(deploy: bool, tmp_path: Path) -> None:
+    for arch, options in ((ARCH, {}), ("RepMLPNet-C100", {})):
+        network = create_model(arch, 9, deploy=deploy, **options)
+        built = build_from(read_checkpoint(saved(tmp_path / "a.pth", network.state_dict())))
+        assert (built.arch, built.num_classes, built.image_size) == (arch, 9, network.img_size)
+        assert same(network.state_dict(), built.model.state_dict())
+
+
+@pytest.mark.parametrize("size", [8, 24, 32])
+def test_a_bare_state_dict_of_another_square_size(size: int, tmp_path: Path) -> None:
+    network = create_model(ARCH, 9, img_size=size, in_chans=1)
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", network.state_dict()))
+    built = build_from(checkpoint, ARCH)
+    assert (built.image_size, built.model.in_chans) == ((size, size), 1)
+    assert same(network.state_dict(), built.model.state_dict())
+
+
+def test_a_bare_state_dict_of_timm_needs_the_architecture(tmp_path: Path) -> None:
+    network = create_model("resnet18", 9)
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", network.state_dict()))
+    with pytest.raises(ValueError, match="does not say which architecture it is of, and none fits: name it with -a"):
+        build_from(checkpoint)
+    built = build_from(checkpoint, "resnet18")
+    assert (built.num_classes, built.image_size) == (9, (224, 224))
+    assert same(network.state_dict(), built.model.state_dict())
+
+
+@pytest.mark.parametrize("arch", ["RepMLPNet-T224", "RepMLPNet-L256", "RepMLPNet-C100"])
+@pytest.mark.parametrize("deploy", [False, True])
+def test_fitting_architectures(arch: str, deploy: bool) -> None:
+    with torch.device("meta"):
+        state = create_model(arch, 11, deploy=deploy).state_dict()
+    assert fitting_architectures(state) == [arch]
+    del state["head.bias"]
+    assert fitting_architectures(state) == []
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_keep_their_dtype(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    network = create_model(ARCH, CLASSES).to(dtype)
+    write_checkpoint(tmp_path / name, {"model": network.state_dict()})
+    built = build_from(read_checkpoint(tmp_path / name))
+    assert {p.dtype for p in built.model.parameters()} == {dtype}
+    assert same(network.state_dict(), built.model.state_dict())
+
+
+def test_an_unknown_architecture_is_refused(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", weights))
+    with pytest.raises(ValueError, match="unknown architecture 'RepMLPNet-Digit'; did you mean RepMLPNet-Digits"):
+        build_from(checkpoint, "RepMLPNet-Digit")
+
+
+# Loading
+
+
+def test_weights_of_another_architecture_name_the_one_that_fits(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", weights))
+    with pytest.raises(ValueError, match="does not fit the network") as error:
+        build_from(checkpoint, "RepMLPNet-C100")
+    message = str(error.value)
+    assert str(checkpoint.path) in message
+    assert re.search(r"\d+ tensors missing \(stages\.0\.2\.\S+, \.\.\.\); \d+ tensors of another shape", message)
+    assert message.endswith(f"These are train weights of {ARCH} with {CLASSES} classes")
+
+
+def test_weights_for_another_number_of_classes(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", weights))
+    with pytest.raises(ValueError, match=r"2 tensors of another shape \(head.weight \(6, 64\), not \(4, 64\)") as error:
+        load_weights(create_model(ARCH, 4), checkpoint)
+    assert str(error.value).endswith(f"{ARCH} with {CLASSES} classes")
+
+
+def test_weights_of_the_other_form(model: RepMLPNet, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", to_deploy(model).state_dict()))
+    with pytest.raises(ValueError, match=r"tensors missing .*; 4 tensors unexpected") as error:
+        load_weights(model, checkpoint)
+    assert str(error.value).endswith(f"These are deploy weights of {ARCH} with {CLASSES} classes")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_loading_is_strict_and_leaves_the_network_alone_where_it_fails(
+    change: str, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    state = dict(weights)
+    name = "stages.1.0.prebn1.running_var"
+    if change == "missing":
+        del state[name]
+    elif change == "unexpected":
+        state["stages.1.0.more"] = torch.ones(1)
+    else:
+        state[name] = torch.ones(63)
+    network = create_model(ARCH, CLASSES)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    expected = {
+        "missing": rf"1 tensors missing \({name}\)",
+        "unexpected": r"1 tensors unexpected \(stages\.1\.0\.more\)",
+        "shape": rf"1 tensors of another shape \({name} \(63,\), not \(64,\)\)",
+    }
+    with pytest.raises(ValueError, match=expected[change]):
+        load_weights(network, read_checkpoint(saved(tmp_path / "a.pth", state)))
+    assert same(before, network.state_dict())
+
+
+@pytest.mark.parametrize("arch", [ARCH, "resnet18"])
+def test_pretrained_weights_for_other_classes_leave_the_head_alone(arch: str, tmp_path: Path) -> None:
+    trained, network = create_model(arch, CLASSES), create_model(arch, 4)
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", trained.state_dict()))
+    head = {name: value.clone() for name, value in network.get_classifier().state_dict().items()}
+    prefix = "head" if arch == ARCH else "fc"
+
+    assert load_pretrained(arch, network, checkpoint) == [f"{prefix}.weight", f"{prefix}.bias"]
+
+    assert same(head, network.get_classifier().state_dict())
+    expected = {k: v for k, v in trained.state_dict().items() if not k.startswith(f"{prefix}.")}
+    assert same(expected, {k: v for k, v in network.state_dict().items() if not k.startswith(f"{prefix}.")})
+
+
+def test_pretrained_weights_for_the_same_classes_are_loaded_whole(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    network = create_model(ARCH, CLASSES)
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", weights))
+    assert load_pretrained(ARCH, network, checkpoint) == []
+    assert same(weights, network.state_dict())
+
+
+def test_pretrained_weights_must_fit_but_for_the_head(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    state = {k: v for k, v in weights.items() if k != "embeds.0.bn.bias"}
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", state))
+    with pytest.raises(ValueError, match=r"1 tensors missing \(embeds\.0\.bn\.bias\)"):
+        load_pretrained(ARCH, create_model(ARCH, 4), checkpoint)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_files_are_plain(name: str, model: RepMLPNet, tmp_path: Path) -> None:
+    deploy = to_deploy(model)
+    meta = describe(ARCH, deploy, (16, 16), "deploy")
+    path = tmp_path / "new folder" / name
+    write_checkpoint(path, {"model": deploy.state_dict(), "meta": meta})
+    if name.endswith(".pth"):
+        payload = torch.load(path, weights_only=True)
+        assert payload["meta"] == meta
+        assert same(deploy.state_dict(), payload["model"])
+    else:
+        with safe_open(path, framework="pt") as file:
+            assert json.loads(file.metadata()["meta"]) == meta
+        assert safetensors.torch.load_file(path).keys() == deploy.state_dict().keys()
+    assert [p.name for p in path.parent.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_files_can_be_read_by_others(name: str, tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        write_checkpoint(tmp_path / name, {"model": {"a": torch.ones(2)}})
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o644
+
+
+def test_an_old_file_is_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_text("old")
+    seen = []
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_text("ne")
+        seen.append(path.read_text())
+        Path(temporary).write_text("new")
+        seen.append(path.read_text())
+
+    write_atomically(path, write)
+    assert seen == ["old", "old"]
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_failed_write_leaves_the_old_file_and_no_other(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write_checkpoint(path, {"model": {"a": torch.ones(2)}})
+    old = path.read_bytes()
+    unwritable = {"model": {"a": torch.zeros(1000)}, "meta": {"callback": lambda: None}}
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        write_checkpoint(path, unwritable)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_text("old")
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_disk_that_takes_no_more_is_an_os_error(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write_checkpoint(path, {"model": {"a": torch.ones(2)}})
+    old = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r".") as error:
+            write_checkpoint(path, {"model": {"a": torch.ones(2**20)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_safetensors_take_views(tmp_path: Path) -> None:
+    view = torch.arange(6.0).reshape(2, 3).t()
+    write_checkpoint(tmp_path / "a.safetensors", {"model": {"a": view}})
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "a.safetensors")["a"], view)
+
+
+def test_every_byte_of_the_weights_is_under_a_check_sum(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a.pth", {"model": weights})
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+    assert len(tensors) == len(weights)
+    assert sum(entry.file_size for entry in tensors) == sum(v.nbytes for v in weights.values())

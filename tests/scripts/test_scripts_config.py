@@ -1,0 +1,273 @@
+"""The scripts and the configuration fit each other: no dead key, no key that does not exist, one word for one thing."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from timm.layers import to_2tuple
+from yacs.config import CfgNode
+
+import configs
+import data
+import main_repmlp
+import models
+from configs.rules import RULES
+from data.mixing import ERASING_MODES, MIXUP_MODES
+from data.transforms import INTERPOLATIONS
+from data.zipped import CACHE_MODES
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+KEYS = set(configs.flatten(configs.defaults())) - {"BASE"}
+SECTIONS = {key.rsplit(".", n)[0] for key in KEYS for n in range(1, key.count(".") + 1)}
+FLAGS = {
+    "--cfg",
+    "--opts",
+    "--arch",
+    "--batch-size",
+    "--data-path",
+    "--dataset",
+    "--zip",
+    "--cache-mode",
+    "--resume",
+    "--pretrained",
+    "--accumulation-steps",
+    "--use-checkpoint",
+    "--amp",
+    "--amp-opt-level",
+    "--compile",
+    "--output",
+    "--tag",
+    "--eval",
+    "--throughput",
+    "--local-rank",
+    "--local_rank",
+}
+
+
+class Reads(ast.NodeVisitor):
+    """Collects the dotted paths that a file reads of a configuration: `cfg.A.B`, `task.cfg.A.B`, and through aliases.
+
+    An alias is a local name for a part: `cfg = self.cfg.DATA`, also as one of several in a tuple.
+    """
+
+    def __init__(self) -> None:
+        self.paths: set[str] = set()
+        self._aliases: dict[str, str] = {}
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outer = self._aliases
+        self._aliases = dict(outer)
+        for argument in node.args.args:
+            self._aliases.pop(argument.arg, None)
+        self.generic_visit(node)
+        self._aliases = outer
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.visit(node.value)
+        targets, values = node.targets, [node.value]
+        if isinstance(targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+            targets, values = targets[0].elts, node.value.elts
+        for target, value in zip(targets, values, strict=False):
+            path = self._resolve(value)
+            if isinstance(target, ast.Name) and path is not None:
+                self._aliases[target.id] = path
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        path = self._resolve(node)
+        if path is None:
+            self.generic_visit(node)
+        elif path:
+            self.paths.add(path)
+
+    def _resolve(self, node: ast.expr) -> str | None:
+        """The path below the configuration, empty for itself, None for anything else."""
+        if isinstance(node, ast.Name):
+            return self._aliases.get(node.id, "" if node.id == "cfg" else None)
+        if not isinstance(node, ast.Attribute):
+            return None
+        path = self._resolve(node.value)
+        if path is None:
+            return "" if node.attr in ("cfg", "config") else None
+        if hasattr(CfgNode, node.attr):  # a method, such as cfg.dump
+            return path
+        return f"{path}.{node.attr}".lstrip(".")
+
+
+def reads(*names: str) -> set[str]:
+    visitor = Reads()
+    for name in names:
+        visitor.visit(ast.parse((ROOT / name).read_text()))
+    return visitor.paths
+
+
+def choices(key: str) -> set[str]:
+    return set(RULES[key].allowed.removeprefix("one of ").split(", "))
+
+
+def test_the_reader_of_this_test_understands_aliases():
+    visitor = Reads()
+    visitor.visit(
+        ast.parse(
+            "def f(self, cfg):\n cfg, process = self.cfg.DATA, self.process\n g(cfg.ZIP, process.rank)\n"
+            "def g(task):\n h(task.cfg.A.B, task.logger.info)\n cfg = task.cfg\n cfg.dump(cfg.TAG)\n"
+            "def k(options):\n cfg = options.config\n return cfg.SEED\n"
+        )
+    )
+    assert visitor.paths == {"DATA", "DATA.ZIP", "A.B", "TAG", "SEED"}
+
+
+def test_every_key_is_read():
+    assert KEYS - reads("main_repmlp.py", "configs/derive.py") == set()
+
+
+def test_every_key_that_is_read_exists():
+    paths = reads("main_repmlp.py", "configs/derive.py")
+    assert len(paths) > 50
+    assert paths - KEYS - SECTIONS == set()
+
+
+@pytest.mark.parametrize("folder", ["engine", "data", "models", "utils"])
+def test_only_scripts_read_the_configuration(folder):
+    for path in sorted((ROOT / folder).glob("*.py")):
+        tree = ast.parse(path.read_text())
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not [name for name in modules if name.split(".")[0] in ("configs", "yacs")], path
+
+
+def test_every_flag_sets_a_key_that_exists():
+    assert {key for key, _ in main_repmlp.FLAGS.values()} <= KEYS
+    assert len({key for key, _ in main_repmlp.FLAGS.values()}) == len(main_repmlp.FLAGS)
+
+
+def test_the_flags_are_these_and_help_explains_each(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main_repmlp.parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    body = text[text.index("options:") :]
+    assert set(re.findall(r"(?<![\w-])(--[a-z][a-z_-]*)", body)) - {"--help"} == FLAGS
+    for entry in re.split(r"\n  (?=-)", body)[1:]:
+        words = entry.split()
+        assert len([word for word in words if not word.startswith("-") and not word.isupper()]) >= 2, entry
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "value"),
+    [
+        (["--arch", "resnet18"], "MODEL.ARCH", "resnet18"),
+        (["--batch-size", "32"], "DATA.BATCH_SIZE", 32),
+        (["--data-path", "/data"], "DATA.DATA_PATH", "/data"),
+        (["--dataset", "cf100"], "DATA.DATASET", "cf100"),
+        (["--zip"], "DATA.ZIP_MODE", True),
+        (["--cache-mode", "no"], "DATA.CACHE_MODE", "no"),
+        (["--resume", "a.pth"], "MODEL.RESUME", "a.pth"),
+        (["--pretrained", "a.pth"], "MODEL.PRETRAINED", "a.pth"),
+        (["--accumulation-steps", "4"], "TRAIN.ACCUMULATION_STEPS", 4),
+        (["--use-checkpoint"], "TRAIN.USE_CHECKPOINT", True),
+        (["--amp", "bf16"], "AMP", "bf16"),
+        (["--amp-opt-level", "O0"], "AMP", "off"),
+        (["--amp-opt-level", "O1"], "AMP", "fp16"),
+        (["--amp-opt-level", "O2", "--amp", "fp16"], "AMP", "fp16"),
+        (["--compile"], "COMPILE", True),
+        (["--output", "out"], "OUTPUT", "out"),
+        (["--tag", "t"], "TAG", "t"),
+        (["--eval", "--resume", "a.pth"], "EVAL_MODE", True),
+        (["--throughput"], "THROUGHPUT_MODE", True),
+        (["--opts", "TRAIN.BASE_LR", "5e-4"], "TRAIN.BASE_LR", 5e-4),
+        (["--batch-size", "32", "--opts", "DATA.BATCH_SIZE", "32"], "DATA.BATCH_SIZE", 32),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_flag_sets(argv, key, value):
+    found = configs.flatten(main_repmlp.parse(argv).config)
+    assert found[key] == value
+    given = {key, "MODEL.RESUME"} if "--eval" in argv else {key}
+    assert {k: v for k, v in found.items() if k not in given} == {
+        k: v for k, v in configs.flatten(configs.load_config()).items() if k not in given
+    }
+
+
+@pytest.mark.parametrize("spelling", ["--local-rank", "--local_rank"])
+def test_both_spellings_of_the_local_rank(spelling):
+    assert main_repmlp.parse([f"{spelling}=3"]).local_rank == 3
+    assert main_repmlp.parse([]).local_rank is None
+
+
+def test_nothing_given_is_nothing_set():
+    parsed = main_repmlp.parse([])
+    assert configs.flatten(parsed.config) == configs.flatten(configs.load_config())
+    assert parsed.notices == []
+
+
+def test_an_old_flag_is_announced():
+    (notice,) = main_repmlp.parse(["--amp-opt-level", "O1"]).notices
+    assert notice == "--amp-opt-level O1 is the old name of --amp fp16"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_parses_and_its_network_fits(recipe):
+    cfg = main_repmlp.parse(["--cfg", str(recipe)]).config
+    size = to_2tuple(cfg.DATA.IMG_SIZE or models.default_image_size(cfg.MODEL.ARCH))
+    classes = cfg.MODEL.NUM_CLASSES or {"imagenet": 1000, "cf100": 100, "digits": 10}[cfg.DATA.DATASET]
+    with torch.device("meta"):
+        model = models.create_model(cfg.MODEL.ARCH, classes, img_size=size).eval()
+        assert model(torch.empty(2, 3, *size)).shape == (2, classes)
+    data.train_transform(
+        size,
+        preset=cfg.AUG.PRESET,
+        interpolation=cfg.DATA.INTERPOLATION,
+        color_jitter=cfg.AUG.COLOR_JITTER,
+        auto_augment=cfg.AUG.AUTO_AUGMENT,
+    )
+    data.eval_transform(to_2tuple(cfg.DATA.TEST_SIZE or size), crop=cfg.TEST.CROP, interpolation=cfg.DATA.INTERPOLATION)
+
+
+def test_there_is_a_recipe_of_each_published_network():
+    named = {main_repmlp.parse(["--cfg", str(recipe)]).config.MODEL.ARCH for recipe in RECIPES}
+    assert named >= {f"RepMLPNet-{size}" for size in ("T224", "B224", "T256", "B256", "D256", "L256")}
+
+
+@pytest.mark.parametrize(
+    ("key", "registry"),
+    [
+        ("DATA.DATASET", data.DATASETS),
+        ("AUG.PRESET", data.PRESETS),
+        ("AUG.MIXUP_MODE", MIXUP_MODES),
+        ("AUG.REMODE", ERASING_MODES),
+        ("DATA.INTERPOLATION", INTERPOLATIONS),
+        ("DATA.CACHE_MODE", CACHE_MODES),
+        ("AMP", ("auto", "off", "bf16", "fp16")),
+    ],
+)
+def test_the_words_of_the_rules_are_those_of_the_code(key, registry):
+    assert choices(key) == set(registry)
+
+
+def test_the_words_of_the_flags_are_those_of_the_rules():
+    for key, settings in main_repmlp.FLAGS.values():
+        if "choices" in settings:
+            assert set(settings["choices"]) == choices(key)
+    assert set(main_repmlp.APEX_LEVELS.values()) <= choices("AMP")
+
+
+def test_the_defaults_of_the_library_are_those_of_the_schema():
+    cfg = configs.defaults()
+    parameters = inspect.signature(data.build_mixing).parameters
+    expected = {
+        "mixup": cfg.AUG.MIXUP,
+        "cutmix": cfg.AUG.CUTMIX,
+        "cutmix_minmax": cfg.AUG.CUTMIX_MINMAX,
+        "prob": cfg.AUG.MIXUP_PROB,
+        "switch_prob": cfg.AUG.MIXUP_SWITCH_PROB,
+        "mode": cfg.AUG.MIXUP_MODE,
+        "label_smoothing": cfg.MODEL.LABEL_SMOOTHING,
+        "remode": cfg.AUG.REMODE,
+        "recount": cfg.AUG.RECOUNT,
+        "seed": cfg.SEED,
+    }
+    assert {name: parameters[name].default for name in expected} == expected
