@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
@@ -50,6 +50,8 @@ def decode_rgb(file: BinaryIO) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError:  # its text is another one each time
+        raise ValueError("not an image of a known format") from None
     except _DECODING_ERRORS as error:
         raise ValueError(f"not a readable image ({error})") from error
 

@@ -8,13 +8,13 @@ import json
 import math
 import os
 import re
-import tempfile
+import secrets
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import timm
 import torch
@@ -104,8 +104,8 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
     """Builds the network that a checkpoint's weights belong to, in the structure that they have, and loads them.
 
     Args:
-        checkpoint: the weights; number of classes and input channels are read off them, and so is the image size where
-            the metadata does not give it.
+        checkpoint: the weights; the number of classes is read off them, and for our own architectures the number of
+            input channels and, where the metadata does not give it, the image size too.
         arch: the architecture; None takes the one that the metadata names or that fits.
 
     Raises:
@@ -118,14 +118,14 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
     height, width = checkpoint.meta.get("image_size") or default_image_size(arch)
     size = (height, width)
     head = weights.get(f"{classifier_name(arch)}.weight")
-    classes = 0 if head is None else len(head)
+    classes = 0 if head is None else head.shape[:1].numel()
     if head is None and checkpoint.meta.get("num_classes") != 0:
         raise ValueError(f"{checkpoint.path} holds no head ({classifier_name(arch)}.weight) of {arch}")
     if arch in SPECS:
         size = _image_size(weights, SPECS[arch], size)
         embedding = weights.get("conv_embedding.conv.weight", torch.empty(0, 3))
         model = create_model(
-            arch, classes, deploy=checkpoint.form == "deploy", img_size=size, in_chans=embedding.shape[1]
+            arch, classes, deploy=checkpoint.form == "deploy", img_size=size, in_chans=embedding.shape[1:2].numel()
         )
     else:
         model = create_model(arch, classes, img_size=size)
@@ -183,27 +183,26 @@ def write_checkpoint(path: str | Path, payload: Mapping[str, Any]) -> None:
 
         tensors = {k: v.contiguous() for k, v in payload["model"].items()}
         content = save(tensors, metadata={"meta": json.dumps(payload.get("meta", {}))})
-        write_atomically(path, lambda file: Path(file).write_bytes(content))
+        write_atomically(path, lambda file: file.write(content))
     else:
         write_atomically(path, lambda file: torch.save(dict(payload), file))
 
 
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            write(temporary)
-        except RuntimeError as error:  # what torch.save makes of a disk that takes no more
-            raise OSError(f"{path} could not be written, is the disk full? {error}") from error
-        with open(temporary, "rb") as file:
+        with temporary.open("xb") as file:
+            try:
+                write(file)
+            except RuntimeError as error:  # what torch.save makes of a disk that takes no more
+                raise OSError(f"{path} could not be written, is the disk full? {error}") from error
+            file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -282,9 +281,9 @@ def _find_weights(path: Path, payload: Mapping[str, Any], ema: bool) -> Mapping[
 def _image_size(weights: Mapping[str, Tensor], spec: RepMLPNetSpec, own: tuple[int, int]) -> tuple[int, int]:
     """Returns the image size that the partitions of FC3 are made for; only square ones can be told from the weights."""
     kernel = weights.get("stages.0.0.repmlp_block.fc3.weight")
-    if kernel is None or kernel.shape[1] == own[0] * own[1] // spec.patch_size**2:
+    if kernel is None or kernel.shape[1:2].numel() == own[0] * own[1] // spec.patch_size**2:
         return own
-    side = math.isqrt(kernel.shape[1]) * spec.patch_size
+    side = math.isqrt(kernel.shape[1:2].numel()) * spec.patch_size
     return side, side
 
 
@@ -326,5 +325,5 @@ def _better_fit(state_dict: Mapping[str, Tensor]) -> str:
     names = fitting_architectures(state_dict)
     if not names:
         return ""
-    classes = state_dict["head.weight"].shape[0]
+    classes = state_dict["head.weight"].shape[:1].numel()
     return f". These are {_form(state_dict)} weights of {' or '.join(names)} with {classes} classes"

@@ -89,7 +89,8 @@ class _BatchedLinear(torch.autograd.Function):
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype in which a matrix product with `x` is to be computed."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if enabled and x.dtype != torch.float64:  # which autocast leaves alone
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -242,7 +243,8 @@ class RepMLPBlock(Reparameterizable):
         """Locality Injection, in place; does nothing where it is already done.
 
         Computes what `get_equivalent_fc3` does, in pieces of a few rows that fit into the cache, and leaves the result
-        where the weight is, so that it takes next to no memory.
+        where the weight is, so that it takes next to no memory. A state dict taken before shares the weight: copy it
+        first where it is still wanted.
         """
         if self.deploy:
             return

@@ -2,6 +2,8 @@
 
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,6 +58,7 @@ def init(local_rank_flag: int | None = None) -> Process:
             raise ValueError(f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start with torchrun")
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            **_meeting_place(rank, world_size),
             timeout=TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
@@ -140,6 +143,47 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def _meeting_place(rank: int, world_size: int) -> dict[str, Any]:
+    """Returns where the processes find each other, as arguments of `init_process_group`; nothing for torch's own place.
+
+    torchrun's store outlives a restart, and may answer with the addresses of processes that are gone (torch 2.15). The
+    processes that are there now therefore agree on a name of their own in it: rank 0 draws one and hands it to each
+    other process in exchange for a number that only a living one can know to be its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0), timeout=TIMEOUT)
+    name = _hand_out_name(store, world_size) if rank == 0 else _receive_name(store, rank)
+    return {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world_size}
+
+
+def _hand_out_name(store: dist.Store, world_size: int) -> str:
+    name, waiting = uuid.uuid4().hex, set(range(1, world_size))
+    while waiting:
+        for rank in sorted(waiting):
+            if _read(store, f"received/{rank}") == name:
+                waiting.remove(rank)
+            elif number := _read(store, f"number/{rank}"):
+                store.set(f"name/{rank}", f"{number} {name}")
+        time.sleep(0.02)
+    return name
+
+
+def _receive_name(store: dist.Store, rank: int) -> str:
+    mine = uuid.uuid4().hex
+    store.set(f"number/{rank}", mine)
+    while not (answer := _read(store, f"name/{rank}")).startswith(mine):
+        time.sleep(0.02)
+    name = answer.split()[1]
+    store.set(f"received/{rank}", name)
+    return name
+
+
+def _read(store: dist.Store, key: str) -> str:
+    """Returns what a store has under a key, empty where it has nothing."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def _slurm_environment(slurm: os._Environ[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import safetensors.torch
@@ -231,7 +232,7 @@ NO_CHECKPOINT = "its content is not that of a checkpoint"
 DAMAGES = [
     ("truncated", ".pth", "its end is missing"),
     ("halved", ".pth", "its end is missing"),
-    ("bit flipped", ".pth", r"the check sum of a/data/\d+ is wrong"),
+    ("bit flipped", ".pth", r"the check sum of \S+/data/\d+ is wrong"),
     ("empty", ".pth", NO_CHECKPOINT),
     ("text", ".pth", NO_CHECKPOINT),
     ("image", ".pth", NO_CHECKPOINT),
@@ -245,14 +246,16 @@ def test_a_damaged_file(damage: str, suffix: str, reason: str, weights: dict[str
     write_checkpoint(path, {"model": weights})
     content = path.read_bytes()
     middle = len(content) // 2
+    inside = content.find(weights["head.weight"].numpy().tobytes()) + 100
     damaged = {
         "truncated": content[:-10],
         "halved": content[:middle],
-        "bit flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "bit flipped": content[:inside] + bytes([content[inside] ^ 1]) + content[inside + 1 :],
         "empty": b"",
         "text": b"404: Not Found\n",
         "image": b"\x89PNG\r\n\x1a\n" + bytes(100),
     }
+    assert inside > 100
     path.write_bytes(damaged[damage])
     with pytest.raises(ValueError, match=f"is damaged or no checkpoint that can be read safely: {reason}") as error:
         read_checkpoint(path)
@@ -486,16 +489,27 @@ def test_an_old_file_is_replaced_at_once(tmp_path: Path) -> None:
     path.write_text("old")
     seen = []
 
-    def write(temporary: str) -> None:
-        Path(temporary).write_text("ne")
-        seen.append(path.read_text())
-        Path(temporary).write_text("new")
-        seen.append(path.read_text())
+    def write(file: BinaryIO) -> None:
+        for piece in (b"ne", b"w"):
+            file.write(piece)
+            file.flush()
+            seen.append(path.read_text())
 
     write_atomically(path, write)
     assert seen == ["old", "old"]
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_equal_content_is_equal_bytes_and_the_users_mask_holds(tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        for name in ("a.pth", "b.pth"):
+            write_checkpoint(tmp_path / name, {"model": {"a": torch.ones(2)}})
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    assert (tmp_path / "a.pth").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
@@ -514,8 +528,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -
     path = tmp_path / "a.pth"
     path.write_text("old")
 
-    def write(temporary: str) -> None:
-        Path(temporary).write_text("half")
+    def write(file: BinaryIO) -> None:
+        file.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
