@@ -23,7 +23,7 @@ import models
 from configs import Derived, Override, derive, dump_config, load_config, parse_opts
 from engine.checkpoint import CheckpointFolder, resume
 from engine.ema import ModelEma
-from engine.evaluate import Evaluation, evaluate
+from engine.evaluate import evaluate
 from engine.loss import build_loss
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
@@ -209,6 +209,51 @@ def measure_throughput(task: Task) -> None:
         task.logger.info(f"{cfg.MODEL.ARCH} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
 
 
+def train_batches(task: Task, source: data.ImageSource) -> tuple[DataLoader, data.TrainSampler]:
+    """Deals the images of `train` to the processes; the sampler is told where in which epoch to begin."""
+    cfg, process = task.cfg, task.process
+    loader = data.build_train_loader(
+        source,
+        data.train_transform(
+            task.train_size,
+            preset=cfg.AUG.PRESET,
+            interpolation=cfg.DATA.INTERPOLATION,
+            color_jitter=cfg.AUG.COLOR_JITTER,
+            auto_augment=cfg.AUG.AUTO_AUGMENT,
+        ),
+        batch_size=cfg.DATA.BATCH_SIZE,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        pin_memory=cfg.DATA.PIN_MEMORY,
+        seed=cfg.SEED,
+        rank=process.rank,
+        world_size=process.world_size,
+        fixed_shards=cfg.DATA.ZIP_MODE and cfg.DATA.CACHE_MODE == "part",
+    )
+    assert isinstance(loader.sampler, data.TrainSampler)
+    return loader, loader.sampler
+
+
+def build_mixing(task: Task, num_classes: int) -> data.Mixing | None:
+    """Builds what is done to a whole batch: erasing, mixup, CutMix."""
+    cfg = task.cfg
+    return data.build_mixing(
+        num_classes=num_classes,
+        batch_size=cfg.DATA.BATCH_SIZE,
+        mixup=cfg.AUG.MIXUP,
+        cutmix=cfg.AUG.CUTMIX,
+        cutmix_minmax=cfg.AUG.CUTMIX_MINMAX,
+        prob=cfg.AUG.MIXUP_PROB,
+        switch_prob=cfg.AUG.MIXUP_SWITCH_PROB,
+        mode=cfg.AUG.MIXUP_MODE,
+        label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
+        reprob=0.0 if cfg.AUG.PRESET is not None else cfg.AUG.REPROB,
+        remode=cfg.AUG.REMODE,
+        recount=cfg.AUG.RECOUNT,
+        seed=cfg.SEED,
+        rank=task.process.rank,
+    )
+
+
 def build_trainer(task: Task, model: nn.Module, derived: Derived, source: data.ImageSource) -> Trainer:
     """Puts together what takes part in an update."""
     cfg, process = task.cfg, task.process
@@ -232,23 +277,7 @@ def build_trainer(task: Task, model: nn.Module, derived: Derived, source: data.I
         decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
         warmup_prefix=cfg.TRAIN.LR_SCHEDULER.WARMUP_PREFIX,
     )
-    preset = cfg.AUG.PRESET is not None
-    mixing = data.build_mixing(
-        num_classes=cast(int, model.num_classes),
-        batch_size=cfg.DATA.BATCH_SIZE,
-        mixup=cfg.AUG.MIXUP,
-        cutmix=cfg.AUG.CUTMIX,
-        cutmix_minmax=cfg.AUG.CUTMIX_MINMAX,
-        prob=cfg.AUG.MIXUP_PROB,
-        switch_prob=cfg.AUG.MIXUP_SWITCH_PROB,
-        mode=cfg.AUG.MIXUP_MODE,
-        label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
-        reprob=0.0 if preset else cfg.AUG.REPROB,
-        remode=cfg.AUG.REMODE,
-        recount=cfg.AUG.RECOUNT,
-        seed=cfg.SEED,
-        rank=process.rank,
-    )
+    mixing = build_mixing(task, cast(int, model.num_classes))
     ema = None
     if cfg.TRAIN.EMA_ALPHA > 0:
         ema = ModelEma(
@@ -337,29 +366,31 @@ def start_or_resume(task: Task, trainer: Trainer, checkpoints: CheckpointFolder)
     return trainer.progress.update
 
 
+def evaluate_epoch(task: Task, trainer: Trainer, batches: DataLoader) -> tuple[bool, bool]:
+    """Evaluates the epoch that has ended, its weights and their average; says of each whether it is the best so far."""
+    progress = trainer.progress
+
+    def top1(network: nn.Module, kind: str) -> float:
+        precision = autocast(task.process.device, task.dtype)
+        result = evaluate(network, batches, trainer.normalize, task.process.device, precision)
+        task.logger.info(f"Epoch {progress.epoch - 1} {kind}: {result}")
+        trainer.metrics.write(kind, progress.update, {"epoch": progress.epoch - 1, **result.as_dict()})
+        return result.top1
+
+    now, before = top1(trainer.network, "eval"), progress.best_top1
+    progress.best_top1 = max(now, before)
+    if trainer.ema is None:
+        return now > before, False
+    now_ema, before_ema = top1(trainer.ema.module, "eval_ema"), progress.best_ema_top1
+    progress.best_ema_top1 = max(now_ema, before_ema)
+    return now > before, now_ema > before_ema
+
+
 def train(task: Task) -> None:
     """Trains, evaluates, saves and logs, epoch by epoch."""
     cfg, process, logger = task.cfg, task.process, task.logger
     train_source, val_source = task.source("train"), task.source("val")
-    train_loader = data.build_train_loader(
-        train_source,
-        data.train_transform(
-            task.train_size,
-            preset=cfg.AUG.PRESET,
-            interpolation=cfg.DATA.INTERPOLATION,
-            color_jitter=cfg.AUG.COLOR_JITTER,
-            auto_augment=cfg.AUG.AUTO_AUGMENT,
-        ),
-        batch_size=cfg.DATA.BATCH_SIZE,
-        num_workers=cfg.DATA.NUM_WORKERS,
-        pin_memory=cfg.DATA.PIN_MEMORY,
-        seed=cfg.SEED,
-        rank=process.rank,
-        world_size=process.world_size,
-        fixed_shards=cfg.DATA.ZIP_MODE and cfg.DATA.CACHE_MODE == "part",
-    )
-    train_sampler = train_loader.sampler
-    assert isinstance(train_sampler, data.TrainSampler)
+    train_loader, train_sampler = train_batches(task, train_source)
     val_loader = task.eval_batches(val_source)
     model = task.build_model(task.num_classes(train_source))
     derived = derive(cfg, world_size=process.world_size, steps_per_epoch=len(train_loader))
@@ -387,13 +418,6 @@ def train(task: Task) -> None:
             checkpoints.save(trainer)
         return stopping
 
-    def evaluation(network: nn.Module, kind: str) -> Evaluation:
-        precision = autocast(process.device, task.dtype)
-        result = evaluate(network, val_loader, trainer.normalize, process.device, precision)
-        logger.info(f"Epoch {trainer.progress.epoch - 1} {kind}: {result}")
-        trainer.metrics.write(kind, trainer.progress.update, {"epoch": trainer.progress.epoch - 1, **result.as_dict()})
-        return result
-
     progress = trainer.progress
     for epoch in range(progress.epoch, cfg.TRAIN.EPOCHS):
         train_sampler.set_position(epoch, progress.consumed)
@@ -405,14 +429,9 @@ def train(task: Task) -> None:
         if process.world_size > 1:
             for network in trainer.networks:
                 distribute_bn(network, process.world_size, reduce=True)
-        best = best_ema = False
         last = epoch + 1 == cfg.TRAIN.EPOCHS
-        if last or (epoch + 1) % cfg.EVAL_FREQ == 0:
-            top1 = evaluation(model, "eval").top1
-            best, progress.best_top1 = top1 > progress.best_top1, max(top1, progress.best_top1)
-            if trainer.ema is not None:
-                top1 = evaluation(trainer.ema.module, "eval_ema").top1
-                best_ema, progress.best_ema_top1 = top1 > progress.best_ema_top1, max(top1, progress.best_ema_top1)
+        due = last or (epoch + 1) % cfg.EVAL_FREQ == 0
+        best, best_ema = evaluate_epoch(task, trainer, val_loader) if due else (False, False)
         numbered = last or (epoch + 1) % cfg.SAVE_FREQ == 0
         checkpoints.save(trainer, numbered=numbered, best=best, best_ema=best_ema)
     trainer.metrics.close()

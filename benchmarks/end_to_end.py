@@ -116,7 +116,7 @@ def evaluation_rows(folder: Path, args: argparse.Namespace) -> list[tuple[Varian
 
 
 def loading_rows(folder: Path, args: argparse.Namespace) -> list[tuple[Variant, dict[str, Any]]]:
-    """Returns a row for each preset and number of workers, checked to load what no workers load.
+    """Returns a row for each preset and number of workers, checked to load what the first number does.
 
     Raises:
         ValueError: other images are loaded.

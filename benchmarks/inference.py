@@ -170,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             variants.append(variant)
             differences[variant.name] = difference
     dtypes = {dtype: DTYPES[dtype] for dtype in DTYPES if any(v.dtype == dtype for v in variants)}
-    limits = roofline.measure(args.device, dtypes, clock.now)
+    limits = roofline.measure(args.device, dtypes, clock.now, args.min_seconds)
     times = harness.interleave(variants, clock, rounds=args.rounds, min_seconds=args.min_seconds)
-    limits = limits.best(roofline.measure(args.device, dtypes, clock.now))
+    limits = limits.best(roofline.measure(args.device, dtypes, clock.now, args.min_seconds))
     rows = harness.summarise(variants, times, BASELINE, limits)
     compare_with_best(rows, own)
     for row in rows:

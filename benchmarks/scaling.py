@@ -100,7 +100,7 @@ def peak_memory(point: Point, form: str, dtype: str, device: str, threads: int) 
 def rows_of(
     point: Point, args: argparse.Namespace, clock: harness.Clock, limits: roofline.Roofline
 ) -> list[dict[str, Any]]:
-    """Returns the rows of a point, its forms timed side by side.
+    """Returns the rows of a point, its forms timed side by side, their answer to its first image checked.
 
     Raises:
         ValueError: a form is wrong.
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plot is not None:
         check_plot(args.plot)
     clock = harness.start(args)
-    limits = roofline.measure(args.device, {args.dtype: DTYPES[args.dtype]}, clock.now)
+    limits = roofline.measure(args.device, {args.dtype: DTYPES[args.dtype]}, clock.now, args.min_seconds)
     rows = [row for point in points(args) for row in rows_of(point, args, clock, limits)]
     title = f"{args.arch}, {args.dtype}, {args.device}, {args.threads} thread(s)"
     print(f"{title}; x: over the deploy structure of the same line; batch {args.batch_size} along resolution and depth")

@@ -202,9 +202,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     differences = build(names, model, args)
     variants = list(differences)
     dtypes = {dtype: DTYPES[dtype] for dtype in DTYPES if any(v.dtype == dtype for v in variants)}
-    limits = roofline.measure(args.device, dtypes, clock.now)
+    limits = roofline.measure(args.device, dtypes, clock.now, args.min_seconds)
     times = harness.interleave(variants, clock, rounds=args.rounds, min_seconds=args.min_seconds)
-    limits = limits.best(roofline.measure(args.device, dtypes, clock.now))
+    limits = limits.best(roofline.measure(args.device, dtypes, clock.now, args.min_seconds))
     rows = harness.summarise(variants, times, BASELINE, limits)
     for row, variant in zip(rows, variants, strict=True):
         row |= {"difference": differences[variant], "images_per_second": args.batch_size / row["median"]}

@@ -2,17 +2,19 @@
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class CpuSyncBatchNorm(nn.SyncBatchNorm):
-    """torch's SyncBatchNorm, which knows GPUs only, for CPUs: two sums over all processes, differentiated through."""
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """What torch's SyncBatchNorm does on GPUs alone, for CPUs: two sums over all processes, differentiated through."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> (N, C, ...); every process gives the same number of elements."""
         if not self.training or not dist.is_initialized():
-            return nn.BatchNorm2d.forward(self, input)
+            return super().forward(input)
         dims = [d for d in range(input.dim()) if d != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
         count = input.numel() / input.shape[1] * dist.get_world_size()
@@ -31,10 +33,16 @@ class CpuSyncBatchNorm(nn.SyncBatchNorm):
 
 
 def synchronise_batch_norms(model: nn.Module) -> nn.Module:
-    """Returns the network with every BatchNorm computing over all processes; names and values stay as they are."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if next(model.parameters()).device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.SyncBatchNorm):
-                module.__class__ = CpuSyncBatchNorm
+    """Returns the network with every BatchNorm computing over all processes; names and values stay as they are.
+
+    Raises:
+        ValueError: on a CPU, a BatchNorm that is not a plain one of two dimensions.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return convert_sync_batchnorm(model)  # timm's, which knows its norms with an activation within, too
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = CpuSyncBatchNorm
+        elif isinstance(module, _BatchNorm):
+            raise ValueError(f"TRAIN.SYNC_BN on CPUs is for BatchNorm2d only, not for {type(module).__name__}")
     return model

@@ -32,7 +32,7 @@ def of(folder: Path) -> tuple[object, ...]:
 def test_unreadable_images_are_named_once_replaced_and_counted(run, broken, workers):
     process = run.finish(*of(broken), workers=workers)
     for name in ("ant/3.png", "bee/5.png", "bee/30.png"):
-        assert run.log.count(f"unreadable image replaced: {broken}/train/{name}: not a readable image") == 1
+        assert run.log.count(f"unreadable image replaced: {broken}/train/{name}: ") == 1
     assert process.out.count("unreadable image replaced") == 3
     assert "; 3 unreadable images, 0 skipped updates; " in run.log
     assert len(run.records("train")) == 4

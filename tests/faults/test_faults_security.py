@@ -28,7 +28,7 @@ class Payload:
 
 def raw(path: Path, payload: object) -> None:
     with path.open("wb") as file:
-        pickle.dump(payload, file)
+        pickle.dump(payload, file, protocol=2)
 
 
 def legacy(path: Path, payload: object) -> None:
@@ -41,10 +41,8 @@ def test_a_malicious_checkpoint_runs_nothing(run, tmp_path, write):
     payload = {"model": {}, "optimizer": {}, "epoch": 1, "note": Payload(marker)}
     write(*((payload, path) if write is torch.save else (path, payload)))
     error = one_line(run.start("MODEL.RESUME", path))
-    assert error == (
-        f"error: {path} is damaged or no checkpoint that can be read safely: it holds Python objects, and loading those "
-        "could run code"
-    )
+    assert error.startswith(f"error: {path} is damaged or no checkpoint that can be read safely: ")
+    assert "it holds Python objects, and loading those could run code" in error
     assert not marker.exists()
     assert not list(run.folder.glob("*.pth"))
     pickle.loads(pickle.dumps(payload["note"]))

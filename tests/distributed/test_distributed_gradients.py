@@ -1,0 +1,202 @@
+"""Several processes compute what one would with all of their images: gradients, statistics, accumulated updates."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_ranks import in_ranks
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import models
+from configs import load_config, parse_opts
+from data import Batch, Normalize
+from engine.checkpoint import CheckpointFolder, resume
+from engine.optimizer import build_optimizer
+from engine.schedule import build_schedule
+from engine.statistics import RunningStatistics
+from engine.sync_batch_norm import synchronise_batch_norms
+from engine.train import Trainer
+from main_repmlp import wrap
+from utils.distributed import Process
+from utils.log import MetricsWriter
+
+B = 4
+CPU = torch.device("cpu")
+ALONE = Process(0, 1, 0, CPU)
+CONFIG = "DATA.DATA_PATH digits"
+
+
+def network() -> nn.Module:
+    """The smallest RepMLPNet in float64, with BatchNorms that are not as they were initialised."""
+    torch.manual_seed(1)
+    model = models.create_model("RepMLPNet-Digits", 10).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model
+
+
+def examples(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(count, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return images, torch.randint(0, 10, (count,), generator=generator)
+
+
+def backward(process: Process, count: int, sync_bn: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Runs one batch of `count` images, of all processes together; returns gradients, running statistics, the kind."""
+    model = network()
+    if sync_bn and process.world_size > 1:
+        model = synchronise_batch_norms(model)
+    forward = wrap(model, load_config(None, parse_opts(CONFIG.split())), process)
+    share = slice(process.rank, None, process.world_size)
+    images, labels = (tensor[share] for tensor in examples(count))
+    F.cross_entropy(forward(images), labels).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    statistics = {name: t for name, t in model.state_dict().items() if "running" in name or "num_batches" in name}
+    return gradients, statistics, type(forward).__name__
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """To 1e-12 of each tensor's norm, at least of a thousandth of all: what a BatchNorm takes back out is near zero."""
+    assert first.keys() == second.keys()
+    total = torch.stack([tensor.double().norm() for tensor in first.values()]).norm()
+    for name, tensor in first.items():
+        scale = max(tensor.double().norm(), 1e-3 * total)
+        assert (second[name].double() - tensor.double()).norm() <= 1e-12 * scale, name
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_equal_one_with_all_images(world_size):
+    expected_gradients, expected_statistics, kind = backward(ALONE, world_size * B, sync_bn=True)
+    assert kind == "RepMLPNet", "one process needs no wrapper"
+    for gradients, statistics, kind in in_ranks(backward, world_size, world_size * B, True):
+        assert kind == "DistributedDataParallel"
+        assert_equal(expected_gradients, gradients)
+        assert_equal(expected_statistics, statistics)
+
+
+def test_the_comparison_can_fail():
+    """Without the synchronisation of the BatchNorms, two processes are something else."""
+    expected, _, _ = backward(ALONE, 2 * B, sync_bn=True)
+    (gradients, _, kind), (other, _, _) = in_ranks(backward, 2, 2 * B, False)
+    assert kind == "DistributedDataParallel", "several processes always synchronise their gradients"
+    assert_equal(gradients, other)
+    with pytest.raises(AssertionError):
+        assert_equal(expected, gradients)
+
+
+def trainer(process: Process, model: nn.Module, forward: nn.Module, accumulation: int, clip_grad: float) -> Trainer:
+    optimizer = build_optimizer(model, name="sgd", lr=0.1, weight_decay=0.01)
+    schedule = build_schedule(
+        optimizer,
+        name="step",
+        total_updates=100,
+        warmup_updates=0,
+        warmup_lr=0.0,
+        min_lr=0.0,
+        decay_updates=100,
+        decay_rate=1.0,
+    )
+    return Trainer(
+        network=model,
+        forward=forward,
+        criterion=nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        schedule=schedule,
+        normalize=Normalize((0.5,) * 3, (0.25,) * 3, dtype=torch.float64),
+        process=process,
+        images=48,
+        epochs=10,
+        updates_per_epoch=3,
+        global_batch=16,
+        logger=logging.getLogger("tests.distributed"),
+        metrics=MetricsWriter(None),
+        accumulation=accumulation,
+        clip_grad=clip_grad,
+    )
+
+
+def batches(process: Process, size: int, count: int) -> Iterator[Batch]:
+    """Deals the same images, in the same order, to any number of processes and batches."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (size * count * process.world_size, 3, 6, 6), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 4, (len(images),), generator=generator)
+    for step in range(count):
+        start = (step * process.world_size + process.rank) * size
+        share = slice(start, start + size)
+        yield Batch(images[share], labels[share], torch.arange(start, start + size), [])
+
+
+def updates(process: Process, size: int, accumulation: int, clip_grad: float) -> tuple[dict[str, Tensor], int]:
+    """Makes three updates of 16 images; returns the weights and how often gradients were reduced."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.GELU(), nn.Flatten(), nn.Linear(20, 4)).double()
+    forward, reductions = wrap(model, load_config(None, parse_opts(CONFIG.split())), process), []
+    if isinstance(forward, DistributedDataParallel):
+
+        def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+            reductions.append(bucket.is_last())
+            return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+        forward.register_comm_hook(None, count)
+    run = trainer(process, model, forward, accumulation, clip_grad)
+    assert run.train_epoch(batches(process, size, 3 * accumulation))
+    assert run.progress.update == 3
+    return model.state_dict(), reductions.count(True)
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 0.05])
+def test_accumulation_over_processes_equals_the_big_batch(clip_grad):
+    """And gradients meet once an update, not once a batch; a limit of 0.05 is one that every update hits."""
+    expected, reductions = updates(ALONE, 16, 1, clip_grad)
+    assert reductions == 0
+    for world_size, size, accumulation in ((2, 4, 2), (2, 8, 1), (2, 2, 4)):
+        for weights, reductions in in_ranks(updates, world_size, size, accumulation, clip_grad):
+            assert reductions == 3
+            assert_equal(expected, weights)
+
+
+def test_the_limit_on_the_gradient_matters():
+    assert any(
+        not torch.equal(free, limited)
+        for free, limited in zip(
+            updates(ALONE, 16, 1, 0.0)[0].values(), updates(ALONE, 16, 1, 0.05)[0].values(), strict=True
+        )
+    )
+
+
+def saved_within_an_epoch(process: Process, folder) -> tuple[Tensor, Tensor]:
+    """Trains two updates, saves, and goes on from the file anew; returns its own statistics before and after."""
+    own = []
+    for life in range(2):
+        torch.manual_seed(1 + life)
+        model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 4)).double()
+        run = trainer(process, model, wrap(model, load_config(None, parse_opts(CONFIG.split())), process), 1, 0.0)
+        if life == 0:
+            run.train_epoch(batches(process, 8, 2), lambda run=run: run.progress.update == 2)
+            CheckpointFolder(folder, keep=1, meta={}, config="").save(run)
+            dist.barrier()
+        else:
+            resume(run, folder / "latest.pth")
+        own.append(RunningStatistics(model).read())
+    return own[0], own[1]
+
+
+def test_running_statistics_within_an_epoch(tmp_path):
+    """Each process gets its own back; the weights in the file have the mean, as have those of another world."""
+    ranks = in_ranks(saved_within_an_epoch, 2, tmp_path)
+    assert all(torch.equal(before, after) for before, after in ranks)
+    assert not torch.equal(ranks[0][0], ranks[1][0])
+    mean = (ranks[0][0] + ranks[1][0]) / 2
+    state = torch.load(tmp_path / "latest.pth", weights_only=True)["model"]
+    assert torch.equal(torch.cat([state["1.running_mean"], state["1.running_var"]]), mean)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 4)).double()
+    alone = trainer(ALONE, model, model, 1, 0.0)
+    resume(alone, tmp_path / "latest.pth")
+    assert torch.equal(RunningStatistics(model).read(), mean)
