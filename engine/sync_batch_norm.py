@@ -1,11 +1,28 @@
 """BatchNorm over the images of all processes."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, and of its gradient on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):
@@ -18,9 +35,9 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         dims = [d for d in range(input.dim()) if d != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
         count = input.numel() / input.shape[1] * dist.get_world_size()
-        mean = all_reduce(input.sum(dims)) / count
+        mean = _SumOverProcesses.apply(input.sum(dims)) / count
         centred = input - mean.view(shape)
-        variance = all_reduce(centred.square().sum(dims)) / count
+        variance = _SumOverProcesses.apply(centred.square().sum(dims)) / count
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             with torch.no_grad():

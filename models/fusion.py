@@ -133,8 +133,10 @@ class FusedUnit(nn.Module):
             columns.addmm_(self.ffn2, hidden)
 
     def _columns(self, x: Tensor) -> int:
-        """Returns how many columns of x (C, n) to work on at a time."""
-        return x.shape[1] if x.is_cuda else max(1, CACHED_ELEMENTS // len(self.ffn1.weight))
+        """Returns how many columns of x (C, n) to work on at a time: all, but for the sake of a CPU's cache."""
+        if x.is_cuda or torch.compiler.is_compiling():
+            return x.shape[1]
+        return max(1, CACHED_ELEMENTS // len(self.ffn1.weight))
 
 
 class FusedRepMLPNet(nn.Module):

@@ -251,10 +251,12 @@ class RepMLPBlock(Reparameterizable):
         factor, bias, kernel = self._terms()
         self.fc3.weight.data = self.fc3.weight.contiguous()
         weight, factor = (t.view(self.share_sets, self.h, self.w, -1) for t in (self.fc3.weight, factor))
-        at_once = max(1, PIECE // (self.share_sets * self.w * self.h * self.w))
+        row = self.share_sets * self.w * self.h * self.w
+        at_once = max(1, PIECE // row)
+        buffer = torch.empty(at_once * row, dtype=torch.float64, device=weight.device)
         for rows in (range(y, min(y + at_once, self.h)) for y in range(0, self.h, at_once)):
             piece = weight[:, rows.start : rows.stop]
-            wide = piece.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+            wide = buffer[: piece.numel()].view(piece.shape).copy_(piece)
             wide.mul_(factor[:, rows.start : rows.stop])
             if kernel is not None:
                 conv_to_fc(kernel, (self.h, self.w), rows=rows, out=wide.view(-1, self.h * self.w))

@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -57,6 +58,7 @@ def _enter(
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(number) for name, number in names.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     try:
         process: Process = distributed.init()
         seed_everything(0)
