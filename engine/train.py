@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import logging
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -183,18 +184,24 @@ class Trainer:
         rate = self._images / seconds
         left = (self.epochs * self.updates_per_epoch - progress.update) * seconds / self.print_freq
         lr = self.optimizer.param_groups[0]["lr"]
-        memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
         self.logger.info(
             f"Train: [{progress.epoch}/{self.epochs}]"
             f"[{progress.update - progress.epoch * self.updates_per_epoch}/{self.updates_per_epoch}]  "
             f"eta {datetime.timedelta(seconds=int(left))}  lr {lr:.6g}  loss {loss:.4f}  grad_norm {grad_norm:.4f}  "
-            f"{rate:.1f} img/s" + (f"  mem {memory:.0f} MiB" if memory else "")
+            f"{rate:.1f} img/s  mem {_peak_memory(device):.0f} MiB"
         )
         values = {"epoch": progress.epoch, "lr": lr, "loss": loss, "grad_norm": grad_norm}
         self.metrics.write("train", progress.update, values, {"images_per_second": rate})
         for mean in self.meters.values():
             mean.reset()
         self._images = 0
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Returns the most MiB in use so far: of the GPU's memory by tensors, or of the host's by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
