@@ -38,7 +38,7 @@ BY_HAND = [
     ("TRAIN.ACCUMULATION_STEPS 1", 1, 1000, 128, 0.001, 1000, 100_000, 10_000, 30_000),
     ("TRAIN.ACCUMULATION_STEPS 4", 1, 1000, 512, 0.004, 250, 25_000, 2_500, 7_500),
     ("TRAIN.ACCUMULATION_STEPS 4", 2, 1003, 1024, 0.008, 250, 25_000, 2_500, 7_500),
-    ("TRAIN.ACCUMULATION_STEPS 8", 1, 3, 1024, 0.008, 1, 100, 10, 30),
+    ("TRAIN.ACCUMULATION_STEPS 8", 1, 8, 1024, 0.008, 1, 100, 10, 30),
     ("TRAIN.EPOCHS 7 TRAIN.WARMUP_EPOCHS 0", 1, 10, 128, 0.001, 10, 70, 0, 300),
     ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS 2", 1, 10, 128, 0.001, 10, 1000, 100, 20),
 ]
@@ -69,6 +69,11 @@ def test_the_log_line():
         "global batch 256, learning rate 0.002 (warm-up from 0, down to 0), "
         "10 updates an epoch, 1000 in all, 100 of them warm-up"
     )
+
+
+def test_less_than_one_update_is_a_mistake_of_the_user():
+    with pytest.raises(ValueError, match="TRAIN.ACCUMULATION_STEPS = 8: an epoch has 7 batches only.* lower it"):
+        derive(load("TRAIN.ACCUMULATION_STEPS 8"), world_size=1, steps_per_epoch=7)
 
 
 def test_less_than_one_batch_of_images_is_a_mistake_of_the_user():
