@@ -22,11 +22,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {lookup[close[0]]}?" if close else ""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the default of an option only where it has one of its own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` without abbreviations, whose error for an unknown flag names the closest known one."""
 
     def __init__(self, **kwargs: object) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)  # type: ignore[arg-type]
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with status 2."""

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fault_runs import Process, Run, children
 
@@ -162,6 +163,8 @@ def test_another_number_of_processes_repeats_and_skips_no_image(run, tmp_path, b
     assert len(parts[0]) == done["consumed"] > 0
     images = parts[0] + parts[1]
     assert len(images) == len(set(images)), "an image was trained on twice"
+    order = np.random.default_rng([0, 1]).permutation(1438)  # of seed 0 and epoch 1
+    assert sorted(images) == sorted(order[: len(images)]), "an image was passed over"
     assert 1438 - len(images) < 32 * after, "more than an incomplete step was left out"
     changed = re.search(
         r"this run has changed \((.*)\); it goes on after image (\d+) of epoch 1, which is update", run.log
