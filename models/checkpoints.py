@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -234,7 +235,8 @@ def _read_payload(path: Path) -> dict[str, Any]:
                 meta = json.loads((file.metadata() or {}).get("meta", "{}"))
                 return {"model": {k: file.get_tensor(k) for k in file.keys()}, "meta": meta}  # noqa: SIM118
         _check_sums(path)
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what follows says it in one line
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         raise ValueError(f"{path} is damaged or no checkpoint that can be read safely: {_reason(error)}") from error
