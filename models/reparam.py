@@ -1,19 +1,23 @@
 """Structural re-parameterisation: the kernel algebra of Locality Injection, as pure functions, and its interface.
 
-The functions are differentiable, change no argument but an `out`, and compute in the dtype of the weight that they are
-given. Callers fuse in float64 and cast back (`Tensor.double` is differentiable too), so that a conversion rounds once.
+The functions are differentiable, change no argument and compute in the dtype of the weight that they are given; callers
+fuse in float64 and cast back (`Tensor.double` is differentiable too). `inject_` alone works in place.
 
 Source: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVPR 2022 (arXiv:2112.11081).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from itertools import product
 
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+# Elements of an FC kernel that Locality Injection scales at a time: few enough to stay in the cache.
+PIECE = 2**18
 
 
 def fold_batch_norm(weight: Tensor, bias: Tensor | None, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -53,13 +57,10 @@ def conv_to_fc(
     size: tuple[int, int],
     padding: int | tuple[int, int] | None = None,
     dilation: int | tuple[int, int] = 1,
-    rows: range | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Returns the fully-connected kernel that equals a convolution on maps of one fixed size (Eq. 12).
 
-    The paper convolves an identity matrix. Here every kernel tap (i, j) is written where it acts: on the diagonal of
-    the FC kernel that links output position (y, x) to input position (y + i - kh // 2, x + j - kw // 2).
+    The paper convolves an identity matrix. Here every tap of the kernel is written where it acts.
 
     Args:
         kernel: (O, I, kh, kw), kh and kw odd; of a grouped convolution, I is the number of channels in one group and
@@ -67,35 +68,79 @@ def conv_to_fc(
         size: (h, w) of the maps.
         padding: zeros on each side; None stands for the one that keeps the size, and any other is an error.
         dilation: distance between taps.
-        rows: only these consecutive y of the output, to build a large kernel piece by piece; None is all of them.
-        out: an FC kernel of the result's shape, contiguous, to which the convolution is added in place.
 
     Returns:
-        (O * len(rows) * w, I * h * w): rows are (output channel, y, x), columns (input channel in the group, y, x).
+        (O * h * w, I * h * w): rows are (output channel, y, x), columns (input channel in the group, y, x).
 
     Raises:
         ValueError: an even kernel, or a padding that does not keep the size.
     """
     (out_channels, in_channels, *kernel_size), (h, w) = kernel.shape, size
-    step_y, step_x = to_2tuple(dilation)
-    keeps_size = (step_y * (kernel_size[0] // 2), step_x * (kernel_size[1] // 2))
+    keeps_size = tuple(d * (k // 2) for d, k in zip(to_2tuple(dilation), kernel_size, strict=True))
     if any(k % 2 == 0 for k in kernel_size):
         raise ValueError(f"a convolution with an even kernel {tuple(kernel_size)} has no centre; only odd ones convert")
     if padding is not None and to_2tuple(padding) != keeps_size:
         raise ValueError(
             f"padding {padding} changes the size of the map; kernel {tuple(kernel_size)} needs {keeps_size}"
         )
-    rows = range(h) if rows is None else rows
-    if out is None:
-        out = kernel.new_zeros(out_channels * len(rows) * w, in_channels * h * w)
-    fc = out.view(out_channels, len(rows), w, in_channels, h, w)
-    for i in range(kernel_size[0]):
-        for j in range(kernel_size[1]):
-            dy, dx = i * step_y - keeps_size[0], j * step_x - keeps_size[1]
-            # (O, rows, w, I, h, w) -> (O, w, I, w, y) -> (O, I, y, x); empty where the tap never meets the map
-            diagonal = fc.diagonal(dy + rows.start, 1, 4).diagonal(dx, 1, 3)
-            diagonal.add_(kernel[:, :, i, j, None, None])
-    return out
+    fc = kernel.new_zeros(out_channels * h * w, in_channels * h * w)
+    diagonals = tap_diagonals(fc, (kernel_size[0], kernel_size[1]), size, dilation)
+    for tap, diagonal in zip(kernel.flatten(2).unbind(2), diagonals, strict=True):
+        diagonal.add_(tap[..., None, None])
+    return fc
+
+
+def tap_diagonals(
+    fc: Tensor, kernel_size: tuple[int, int], size: tuple[int, int], dilation: int | tuple[int, int] = 1
+) -> Iterator[Tensor]:
+    """Yields, for each tap of a convolution, the elements of an FC kernel on which it acts.
+
+    Tap (i, j) lies on the diagonal that links output position (y, x) to input position (y + i - kh // 2,
+    x + j - kw // 2), within the map. No element belongs to two taps.
+
+    Args:
+        fc: (O * h * w, I * h * w) as `conv_to_fc` returns it.
+        kernel_size: (kh, kw), odd.
+        size: (h, w) of the maps.
+        dilation: distance between taps.
+
+    Yields:
+        kh * kw views (O, I, ., .) of `fc`, row by row of the kernel; a tap that never meets the map has an empty one.
+    """
+    h, w = size
+    fc = fc.view(-1, h, w, fc.shape[1] // (h * w), h, w)
+    offsets = ([d * (i - k // 2) for i in range(k)] for k, d in zip(kernel_size, to_2tuple(dilation), strict=True))
+    # (O, h, w, I, h, w) -> (O, w, I, w, y) -> (O, I, y, x)
+    for dy, dx in product(*offsets):
+        yield fc.diagonal(dy, 1, 4).diagonal(dx, 1, 3)
+
+
+def inject_(fc: Tensor, scale: Tensor, kernel: Tensor | None, size: tuple[int, int]) -> None:
+    """Scales the rows of an FC kernel and adds a convolution, in place and with next to no memory.
+
+    Equals `fc * scale + conv_to_fc(kernel, size)`. The elements on which the convolution acts are computed in float64
+    and rounded once; the many others are only scaled, which a float32 kernel is in its own precision.
+
+    Args:
+        fc: (O * h * w, I * h * w), contiguous.
+        scale: (O * h * w, 1), float64.
+        kernel: (O, I, kh, kw), float64, kh and kw odd; None adds nothing.
+        size: (h, w) of the maps.
+    """
+    taps = []
+    if kernel is not None:
+        kernel_size = kernel.shape[2], kernel.shape[3]
+        diagonals = (tap_diagonals(t, kernel_size, size) for t in (fc, scale.expand_as(fc)))
+        taps = [
+            (at, at * row_scale + tap[..., None, None])
+            for at, row_scale, tap in zip(*diagonals, kernel.flatten(2).unbind(2), strict=True)
+        ]
+    scale = scale.to(torch.float32 if fc.dtype == torch.float32 else torch.float64)
+    rows = max(1, PIECE // fc.shape[1])
+    for piece, row_scale in zip(fc.split(rows), scale.split(rows), strict=True):
+        piece.mul_(row_scale)
+    for at, value in taps:
+        at.copy_(value)
 
 
 def merge_kernels(kernels: Sequence[Tensor]) -> Tensor:

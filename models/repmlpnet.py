@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .reparam import Reparameterizable, ReparameterizableNetwork, conv_to_fc, fold_batch_norm, merge_kernels
-
-# Elements of an FC kernel that Locality Injection works on at a time: a mebibyte in float64.
-PIECE = 2**17
+from .reparam import (
+    Reparameterizable,
+    ReparameterizableNetwork,
+    conv_to_fc,
+    fold_batch_norm,
+    inject_,
+    merge_kernels,
+)
 
 
 @dataclass(frozen=True)
@@ -242,25 +246,14 @@ class RepMLPBlock(Reparameterizable):
     def local_inject(self) -> None:
         """Locality Injection, in place; does nothing where it is already done.
 
-        Computes what `get_equivalent_fc3` does, in pieces of a few rows that fit into the cache, and leaves the result
-        where the weight is, so that it takes next to no memory. A state dict taken before shares the weight: copy it
-        first where it is still wanted.
+        Computes what `get_equivalent_fc3` does, but leaves it where the weight is, so that it takes next to no memory.
+        A state dict taken before shares the weight: copy it first where it is still wanted.
         """
         if self.deploy:
             return
         factor, bias, kernel = self._terms()
         self.fc3.weight.data = self.fc3.weight.contiguous()
-        weight, factor = (t.view(self.share_sets, self.h, self.w, -1) for t in (self.fc3.weight, factor))
-        row = self.share_sets * self.w * self.h * self.w
-        at_once = max(1, PIECE // row)
-        buffer = torch.empty(at_once * row, dtype=torch.float64, device=weight.device)
-        for rows in (range(y, min(y + at_once, self.h)) for y in range(0, self.h, at_once)):
-            piece = weight[:, rows.start : rows.stop]
-            wide = buffer[: piece.numel()].view(piece.shape).copy_(piece)
-            wide.mul_(factor[:, rows.start : rows.stop])
-            if kernel is not None:
-                conv_to_fc(kernel, (self.h, self.w), rows=rows, out=wide.view(-1, self.h * self.w))
-            piece.copy_(wide)
+        inject_(self.fc3.weight.flatten(1), factor, kernel, (self.h, self.w))
         self.fc3.bias = nn.Parameter(bias.to(self.fc3.weight.dtype), self.fc3.weight.requires_grad)
         self.fc3_bn = nn.Identity().train(self.training)
         for k in self.branches:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +11,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import convert
+import models.reparam
 import models.repmlpnet
 from models import RepMLPNet
-from models.reparam import conv_to_fc, fold_batch_norm, injection_error, merge_kernels, to_deploy
+from models.reparam import fold_batch_norm, injection_error, merge_kernels, tap_diagonals, to_deploy
 
 Fused = tuple[Tensor, Tensor]
 
@@ -70,64 +70,37 @@ def norm_not_folded(weight: Tensor, bias: Tensor | None, bn: _BatchNorm) -> Fuse
     return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
 
-def piecewise(whole: Callable[[Tensor, tuple[int, int]], Tensor]) -> Callable[..., Tensor]:
-    """Lets a replacement that makes the whole FC kernel be asked for some of its rows, or to add them in place."""
-
-    @wraps(whole)
-    def replacement(
-        kernel: Tensor, size: tuple[int, int], rows: range | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        fc = whole(kernel, size)
-        if rows is not None:
-            fc = fc.view(len(kernel), size[0], size[1], -1)[:, rows.start : rows.stop].reshape(-1, fc.shape[1])
-        return fc if out is None else out.add_(fc)
-
-    return replacement
+def kernel_transposed(fc: Tensor, kernel_size: tuple[int, int], size: tuple[int, int]) -> list[Tensor]:
+    taps = list(tap_diagonals(fc, kernel_size, size))
+    return [taps[kernel_size[1] * i + j] for j in range(kernel_size[1]) for i in range(kernel_size[0])]
 
 
-@piecewise
-def kernel_transposed(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    return conv_to_fc(kernel.transpose(2, 3), size)
+def kernel_flipped(fc: Tensor, kernel_size: tuple[int, int], size: tuple[int, int]) -> list[Tensor]:
+    return list(tap_diagonals(fc, kernel_size, size))[::-1]
 
 
-@piecewise
-def kernel_flipped(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    return conv_to_fc(kernel.flip(2, 3), size)
+def rows_misordered(fc: Tensor, kernel_size: tuple[int, int], size: tuple[int, int]) -> list[Tensor]:
+    # (set, position) as if it were (position, set)
+    return list(tap_diagonals(fc.view(fc.shape[1], -1, fc.shape[1]).transpose(0, 1), kernel_size, size))
 
 
-@piecewise
-def matrix_transposed(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    fc = conv_to_fc(kernel, size)
-    return fc.view(len(kernel), -1, fc.shape[1]).transpose(1, 2).reshape(fc.shape)
+def taps_too_far_apart(fc: Tensor, kernel_size: tuple[int, int], size: tuple[int, int]) -> list[Tensor]:
+    taps = tap_diagonals(fc, kernel_size, size, dilation=2)
+    right = tap_diagonals(fc, kernel_size, size)
+    return [t if t.shape == r.shape else r.clone() for t, r in zip(taps, right, strict=True)]
 
 
-@piecewise
-def kernel_channels_misordered(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    return conv_to_fc(kernel.flip(0), size)
+def conv_ignored(fc: Tensor, kernel_size: tuple[int, int], size: tuple[int, int]) -> list[Tensor]:
+    return [tap.clone() for tap in tap_diagonals(fc, kernel_size, size)]
 
 
-@piecewise
-def rows_misordered(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    fc = conv_to_fc(kernel, size)  # (set, position) as if it were (position, set)
-    return fc.view(-1, len(kernel), fc.shape[1]).transpose(0, 1).reshape(fc.shape)
+def last_tap_dropped(fc: Tensor, kernel_size: tuple[int, int], size: tuple[int, int]) -> list[Tensor]:
+    *taps, last = tap_diagonals(fc, kernel_size, size)
+    return [*taps, last.clone()]
 
 
-@piecewise
-def border_wrapped(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    fc = conv_to_fc(kernel, size)
-    fc[0, -1] = kernel[0, 0, 0, 0]  # the last position into the first
-    return fc
-
-
-def conv_ignored(kernel: Tensor, size: tuple[int, int], rows: range | None = None, out: Tensor | None = None) -> Tensor:
-    return torch.zeros_like(conv_to_fc(kernel, size, rows=rows)) if out is None else out
-
-
-def pieces_misplaced(
-    kernel: Tensor, size: tuple[int, int], rows: range | None = None, out: Tensor | None = None
-) -> Tensor:
-    rows = range(size[0]) if rows is None else rows
-    return conv_to_fc(kernel, size, rows=range(rows.start + 1, rows.stop + 1), out=out)
+def kernel_channels_misordered(kernels: list[Tensor]) -> Tensor:
+    return merge_kernels(kernels).flip(0)
 
 
 def branch_dropped(kernels: list[Tensor]) -> Tensor:
@@ -159,14 +132,13 @@ BROKEN: list[tuple[str, Callable]] = [
     ("fold_batch_norm", scale_ignored),
     ("fold_batch_norm", norm_channels_misordered),
     ("fold_batch_norm", norm_not_folded),
-    ("conv_to_fc", kernel_transposed),
-    ("conv_to_fc", kernel_flipped),
-    ("conv_to_fc", matrix_transposed),
-    ("conv_to_fc", kernel_channels_misordered),
-    ("conv_to_fc", rows_misordered),
-    ("conv_to_fc", border_wrapped),
-    ("conv_to_fc", conv_ignored),
-    ("conv_to_fc", pieces_misplaced),
+    ("tap_diagonals", kernel_transposed),
+    ("tap_diagonals", kernel_flipped),
+    ("tap_diagonals", rows_misordered),
+    ("tap_diagonals", taps_too_far_apart),
+    ("tap_diagonals", conv_ignored),
+    ("tap_diagonals", last_tap_dropped),
+    ("merge_kernels", kernel_channels_misordered),
     ("merge_kernels", branch_dropped),
     ("merge_kernels", last_branch_dropped),
     ("merge_kernels", branches_off_centre),
@@ -189,8 +161,10 @@ broken = pytest.mark.parametrize(("function", "replacement"), BROKEN, ids=lambda
 
 @contextmanager
 def breaking(function: str, replacement: Callable) -> Iterator[None]:
+    """Replaces a function wherever the injection looks it up."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.repmlpnet, function, replacement)
+        patch.setattr(models.reparam, function, replacement)
+        patch.setattr(models.repmlpnet, function, replacement, raising=False)
         yield
 
 

@@ -1,7 +1,5 @@
 """The kernel algebra against the convolutions, fully-connected layers and BatchNorms that it stands for."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,14 +8,17 @@ from hypothesis import strategies as st
 from model_helpers import TINY, largest_difference, random_tensor, randomised
 from torch import Tensor, nn
 
+import models.reparam
 from models.reparam import (
     conv_to_fc,
     fold_batch_norm,
+    inject_,
     injection_error,
     is_reparameterizable,
     merge_kernels,
     randomize_statistics,
     relative_difference,
+    tap_diagonals,
     to_deploy,
 )
 from models.repmlpnet import RepMLPNet, ShareSetConv, ShareSetFC
@@ -56,17 +57,34 @@ def test_conv_to_fc_equals_the_convolution(
 
 
 @examples
-@given(h=sides, w=sides, kh=odd, kw=odd, groups=few, cuts=st.tuples(st.integers(0, 6), st.integers(0, 6)))
-def test_conv_to_fc_in_pieces(h: int, w: int, kh: int, kw: int, groups: int, cuts: tuple[int, int]) -> None:
-    kernel = random_tensor(2 * groups, 2, kh, kw)
-    edges = [0, *sorted(min(cut, h) for cut in cuts), h]
-    pieces = [conv_to_fc(kernel, (h, w), rows=range(*edge)).view(2 * groups, -1, 2 * h * w) for edge in pairwise(edges)]
-    whole = conv_to_fc(kernel, (h, w))
-    assert torch.equal(torch.cat(pieces, 1).flatten(0, 1), whole)
-    start = random_tensor(*whole.shape, seed=1)
-    sum_ = start.clone()
-    assert conv_to_fc(kernel, (h, w), out=sum_) is sum_
-    assert torch.equal(sum_, start + whole)
+@given(h=sides, w=sides, kh=odd, kw=odd, groups=few, piece=st.integers(1, 400), seed=st.integers(0, 99))
+def test_injecting_in_place_scales_and_adds(
+    h: int, w: int, kh: int, kw: int, groups: int, piece: int, seed: int
+) -> None:
+    kernel, fc = random_tensor(2 * groups, 2, kh, kw), random_tensor(2 * groups * h * w, 2 * h * w, seed=seed)
+    scale = random_tensor(len(fc), 1, seed=seed + 1)
+    expected = fc * scale + conv_to_fc(kernel, (h, w))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.reparam, "PIECE", piece)  # elements at a time: a row or a few
+        for dtype, ulps in ((torch.float64, 1), (torch.float32, 1), (torch.bfloat16, 0)):
+            low = fc.to(dtype, copy=True)
+            exact = low.double() * scale + conv_to_fc(kernel, (h, w))
+            inject_(low, scale, kernel, (h, w))
+            error = (low.double() - exact.to(dtype).double()).abs()
+            assert (error <= ulps * torch.finfo(dtype).eps * exact.abs()).all(), dtype
+    inject_(fc, scale, kernel, (h, w))
+    assert largest_difference(expected, fc) < EXACT
+    inject_(fc, scale, None, (h, w))
+    assert largest_difference(expected * scale, fc) < EXACT
+
+
+@examples
+@given(h=sides, w=sides, kh=odd, kw=odd)
+def test_no_element_of_an_fc_kernel_belongs_to_two_taps(h: int, w: int, kh: int, kw: int) -> None:
+    fc = torch.zeros(2 * h * w, 3 * h * w)
+    for diagonal in tap_diagonals(fc, (kh, kw), (h, w)):
+        diagonal.add_(1)
+    assert fc.max() == 1
 
 
 def test_conv_to_fc_of_a_small_kernel_by_hand() -> None:
