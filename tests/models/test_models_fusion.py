@@ -4,6 +4,7 @@ import pytest
 import torch
 from model_helpers import tiny_network
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import models.fusion
@@ -46,6 +47,17 @@ def test_the_logits_are_the_networks_own_at_any_size_that_the_partitions_divide(
     model = network(name, deploy)
     x = images(model, times)
     assert relative_difference(model(x), fuse_batch_norms(model)(x)) < 1e-13
+
+
+@torch.no_grad()
+def test_the_operations_of_the_ffn_are_counted():
+    counts = []
+    for channels in (8, 16):
+        fused = fuse_batch_norms(RepMLPNet(RepMLPNetSpec((channels,), (1,), (1,), 8, patch_size=2, ffn_expansion=3)))
+        with FlopCounterMode(display=False) as counter:
+            fused(torch.zeros(5, 3, 8, 8))
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.repmlpnet.add_ffn_in_pieces])
+    assert counts == [2 * 5 * 4 * 4 * 2 * 3 * channels**2 for channels in (8, 16)]
 
 
 @torch.no_grad()
