@@ -30,6 +30,7 @@ from engine.schedule import build_schedule
 from engine.sync_batch_norm import synchronise_batch_norms
 from engine.throughput import throughput
 from engine.train import Trainer, autocast
+from models.build import changeable
 from models.checkpoints import describe, load_pretrained, load_weights, read_checkpoint
 from models.fusion import fuse_verified
 from models.reparam import is_reparameterizable, to_deploy
@@ -146,8 +147,10 @@ class Task(NamedTuple):
     def build_model(self, num_classes: int, deploy: bool = False) -> nn.Module:
         """Builds the network on the device, with fresh weights that are the same on every process."""
         seed_everything(self.cfg.SEED)
-        options = {"drop_path_rate": self.cfg.MODEL.DROP_PATH} if self.cfg.MODEL.DROP_PATH else {}
-        model = models.create_model(self.cfg.MODEL.ARCH, num_classes, deploy, img_size=self.train_size, **options)
+        options = structure_options(self.cfg) | {"img_size": self.train_size}
+        if self.cfg.MODEL.DROP_PATH:
+            options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
+        model = models.create_model(self.cfg.MODEL.ARCH, num_classes, deploy, **options)
         return model.to(self.process.device)
 
     def num_classes(self, source: data.ImageSource) -> int:
@@ -156,6 +159,24 @@ class Task(NamedTuple):
         if found > wanted:
             raise ValueError(f"the data set has {found} classes, but MODEL.NUM_CLASSES is {wanted}")
         return wanted
+
+
+def structure_options(cfg: CfgNode) -> dict[str, Any]:
+    """Returns in which parts of its structure the architecture is to be built otherwise.
+
+    Raises:
+        ValueError: it has no such part.
+    """
+    model = cfg.MODEL
+    parts = {
+        "branches": model.BRANCHES,
+        "share_sets": model.SHARE_SETS,
+        "global_perceptron": model.GLOBAL_PERCEPTRON,
+    }
+    options = {part: value for part, value in parts.items() if value is not None}
+    for part in options.keys() - set(changeable(model.ARCH)):
+        raise ValueError(f"MODEL.{part.upper()}: {model.ARCH} has no {part} to change; leave the key at null")
+    return options
 
 
 def run_folder(cfg: CfgNode) -> Path:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import RepMLPBlock, RepMLPNet
-from models.repmlpnet import ConvNorm, RepMLPNetUnit
+from models.repmlpnet import ConvNorm, GlobalPerceptron, RepMLPNetUnit
 
 
 def naive(model: RepMLPNet) -> "NaiveRepMLPNet":
@@ -127,7 +127,7 @@ class NaiveBlock(nn.Module):
         super().__init__()
         self.share_sets, self.h, self.w, self.deploy = like.share_sets, like.h, like.w, like.deploy
         self.branches: Sequence[int] = like.branches
-        self.gp = NaiveGlobalPerceptron(like.gp)
+        self.gp = NaiveGlobalPerceptron(cast(GlobalPerceptron, like.gp))
         self.fc3 = _conv(like.fc3)
         self.fc3_bn: nn.Module = nn.Identity() if like.deploy else _norm(cast(nn.BatchNorm2d, like.fc3_bn))
         for k in self.branches:

@@ -5,7 +5,7 @@ Numbers stand here as the user writes them; `configs.derive` turns them into wha
 
 from yacs.config import CfgNode
 
-from .values import INTEGER, NUMBER_PAIR, SIZE, TEXT, Kind, optional
+from .values import BOOLEAN, INTEGER, INTEGERS, NUMBER_PAIR, SIZE, TEXT, Kind, optional
 
 _C = CfgNode()
 
@@ -60,6 +60,12 @@ _C.MODEL.NUM_CLASSES = None
 _C.MODEL.LABEL_SMOOTHING = 0.1
 # Probability that a residual branch of the last block is dropped (stochastic depth); 0 (off) to below 1.
 _C.MODEL.DROP_PATH = 0.0
+# Kernel sizes of the local branches, odd, such as [1, 3]; [] has none; null: the architecture's own.
+_C.MODEL.BRANCHES = None
+# Share-sets of each stage, such as [1, 4, 16, 128], which divide its channels; null: the architecture's own.
+_C.MODEL.SHARE_SETS = None
+# Whether the blocks have a Global Perceptron; null: as the architecture has it.
+_C.MODEL.GLOBAL_PERCEPTRON = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -191,6 +197,9 @@ OPTIONAL: dict[str, Kind] = {
     "DATA.TEST_SIZE": optional(SIZE),
     "DATA.TEST_BATCH_SIZE": optional(INTEGER),
     "MODEL.NUM_CLASSES": optional(INTEGER),
+    "MODEL.BRANCHES": optional(INTEGERS),
+    "MODEL.SHARE_SETS": optional(INTEGERS),
+    "MODEL.GLOBAL_PERCEPTRON": optional(BOOLEAN),
     "AUG.CUTMIX_MINMAX": optional(NUMBER_PAIR),
     "AUG.PRESET": optional(TEXT),
 }

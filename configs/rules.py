@@ -43,6 +43,8 @@ def _rising_shares(value: tuple[float, float]) -> bool:
 PROBABILITY = from_0_to(1)
 BELOW_ONE = Rule("at least 0 and below 1", _inside_unit)
 POSITIVE = Rule("above 0", lambda value: value > 0)
+ODD = Rule("odd numbers, each once", lambda value: all(k > 0 and k % 2 for k in value) and len({*value}) == len(value))
+COUNTS = Rule("at least 1 each", lambda value: len(value) > 0 and min(value) >= 1)
 PIXELS = Rule("at least 1 pixel", _positive_size)
 NOT_EMPTY = Rule("given and not empty", lambda value: value.strip() != "")
 POLICIES = ("rand", "augmix", "original", "v0", "3a")
@@ -62,6 +64,8 @@ RULES: dict[str, Rule] = {
     "MODEL.NUM_CLASSES": at_least(1),
     "MODEL.LABEL_SMOOTHING": BELOW_ONE,
     "MODEL.DROP_PATH": BELOW_ONE,
+    "MODEL.BRANCHES": ODD,
+    "MODEL.SHARE_SETS": COUNTS,
     "TRAIN.START_EPOCH": at_least(0),
     "TRAIN.EPOCHS": at_least(1),
     "TRAIN.WARMUP_EPOCHS": at_least(0),

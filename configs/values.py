@@ -68,7 +68,8 @@ def _items(value: object) -> list[object]:
         text = value.strip()
         if text[:1] + text[-1:] in ("()", "[]"):
             text = text[1:-1]
-        return list(text.strip().removesuffix(",").split(","))
+        text = text.strip().removesuffix(",")
+        return list(text.split(",")) if text else []
     if isinstance(value, list | tuple):
         return list(value)
     raise ValueError
@@ -77,6 +78,11 @@ def _items(value: object) -> list[object]:
 def _pair(read: Callable[[object], Any], value: object) -> tuple[Any, Any]:
     first, second = map(read, _items(value))  # any other count is the ValueError of unpacking
     return first, second
+
+
+def _integers(value: object) -> tuple[int, ...]:
+    several = isinstance(value, list | tuple | str)
+    return tuple(map(_integer, _items(value))) if several else (_integer(value),)
 
 
 def _size(value: object) -> int | tuple[int, int]:
@@ -97,6 +103,7 @@ INTEGER = Kind("an integer", _integer)
 NUMBER = Kind("a finite number", _number)
 TEXT = Kind("text", _text)
 NUMBER_PAIR = Kind("a pair of finite numbers such as [0.5, 1]", lambda value: _pair(_number, value))
+INTEGERS = Kind("integers such as [1, 3]", _integers)
 SIZE = Kind("an integer, or a pair of integers such as [224, 256]", _size)
 
 _KIND_OF_TYPE: dict[type, Kind] = {bool: BOOLEAN, int: INTEGER, float: NUMBER, str: TEXT, tuple: NUMBER_PAIR}

@@ -2,18 +2,39 @@
 
 import difflib
 import sys
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import timm
+from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, register_model
 from torch import nn
 
-from .repmlpnet import SPECS, RepMLPNet
+from . import repmlpnet
+
+
+class Family(NamedTuple):
+    """Architectures of one kind.
+
+    Attributes:
+        network: the class; called as `network(spec, num_classes=, deploy=, in_chans=, img_size=, drop_path_rate=)`.
+        specs: by name, the shapes that it is built in: frozen dataclasses with an `image_size`.
+        classifier: the name of the head within the network.
+    """
+
+    network: Any
+    specs: Mapping[str, Any]
+    classifier: str
+
+
+FAMILIES = (Family(repmlpnet.RepMLPNet, repmlpnet.SPECS, "head"),)
+OWN = {name: family for family in FAMILIES for name in family.specs}
 
 
 def list_models() -> list[str]:
     """Returns the names of this project's own architectures; `timm.list_models()` names the others."""
-    return list(SPECS)
+    return list(OWN)
 
 
 def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwargs: Any) -> nn.Module:
@@ -23,13 +44,17 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
         name: one of `list_models()`, or any architecture of timm.
         num_classes: outputs of the head.
         deploy: build the deploy structure; only our own architectures have one.
-        **kwargs: `in_chans`, `img_size`, `drop_path_rate`, ... as the architecture takes them.
+        **kwargs: `in_chans`, `img_size`, `drop_path_rate`, ... as the architecture takes them, and for our own those
+            of `changeable(name)`, which change the structure itself: `branches`, `share_sets`, ...
 
     Raises:
         ValueError: an unknown name (the closest known one is named), or `deploy` for a network without that structure.
     """
-    if name in SPECS:
-        return RepMLPNet(SPECS[name], num_classes=num_classes, deploy=deploy, **kwargs)
+    if name in OWN:
+        family, changes = OWN[name], {k: v for k, v in kwargs.items() if k in changeable(name)}
+        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        options = {k: v for k, v in kwargs.items() if k not in changes}
+        return family.network(replace(family.specs[name], **changes), num_classes=num_classes, deploy=deploy, **options)
     cfg = _timm_cfg(name)
     if deploy:
         raise ValueError(f"{name} has one structure only: nothing is injected into it, so it has no deploy form")
@@ -38,15 +63,26 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
     return timm.create_model(name, num_classes=num_classes, **kwargs)
 
 
+def changeable(name: str) -> list[str]:
+    """Returns the parts of an architecture's structure that `create_model` takes in place of its own; timm's: none."""
+    return [f.name for f in fields(OWN[name].specs[name]) if f.name != "image_size"] if name in OWN else []
+
+
+def structure_changes(name: str, model: nn.Module) -> dict[str, Any]:
+    """Returns, in plain values, in which parts a network was built otherwise than `name` stands for."""
+    own = {part: getattr(OWN[name].specs[name], part) for part in changeable(name)}
+    changes = {part: getattr(model.spec, part) for part in own if getattr(model.spec, part) != own[part]}
+    return {part: list(value) if isinstance(value, tuple) else value for part, value in changes.items()}
+
+
 def default_image_size(name: str) -> tuple[int, int]:
     """Returns the (height, width) that an architecture is made for.
 
     Raises:
         ValueError: an unknown name.
     """
-    if name in SPECS:
-        size = SPECS[name].image_size
-        return (size, size) if isinstance(size, int) else size
+    if name in OWN:
+        return to_2tuple(OWN[name].specs[name].image_size)
     height, width = _timm_cfg(name).input_size[-2:]
     return height, width
 
@@ -69,7 +105,7 @@ def classifier_name(name: str) -> str:
     Raises:
         ValueError: an unknown architecture.
     """
-    return "head" if name in SPECS else str(_timm_cfg(name).classifier)
+    return OWN[name].classifier if name in OWN else str(_timm_cfg(name).classifier)
 
 
 def _register_with_timm(name: str) -> None:
@@ -88,5 +124,5 @@ def _register_with_timm(name: str) -> None:
     setattr(sys.modules[__name__], entrypoint.__name__, register_model(entrypoint))
 
 
-for _name in SPECS:
+for _name in OWN:
     _register_with_timm(_name)

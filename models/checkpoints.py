@@ -5,7 +5,6 @@ checkpoints also hold a pickled yacs configuration, which is read as a plain map
 """
 
 import json
-import math
 import os
 import re
 import secrets
@@ -22,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .build import classifier_name, create_model, default_image_size
-from .repmlpnet import SPECS, RepMLPNet, RepMLPNetSpec
+from .build import OWN, classifier_name, create_model, default_image_size, structure_changes
 
 StateDict = dict[str, Tensor]
 
@@ -69,6 +67,7 @@ def describe(arch: str, model: nn.Module, image_size: tuple[int, int], form: str
         "num_classes": model.num_classes,
         "image_size": list(image_size),
         "form": form,
+        "structure": structure_changes(arch, model),
         "versions": {"repmlpnet": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
     }
 
@@ -122,19 +121,16 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
     classes = 0 if head is None else head.shape[:1].numel()
     if head is None and checkpoint.meta.get("num_classes") != 0:
         raise ValueError(f"{checkpoint.path} holds no head ({classifier_name(arch)}.weight) of {arch}")
-    if arch in SPECS:
-        size = _image_size(weights, SPECS[arch], size)
-        embedding = weights.get("conv_embedding.conv.weight", torch.empty(0, 3))
-        model = create_model(
-            arch, classes, deploy=checkpoint.form == "deploy", img_size=size, in_chans=embedding.shape[1:2].numel()
-        )
-    else:
-        model = create_model(arch, classes, img_size=size)
+    options: dict[str, Any] = {"img_size": size}
+    if arch in OWN:
+        options = OWN[arch].network.built_for(weights, OWN[arch].specs[arch], size)
+        options |= {"deploy": checkpoint.form == "deploy"} | checkpoint.meta.get("structure", {})
+    model = create_model(arch, classes, **options)
     dtypes = {v.dtype for v in weights.values() if v.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     load_weights(model, checkpoint)
-    return Network(arch, model.eval(), classes, size)
+    return Network(arch, model.eval(), classes, options["img_size"])
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -214,11 +210,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def fitting_architectures(state_dict: Mapping[str, Tensor]) -> list[str]:
     """Returns our architectures of which these are the weights, in either form and for any number of classes."""
     form, names = _form(state_dict), []
-    for name, spec in SPECS.items():
+    for name in OWN:
         with torch.device("meta"):
-            own = RepMLPNet(spec, deploy=form == "deploy").state_dict()
+            own = create_model(name, deploy=form == "deploy").state_dict()
+        head = f"{classifier_name(name)}."
         if own.keys() == state_dict.keys() and all(
-            own[k].shape == v.shape for k, v in state_dict.items() if not k.startswith("head.")
+            own[k].shape == v.shape for k, v in state_dict.items() if not k.startswith(head)
         ):
             names.append(name)
     return names
@@ -280,15 +277,6 @@ def _find_weights(path: Path, payload: Mapping[str, Any], ema: bool) -> Mapping[
     return payload
 
 
-def _image_size(weights: Mapping[str, Tensor], spec: RepMLPNetSpec, own: tuple[int, int]) -> tuple[int, int]:
-    """Returns the image size that the partitions of FC3 are made for; only square ones can be told from the weights."""
-    kernel = weights.get("stages.0.0.repmlp_block.fc3.weight")
-    if kernel is None or kernel.shape[1:2].numel() == own[0] * own[1] // spec.patch_size**2:
-        return own
-    side = math.isqrt(kernel.shape[1:2].numel()) * spec.patch_size
-    return side, side
-
-
 def _strip_wrappers(name: str) -> str:
     for prefix in WRAPPERS:
         if name.startswith(prefix):
@@ -327,5 +315,5 @@ def _better_fit(state_dict: Mapping[str, Tensor]) -> str:
     names = fitting_architectures(state_dict)
     if not names:
         return ""
-    classes = state_dict["head.weight"].shape[:1].numel()
+    classes = state_dict[f"{classifier_name(names[0])}.weight"].shape[:1].numel()
     return f". These are {_form(state_dict)} weights of {' or '.join(names)} with {classes} classes"

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import register_flop_formula
 
 from .reparam import fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
-from .repmlpnet import ConvNorm, RepMLPNet, RepMLPNetUnit, check_input_size
+from .repmlpnet import ConvNorm, GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_size
 
 # Hidden elements of an FFN that are computed at a time on a CPU: few enough to stay in the cache of one core.
 CACHED_ELEMENTS = 2**18
@@ -79,6 +79,28 @@ class FusedLinear(nn.Module):
         return torch.addmm(self.bias, self.weight, x)
 
 
+class FusedGate(nn.Module):
+    """The Global Perceptron behind an affine map of its input.
+
+    Args:
+        gp: the Global Perceptron.
+        order: (C,) which channel of `gp` each of the input's is.
+        scale: (C,) of the affine map.
+        offset: (C,) of the affine map.
+    """
+
+    def __init__(self, gp: GlobalPerceptron, order: Tensor, scale: Tensor, offset: Tensor) -> None:
+        super().__init__()
+        fc1, fc2 = (fc.weight.flatten(1) for fc in (gp.fc1, gp.fc2))
+        bias1, bias2 = (cast(Tensor, fc.bias) for fc in (gp.fc1, gp.fc2))
+        self.fc1 = FusedLinear(fc1[:, order] * scale, bias1 + fc1[:, order] @ offset)
+        self.fc2 = FusedLinear(fc2[order], bias2[order])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Means (C, N) -> gate (C, N) in (0, 1)."""
+        return self.fc2(self.fc1(x).relu_()).sigmoid_()
+
+
 class FusedUnit(nn.Module):
     """A RepMLP block and an FFN, both adding to the shortcut in place.
 
@@ -102,10 +124,7 @@ class FusedUnit(nn.Module):
         self.fc3_scale = _constant(scale[:, None])
         self.fc3_offset = _constant((offset[:, None] * kernel.sum(2)[of_set] + bias[of_set])[:, None])
 
-        fc1, fc2 = (fc.weight.flatten(1) for fc in (block.gp.fc1, block.gp.fc2))
-        bias1, bias2 = (cast(Tensor, fc.bias) for fc in (block.gp.fc1, block.gp.fc2))
-        self.gp1 = FusedLinear(fc1[:, order] * scale, bias1 + fc1[:, order] @ offset)
-        self.gp2 = FusedLinear(fc2[order], bias2[order])
+        self.gate = None if block.gp is None else FusedGate(block.gp, order, scale, offset)
 
         scale, offset = (t[order] for t in _affine(unit.prebn2))
         fc1, bias1 = _fold(ffn.ffn_fc1)
@@ -122,9 +141,11 @@ class FusedUnit(nn.Module):
     def _add_block(self, x: Tensor, partitions: int) -> None:
         channels, rows, positions = x.shape
         out = torch.bmm(x.view(len(self.fc3), -1, positions), self.fc3).view_as(x)
-        images = (channels, rows // partitions, partitions)
-        gate = self.gp2(self.gp1(x.view(*images[:2], -1).mean(2)).relu_()).sigmoid_()
-        gate = gate[:, :, None].expand(images).reshape(channels, rows)
+        if self.gate is None:
+            gate = x.new_ones(1, 1)
+        else:
+            images = (channels, rows // partitions, partitions)
+            gate = self.gate(x.view(*images[:2], -1).mean(2))[:, :, None].expand(images).reshape(channels, rows)
         x.addcmul_(out, (gate * self.fc3_scale)[:, :, None])
         x.addcmul_(self.fc3_offset, gate[:, :, None])
 

@@ -4,7 +4,8 @@ Source: Ding et al., "RepMLPNet: Hierarchical Vision MLP with Re-parameterized L
 State-dict names and shapes are those of the published code, so that its checkpoints load here and ours load there.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,7 +30,11 @@ from .reparam import (
 
 @dataclass(frozen=True)
 class RepMLPNetSpec:
-    """The shape of one network; stage i works on maps of image_size / (patch_size * 2 ** i)."""
+    """The shape of one network; stage i works on maps of image_size / (patch_size * 2 ** i).
+
+    Raises:
+        ValueError: channels, blocks and share-sets are not of the same number of stages.
+    """
 
     channels: tuple[int, ...]
     blocks: tuple[int, ...]
@@ -37,8 +42,14 @@ class RepMLPNetSpec:
     image_size: int | tuple[int, int]
     patch_size: int = 4
     branches: tuple[int, ...] = (1, 3)  # kernel sizes of the local convolutions
+    global_perceptron: bool = True
     gp_reduction: int = 4
     ffn_expansion: int = 4
+
+    def __post_init__(self) -> None:
+        stages = {"channels": self.channels, "blocks": self.blocks, "share_sets": self.share_sets}
+        if len({len(values) for values in stages.values()}) > 1:
+            raise ValueError(f"a network needs one number for each stage, not {stages}")
 
 
 # fmt: off
@@ -158,7 +169,7 @@ class RepMLPBlock(Reparameterizable):
         w: width of a partition.
         share_sets: S, how many kernels the C channels share.
         branches: kernel sizes of the Local Perceptron's convolutions; may be empty.
-        gp_reduction: the Global Perceptron's hidden width is C / gp_reduction.
+        gp_reduction: the Global Perceptron's hidden width is C / gp_reduction; None leaves it out.
         deploy: build the structure that `local_inject` leaves.
     """
 
@@ -169,7 +180,7 @@ class RepMLPBlock(Reparameterizable):
         w: int,
         share_sets: int = 1,
         branches: Sequence[int] = (1, 3),
-        gp_reduction: int = 4,
+        gp_reduction: int | None = 4,
         deploy: bool = False,
     ) -> None:
         super().__init__()
@@ -180,7 +191,7 @@ class RepMLPBlock(Reparameterizable):
         self.share_sets, self.h, self.w = share_sets, h, w
         self.deploy = deploy
         self.branches = () if deploy else tuple(branches)
-        self.gp = GlobalPerceptron(channels, channels // gp_reduction)
+        self.gp = GlobalPerceptron(channels, channels // gp_reduction) if gp_reduction else None
         self.fc3 = ShareSetFC(share_sets, h, w, bias=deploy)
         self.fc3_bn: nn.Module = nn.Identity() if deploy else nn.BatchNorm2d(share_sets)
         for k in self.branches:
@@ -192,7 +203,8 @@ class RepMLPBlock(Reparameterizable):
         out = self.fc3_bn(self.fc3(partitions.reshape(-1, self.share_sets, self.h, self.w)))
         for branch in self._local_branches():
             out = out + branch(partitions)
-        return self._restore(out.reshape(partitions.shape), x.shape) * self.gp(x)
+        out = self._restore(out.reshape(partitions.shape), x.shape)
+        return out if self.gp is None else out * self.gp(x)
 
     def _local_branches(self) -> list[ConvNorm]:
         return [cast(ConvNorm, self.get_submodule(f"repconv{k}")) for k in self.branches]
@@ -333,6 +345,7 @@ class RepMLPNet(ReparameterizableNetwork):
         deploy: bool = False,
     ) -> None:
         super().__init__()
+        self.spec = spec
         self.img_size = height, width = to_2tuple(spec.image_size if img_size is None else img_size)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = spec.channels[-1]
@@ -350,7 +363,7 @@ class RepMLPNet(ReparameterizableNetwork):
                 width // stride,
                 spec.share_sets[stage],
                 spec.branches,
-                spec.gp_reduction,
+                spec.gp_reduction if spec.global_perceptron else None,
                 deploy,
             )
             return RepMLPNetUnit(channels, block, spec.ffn_expansion, float(drop_path[stage][depth]))
@@ -365,6 +378,21 @@ class RepMLPNet(ReparameterizableNetwork):
         self.embeds = nn.ModuleList(embedding(before, after, patch=2) for before, after in pairwise(spec.channels))
         self.head_norm = nn.BatchNorm2d(self.num_features)
         self.reset_classifier(num_classes)
+
+    @staticmethod
+    def built_for(weights: Mapping[str, Tensor], spec: RepMLPNetSpec, img_size: tuple[int, int]) -> dict[str, Any]:
+        """Returns the `in_chans` and `img_size` that weights were made with.
+
+        Args:
+            weights: by name, in either form.
+            spec: their network's.
+            img_size: (height, width) to prefer where it fits; of others, only square ones can be told from the weights.
+        """
+        embedding = weights.get("conv_embedding.conv.weight", torch.empty(0, 3))
+        kernel = weights.get("stages.0.0.repmlp_block.fc3.weight")
+        if kernel is not None and kernel.shape[1:2].numel() != img_size[0] * img_size[1] // spec.patch_size**2:
+            img_size = to_2tuple(math.isqrt(kernel.shape[1:2].numel()) * spec.patch_size)
+        return {"in_chans": embedding.shape[1:2].numel(), "img_size": img_size}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes every unit in the backward pass instead of keeping its activations."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from configs import Override, defaults, dump_config, flatten, load_config
 from configs.rules import CONFLICTS, RULES, TRAINING_CONFLICTS
 from configs.schema import DEFAULTS, KINDS
-from configs.values import BOOLEAN, INTEGER, NULL_WORDS, NUMBER, NUMBER_PAIR, SIZE, TEXT
+from configs.values import BOOLEAN, INTEGER, INTEGERS, NULL_WORDS, NUMBER, NUMBER_PAIR, SIZE, TEXT
 
 BROKEN = [
     ("TAG: a\nTAG: b\n", r"line 2: TAG is given twice"),
@@ -123,6 +123,7 @@ _BY_KIND = {
     NUMBER.name: st.floats(0, 1, exclude_min=True, exclude_max=True),
     TEXT.name: st.text().filter(lambda text: text.strip() and text not in NULL_WORDS),
     NUMBER_PAIR.name: st.tuples(st.floats(0, 0.5), st.floats(0.5, 0.9)),
+    INTEGERS.name: st.lists(st.sampled_from((1, 3, 5, 7)), min_size=1, unique=True).map(tuple),
     SIZE.name: st.integers(1, 512) | st.tuples(st.integers(1, 512), st.integers(1, 512)),
 }
 _IN_CONFLICTS = {key for conflict in (*CONFLICTS, *TRAINING_CONFLICTS) for key in conflict.keys}

@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 from models import SPECS, RepMLPNet, create_model, default_image_size, list_models
-from models.build import classifier_name
+from models.build import classifier_name, structure_changes
 from models.checkpoints import describe, write_checkpoint
 
 ROOT = Path(models.__file__).parents[1]
@@ -41,6 +41,21 @@ def test_every_architecture_can_be_built_and_knows_its_size(arch: str) -> None:
     assert model.img_size == default_image_size(arch) == deploy.img_size
     assert not any(name.endswith("fc3.bias") for name in model.state_dict())
     assert any(name.endswith("fc3.bias") for name in deploy.state_dict())
+
+
+def test_the_structure_can_be_changed_and_described() -> None:
+    changes = {"branches": [3], "share_sets": [2, 8], "global_perceptron": False}
+    model = create_model("RepMLPNet-Digits", num_classes=4, **changes)
+    block = model.stages[1][0].repmlp_block
+    assert (block.branches, block.share_sets, block.gp) == ((3,), 8, None)
+    assert structure_changes("RepMLPNet-Digits", model) == changes
+    assert structure_changes("RepMLPNet-Digits", create_model("RepMLPNet-Digits")) == {}
+    assert structure_changes("resnet18", create_model("resnet18")) == {}
+
+
+def test_a_structure_with_a_number_too_few_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one number for each stage, not .*'share_sets': \(4,\)"):
+        create_model("RepMLPNet-Digits", share_sets=[4])
 
 
 @pytest.mark.parametrize(

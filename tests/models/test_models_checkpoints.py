@@ -120,10 +120,20 @@ def test_what_is_written_is_read(name: str, form: str, model: RepMLPNet, tmp_pat
     assert torch.equal(network(images), built.model(images))
 
 
+@pytest.mark.parametrize("form", ["train", "deploy"])
+def test_a_changed_structure_is_built_again(form: str, tmp_path: Path) -> None:
+    network = create_model(ARCH, CLASSES, branches=[5], share_sets=[2, 8], global_perceptron=False).eval()
+    network = network if form == "train" else to_deploy(network)
+    meta = describe(ARCH, network, (16, 16), form)
+    write_checkpoint(tmp_path / "a.pth", {"model": network.state_dict(), "meta": meta})
+    images = random_tensor(2, 3, 16, 16).float()
+    assert torch.equal(network(images), build_from(read_checkpoint(tmp_path / "a.pth")).model(images))
+
+
 def test_metadata_says_what_the_weights_are(model: RepMLPNet) -> None:
     meta = describe(ARCH, model, (16, 32), "deploy")
     versions = meta.pop("versions")
-    assert meta == {"arch": ARCH, "num_classes": CLASSES, "image_size": [16, 32], "form": "deploy"}
+    assert meta == {"arch": ARCH, "num_classes": CLASSES, "image_size": [16, 32], "form": "deploy", "structure": {}}
     assert sorted(versions) == ["repmlpnet", "timm", "torch"]
     assert versions["torch"] == str(torch.__version__)
     assert {type(version) for version in versions.values()} == {str}

@@ -20,6 +20,10 @@ SPECS = {
         {"img_size": (8, 12), "in_chans": 1, "num_classes": 3},
     ),
     "without head": (RepMLPNetSpec((8, 16), (1, 1), (4, 2), 8, patch_size=2), {"num_classes": 0}),
+    "no Global Perceptron": (
+        RepMLPNetSpec((8, 16), (1, 2), (2, 4), 8, patch_size=2, global_perceptron=False),
+        {},
+    ),
     "one stage": (RepMLPNetSpec((6,), (3,), (3,), 12, patch_size=4), {}),
 }
 

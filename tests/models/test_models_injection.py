@@ -34,19 +34,21 @@ def test_small_architectures(arch: str) -> None:
 
 
 specs = st.builds(
-    lambda stages, share, branches, patch, cells: RepMLPNetSpec(
+    lambda stages, share, branches, gate, patch, cells: RepMLPNetSpec(
         channels=tuple(4 * width for width, _ in stages),
         blocks=tuple(blocks for _, blocks in stages),
         share_sets=tuple(share[: len(stages)]),
         image_size=tuple(cell * patch * 2 ** (len(stages) - 1) for cell in cells),
         patch_size=patch,
         branches=branches,
+        global_perceptron=gate,
         gp_reduction=2,
         ffn_expansion=2,
     ),
     stages=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 2)), min_size=1, max_size=3),
     share=st.lists(st.sampled_from((1, 2, 4)), min_size=3, max_size=3),
     branches=st.sampled_from(((), (1,), (3,), (5,), (1, 3), (1, 3, 5), (3, 7))),
+    gate=st.booleans(),
     patch=st.sampled_from((1, 2)),
     cells=st.tuples(st.integers(1, 3), st.integers(1, 3)),
 )

@@ -204,6 +204,14 @@ def test_nothing_given_is_nothing_set():
     assert parsed.notices == []
 
 
+def test_a_part_that_a_network_does_not_have_is_refused():
+    for opts, part in (("MODEL.BRANCHES 3", "branches"), ("MODEL.GLOBAL_PERCEPTRON false", "global_perceptron")):
+        cfg = configs.load_config(overrides=configs.parse_opts(["MODEL.ARCH", "resnet18", *opts.split()]))
+        key = opts.split()[0]
+        with pytest.raises(ValueError, match=f"{key}: resnet18 has no {part} to change"):
+            main_repmlp.structure_options(cfg)
+
+
 def test_an_old_flag_is_announced():
     (notice,) = main_repmlp.parse(["--amp-opt-level", "O1"]).notices
     assert notice == "--amp-opt-level O1 is the old name of --amp fp16"
