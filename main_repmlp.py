@@ -151,7 +151,8 @@ class Task(NamedTuple):
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         model = models.create_model(self.cfg.MODEL.ARCH, num_classes, deploy, **options)
-        return model.to(self.process.device)
+        model = model.to(self.process.device)
+        return model.to(memory_format=torch.channels_last) if self.cfg.CHANNELS_LAST else model
 
     def num_classes(self, source: data.ImageSource) -> int:
         """Returns the number of classes to build the network for."""
@@ -338,7 +339,7 @@ def build_trainer(task: Task, model: nn.Module, derived: Derived, source: data.I
 
 def compiled(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """Compiles a network where asked."""
-    return cast(nn.Module, torch.compile(model)) if cfg.COMPILE else model
+    return cast(nn.Module, torch.compile(model, mode=cfg.COMPILE_MODE)) if cfg.COMPILE else model
 
 
 def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
@@ -354,6 +355,7 @@ def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
             device_ids=[process.device.index] if process.device.type == "cuda" else None,
             broadcast_buffers=False,  # the statistics are brought together once, before they are used
             gradient_as_bucket_view=True,
+            static_graph=cfg.TRAIN.ACCUMULATION_STEPS <= 1,  # it does not go with steps that leave the gradients alone
         )
 
 

@@ -168,6 +168,11 @@ _C.TEST.CROP = False
 _C.AMP = "auto"
 # Whether the network goes through torch.compile.
 _C.COMPILE = False
+# What torch.compile strives for: default | reduce-overhead (CUDA graphs, for small batches) | max-autotune (tries many
+# kernels and uses CUDA graphs; compiles for long) | max-autotune-no-cudagraphs
+_C.COMPILE_MODE = "default"
+# Whether maps are laid out channels-last, which makes convolutional networks of timm faster, but not a RepMLPNet.
+_C.CHANNELS_LAST = False
 # Whether only deterministic algorithms are used, which is slower.
 _C.DETERMINISTIC = False
 # Folder of all runs; a run writes to OUTPUT/ARCH/TAG.

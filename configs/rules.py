@@ -103,6 +103,7 @@ RULES: dict[str, Rule] = {
     "AUG.REMODE": one_of("const", "rand", "pixel"),
     "AUG.RECOUNT": at_least(1),
     "AMP": one_of("auto", "off", "bf16", "fp16"),
+    "COMPILE_MODE": one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "TAG": NOT_EMPTY,
     "SAVE_FREQ": at_least(1),
     "SAVE_STEPS": at_least(0),

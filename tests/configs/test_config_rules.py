@@ -17,6 +17,7 @@ CHOICES = {
     "AUG.PRESET": "none weak raug10 raug15 raug20 raug25 shift crop",
     "AUG.REMODE": "const rand pixel",
     "AMP": "auto off bf16 fp16",
+    "COMPILE_MODE": "default reduce-overhead max-autotune max-autotune-no-cudagraphs",
 }
 FREE_TEXT = {"MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT"}
 

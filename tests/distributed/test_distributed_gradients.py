@@ -137,7 +137,8 @@ def updates(process: Process, size: int, accumulation: int, clip_grad: float) ->
     """Makes three updates of 16 images; returns the weights and how often gradients were reduced."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.GELU(), nn.Flatten(), nn.Linear(20, 4)).double()
-    forward, reductions = wrap(model, load_config(None, parse_opts(CONFIG.split())), process), []
+    cfg = load_config(None, parse_opts(f"{CONFIG} TRAIN.ACCUMULATION_STEPS {accumulation}".split()))
+    forward, reductions = wrap(model, cfg, process), []
     if isinstance(forward, DistributedDataParallel):
 
         def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
