@@ -150,7 +150,8 @@ class FusedUnit(nn.Module):
         x.addcmul_(self.fc3_offset, gate[:, :, None])
 
     def _add_ffn(self, x: Tensor) -> None:
-        add_ffn = _add_ffn if x.is_cuda else _add_ffn_in_pieces
+        plain = x.is_cuda or torch.compiler.is_exporting()  # an exported network must not need this package
+        add_ffn = _add_ffn if plain else _add_ffn_in_pieces
         add_ffn(x, self.ffn1.weight, self.ffn1.bias, self.ffn2)
 
 

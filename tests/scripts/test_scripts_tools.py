@@ -1,0 +1,126 @@
+"""`tools.predict` and `tools.export`: the answers of the network, also fused and in another runtime."""
+
+import io
+import json
+import runpy
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+import data
+from models.checkpoints import build_from, read_checkpoint
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Returns a function that runs a tool in this process, as `python -m` would; it returns status, stdout, stderr."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module(name, run_name="__main__")
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Files of three held-out digits, and their labels."""
+    source, folder = data.open_source("digits", "digits", "val"), tmp_path_factory.mktemp("scans")
+    labels = {}
+    for index in (0, 100, 200):
+        image, label = source.load(index)
+        image.save(folder / f"{index}.png")
+        labels[folder / f"{index}.png"] = label
+    return labels
+
+
+@torch.no_grad()
+def expected(weights, paths):
+    """The probabilities (N, 10) of the network itself."""
+    network = build_from(read_checkpoint(weights))
+    spec = data.DATASETS["digits"]
+    images = torch.stack([data.eval_transform(network.image_size)(Image.open(path).convert("RGB")) for path in paths])
+    return network.model(data.Normalize(spec.mean, spec.std)(images)).softmax(1)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("form", ["trained", "deployed"])
+def test_predict_gives_the_probabilities_of_the_network(form, fuse, trained, deployed, scans, tool, tmp_path):
+    weights = trained.folder / "best_ckpt.pth" if form == "trained" else deployed
+    flags = ["--dataset", "digits", "-k", 10, "-b", 2, "--json", tmp_path / "p.json", *["--fuse"] * fuse]
+    status, out, err = tool("tools.predict", weights, *scans, *flags)
+    assert (status, err) == (0, "")
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert list(found) == list(map(str, scans))
+    rows = torch.tensor([[found[str(path)][str(label)] for label in range(10)] for path in scans])
+    torch.testing.assert_close(rows, expected(weights, scans), rtol=1e-4, atol=1e-6)
+    assert len(out.splitlines()) == len(scans)
+
+
+def test_predict_names_the_likeliest_classes_first(trained, scans, tool, tmp_path):
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    weights, path = trained.folder / "best_ckpt.pth", next(iter(scans))
+    options = ["--dataset", "digits", "-k", 2, "--classes", tmp_path / "names.txt"]
+    status, out, _ = tool("tools.predict", weights, path, *options)
+    best = expected(weights, [path])[0].topk(2)
+    shown = ", ".join(f"{names[i]} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices, strict=True))
+    assert (status, out) == (0, f"{path}: {shown}\n")
+
+
+def test_predict_says_what_is_wrong(trained, scans, tool, tmp_path):
+    weights, path = trained.folder / "best_ckpt.pth", next(iter(scans))
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    (tmp_path / "text.png").write_text("no image")
+    for arguments, message in (
+        ((path, "--classes", tmp_path / "names.txt"), "names 2 classes, the network has 10"),
+        ((tmp_path / "text.png",), "text.png: not an image of a known format"),
+        ((tmp_path / "none.png",), "No such file or directory"),
+        ((path, "-k", 0), "-k must be at least 1"),
+    ):
+        status, out, err = tool("tools.predict", weights, *arguments)
+        assert (status, out) == (2, "")
+        assert err.startswith("error: ")
+        assert message in err
+
+
+@pytest.mark.filterwarnings("default")  # the exporters of some versions of torch warn of themselves
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_an_exported_network_answers_as_the_deployed_one_at_any_batch_size(suffix, fuse, trained, tool, tmp_path):
+    path, weights = tmp_path / f"digits{suffix}", trained.folder / "best_ckpt.pth"
+    status, out, _ = tool("tools.export", weights, path, *["--fuse"] * fuse)
+    assert status == 0
+    assert "verified on random images" in out
+    network = build_from(read_checkpoint(weights))
+    if suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    else:
+        program = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    for n in (1, 5):
+        images = torch.randn(n, 3, 16, 16)
+        if suffix == ".onnx":
+            logits = torch.from_numpy(np.asarray(session.run(None, {"images": images.numpy()})[0]))
+        else:
+            logits = program(images)
+        with torch.no_grad():
+            torch.testing.assert_close(logits, network.model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_export_writes_nothing_where_the_format_is_unknown_or_the_check_fails(trained, tool, tmp_path):
+    weights = trained.folder / "best_ckpt.pth"
+    for name, flags, message in (
+        ("a.pb", [], "must end in .onnx or .pt2"),
+        ("a.pt2", ["--tolerance", -1], "the exported program changes the logits by"),
+    ):
+        status, _, err = tool("tools.export", weights, tmp_path / name, *flags)
+        assert status == 2
+        assert message in err
+    assert list(tmp_path.iterdir()) == []

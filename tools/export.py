@@ -1,0 +1,106 @@
+"""Exports a network for other runtimes: ONNX (`.onnx`) or a torch.export program (`.pt2`), of any batch size.
+
+Training weights are converted by Locality Injection on the way. The exported program is run and compared with the
+network before it is written.
+
+python -m tools.export output/RepMLPNet-Digits/quickstart/best_ckpt.pth digits.onnx --fuse
+"""
+
+import io
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoints import build_from, read_checkpoint, write_atomically
+from models.fusion import fuse_verified
+from models.reparam import is_reparameterizable, relative_difference, to_deploy
+from utils import cli
+
+Program = Callable[[Tensor], Tensor]
+BATCH_SIZES = (2, 3)  # of the sample that is traced, and of the check
+
+
+def parser() -> cli.Parser:
+    """Describes the command line."""
+    result = cli.Parser(description=__doc__, argument_default=None)
+    result.add_argument("weights", metavar="WEIGHTS", help="checkpoint, training or deploy")
+    result.add_argument("save", metavar="FILE", type=Path, help="where to write: NAME.onnx or NAME.pt2")
+    result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
+    result.add_argument("--ema", action="store_true", default=False, help="export the averaged weights")
+    result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
+    result.add_argument("--tolerance", type=float, default=1e-4, help="on the relative logit difference")
+    return result
+
+
+def to_onnx(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
+    """Returns the ONNX file of a network, and a function that runs it.
+
+    Args:
+        model: in evaluation mode.
+        images: (N, C, H, W), N at least 2; the exported network takes any N.
+
+    Raises:
+        ValueError: the packages of the extra `onnx` are missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"exporting to ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    import onnxruntime
+
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    assert program is not None
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+def to_pt2(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
+    """Returns the torch.export file of a network, and a function that runs it; arguments as of `to_onnx`."""
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return file.getvalue(), torch.export.load(file).module()
+
+
+FORMATS = {".onnx": to_onnx, ".pt2": to_pt2}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Reads, converts, exports, verifies, writes."""
+    args = parser().parse_args()
+    if args.save.suffix not in FORMATS:
+        raise ValueError(f"{args.save}: the name must end in {' or '.join(FORMATS)}, which chooses the format")
+    network = build_from(read_checkpoint(args.weights, ema=args.ema), args.arch)
+    model = network.model.float()
+    model = to_deploy(model) if is_reparameterizable(model) else model
+    model = fuse_verified(model) if args.fuse else model
+    channels = next(m for m in network.model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    traced, checked = (torch.randn(n, channels, *network.image_size) for n in BATCH_SIZES)
+    content, program = FORMATS[args.save.suffix](model, traced)
+    difference = relative_difference(model(checked), program(checked))
+    if not difference <= args.tolerance:
+        raise ValueError(
+            f"the exported program changes the logits by {difference:.1e}, more than {args.tolerance:.0e}, and nothing "
+            "was written"
+        )
+    write_atomically(args.save, lambda file: file.write(content))
+    print(f"{network.arch}: {args.weights} -> {args.save} ({len(content) / 1e6:.1f} MB)")
+    print(f"verified on random images: largest relative logit difference {difference:.1e}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,104 @@
+"""Classifies image files: prints the likeliest classes of each, most probable first.
+
+python -m tools.predict output/RepMLPNet-Digits/quickstart/deploy.pth IMAGE... --dataset digits
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+import data
+from data.sources import decode_rgb
+from data.transforms import Transform
+from models.checkpoints import build_from, read_checkpoint
+from models.fusion import fuse_verified
+from utils import cli
+
+
+def parser() -> cli.Parser:
+    """Describes the command line."""
+    result = cli.Parser(description=__doc__, argument_default=None)
+    result.add_argument("weights", metavar="WEIGHTS", help="checkpoint, training or deploy")
+    result.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
+    result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
+    result.add_argument("-b", "--batch-size", type=int, default=16, metavar="N", help="images per batch")
+    result.add_argument("-k", "--top", type=int, default=5, metavar="N", help="how many classes to name")
+    result.add_argument("-r", "--resolution", type=int, metavar="R", help="image size; the network's own if absent")
+    result.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line; numbers if absent")
+    result.add_argument("--dataset", choices=list(data.DATASETS), default="imagenet", help="that it was trained on")
+    result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
+    result.add_argument("--ema", action="store_true", default=False, help="use the averaged weights")
+    result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
+    result.add_argument("--json", type=Path, metavar="FILE", help="also write the probabilities there")
+    return result
+
+
+def class_names(path: Path | None, count: int) -> list[str]:
+    """Returns the names of all classes, or their numbers where no file gives names.
+
+    Raises:
+        ValueError: the file has more or fewer names than the network has classes.
+    """
+    if path is None:
+        return [str(label) for label in range(count)]
+    names = path.read_text().splitlines()
+    if len(names) != count:
+        raise ValueError(f"{path} names {len(names)} classes, the network has {count}")
+    return names
+
+
+@torch.inference_mode()
+def probabilities(
+    model: nn.Module, paths: Sequence[Path], transform: Transform, normalize: data.Normalize, batch_size: int
+) -> Iterator[Tensor]:
+    """Yields the probabilities (classes,) of each image, on the CPU.
+
+    Raises:
+        ValueError: a file is missing or no image.
+    """
+    device = next(model.parameters()).device
+    for start in range(0, len(paths), batch_size):
+        images = torch.stack([transform(_read(path)) for path in paths[start : start + batch_size]])
+        yield from model(normalize(images.to(device))).softmax(1).cpu()
+
+
+def _read(path: Path) -> Image:
+    try:
+        with path.open("rb") as file:
+            return decode_rgb(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def main() -> None:
+    """Reads the weights, classifies, prints."""
+    args = parser().parse_args()
+    if args.batch_size < 1 or args.top < 1:
+        raise ValueError("-b and -k must be at least 1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = build_from(read_checkpoint(args.weights, ema=args.ema), args.arch)
+    names = class_names(args.classes, network.num_classes)
+    model = network.model.float().to(device)
+    model = fuse_verified(model) if args.fuse else model
+    spec = data.DATASETS[args.dataset]
+    size = to_2tuple(args.resolution or network.image_size)
+    transform = data.eval_transform(size, crop=args.crop)
+    results = probabilities(
+        model, args.images, transform, data.Normalize(spec.mean, spec.std).to(device), args.batch_size
+    )
+    figures = {}
+    for path, values in zip(args.images, results, strict=True):
+        best = values.topk(min(args.top, len(names)))
+        figures[str(path)] = {names[i]: p for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)}
+        print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)].items()))
+    if args.json:
+        args.json.write_text(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)
