@@ -11,7 +11,7 @@ from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, register_model
 from torch import nn
 
-from . import repmlpnet
+from . import repmlpnet, resmlp
 
 
 class Family(NamedTuple):
@@ -28,7 +28,10 @@ class Family(NamedTuple):
     classifier: str
 
 
-FAMILIES = (Family(repmlpnet.RepMLPNet, repmlpnet.SPECS, "head"),)
+FAMILIES = (
+    Family(repmlpnet.RepMLPNet, repmlpnet.SPECS, "head"),
+    Family(resmlp.ResMLP, resmlp.SPECS, "head"),
+)
 OWN = {name: family for family in FAMILIES for name in family.specs}
 
 

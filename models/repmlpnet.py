@@ -160,6 +160,26 @@ class ConvNorm(nn.Sequential):
             self.act = act
 
 
+def check_kernel_sizes(branches: Sequence[int]) -> None:
+    """Raises ValueError where local convolutions of these sizes could not be merged into an FC."""
+    if any(k % 2 == 0 for k in branches):
+        raise ValueError(f"local convolutions need odd kernel sizes, not {tuple(branches)}")
+
+
+def fold_branches(branches: Sequence[ConvNorm]) -> tuple[Tensor, Tensor]:
+    """Returns, in float64, the one convolution that equals parallel ones with their BatchNorms.
+
+    Args:
+        branches: at least one; convolutions of the same channels with odd kernels.
+
+    Returns:
+        The kernel (O, I, kh, kw), of the largest height and width, and the bias (O,).
+    """
+    folded = [fold_batch_norm(branch.conv.weight.double(), None, branch.bn) for branch in branches]
+    kernels, biases = zip(*folded, strict=True)
+    return merge_kernels(kernels), torch.stack(biases).sum(0)
+
+
 class RepMLPBlock(Reparameterizable):
     """Channel, Local and Global Perceptron: an FC with local prior over the positions of every partition.
 
@@ -186,8 +206,7 @@ class RepMLPBlock(Reparameterizable):
         super().__init__()
         if channels % share_sets:
             raise ValueError(f"{channels} channels can't be divided among {share_sets} share-sets")
-        if any(k % 2 == 0 for k in branches):
-            raise ValueError(f"local convolutions need odd kernel sizes, not {tuple(branches)}")
+        check_kernel_sizes(branches)
         self.share_sets, self.h, self.w = share_sets, h, w
         self.deploy = deploy
         self.branches = () if deploy else tuple(branches)
@@ -234,10 +253,8 @@ class RepMLPBlock(Reparameterizable):
         factor, bias = fold_batch_norm(ones, None, self.fc3_bn)
         if not self.branches:
             return factor, bias, None
-        folded = [fold_batch_norm(b.conv.weight.double(), None, b.bn) for b in self._local_branches()]
-        kernels, biases = zip(*folded, strict=True)
-        bias = bias + torch.stack(biases).sum(0).repeat_interleave(self.h * self.w)
-        return factor, bias, merge_kernels(kernels)
+        kernel, shift = fold_branches(self._local_branches())
+        return factor, bias + shift.repeat_interleave(self.h * self.w), kernel
 
     def get_equivalent_fc3(self) -> tuple[Tensor, Tensor]:
         """Returns the FC that equals FC3, its BatchNorm and all branches: weight (S*h*w, h*w, 1, 1), bias (S*h*w,).
@@ -388,11 +405,8 @@ class RepMLPNet(ReparameterizableNetwork):
             spec: their network's.
             img_size: (height, width) to prefer where it fits; of others, only square ones can be told from the weights.
         """
-        embedding = weights.get("conv_embedding.conv.weight", torch.empty(0, 3))
-        kernel = weights.get("stages.0.0.repmlp_block.fc3.weight")
-        if kernel is not None and kernel.shape[1:2].numel() != img_size[0] * img_size[1] // spec.patch_size**2:
-            img_size = to_2tuple(math.isqrt(kernel.shape[1:2].numel()) * spec.patch_size)
-        return {"in_chans": embedding.shape[1:2].numel(), "img_size": img_size}
+        names = "conv_embedding.conv.weight", "stages.0.0.repmlp_block.fc3.weight"
+        return input_of(weights, *names, spec.patch_size, img_size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes every unit in the backward pass instead of keeping its activations."""
@@ -432,6 +446,25 @@ class RepMLPNet(ReparameterizableNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) -> logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def input_of(
+    weights: Mapping[str, Tensor], embedding: str, fc: str, patch_size: int, img_size: tuple[int, int]
+) -> dict[str, Any]:
+    """Returns the `in_chans` and `img_size` that the weights of a network were made with.
+
+    Args:
+        weights: by name.
+        embedding: the name of the patch embedding's kernel (C, in_chans, ...); without it, 3 channels.
+        fc: the name of the first FC kernel (..., h * w, ...), the positions of its map second.
+        patch_size: height and width of what makes a position, in pixels.
+        img_size: (height, width) to prefer where it fits; of others, only square ones can be told.
+    """
+    in_chans = weights[embedding].shape[1:2].numel() if embedding in weights else 3
+    positions = weights[fc].shape[1:2].numel() if fc in weights else None
+    if positions is not None and positions != img_size[0] * img_size[1] // patch_size**2:
+        img_size = to_2tuple(math.isqrt(positions) * patch_size)
+    return {"in_chans": in_chans, "img_size": img_size}
 
 
 def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:

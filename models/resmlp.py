@@ -1,0 +1,117 @@
+"""ResMLP, timm's, with local branches beside the layer that mixes tokens.
+
+Sources: Touvron et al., "ResMLP: Feedforward networks for image classification with data-efficient training"
+(arXiv:2105.03404); Ding et al., "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVPR 2022
+(arXiv:2112.11081), which applies Locality Injection to it. The deploy structure has timm's names and shapes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from timm.layers import to_2tuple
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+from torch import Tensor
+
+from .locality import add_local_branches
+from .reparam import ReparameterizableNetwork
+from .repmlpnet import checkpointed, input_of
+
+
+@dataclass(frozen=True)
+class ResMLPSpec:
+    """The shape of one network."""
+
+    image_size: int | tuple[int, int]
+    patch_size: int
+    width: int  # channels
+    depth: int  # blocks
+    mlp_ratio: int = 4  # hidden channels of the channel MLP over `width`
+    layer_scale: float = 1e-4  # what a block is scaled by at first; smaller in deeper networks
+    branches: tuple[int, ...] = (1, 3)  # kernel sizes of the local convolutions
+
+
+# fmt: off
+SPECS: dict[str, ResMLPSpec] = {
+    #                          image patch width depth
+    "ResMLP-S12-224": ResMLPSpec(224, 16, 384, 12),
+    "ResMLP-S24-224": ResMLPSpec(224, 16, 384, 24, layer_scale=1e-5),
+    "ResMLP-B24-224": ResMLPSpec(224,  8, 768, 24, layer_scale=1e-6),
+    # The CIFAR-100 network of the RepMLPNet paper: 16x16 tokens.
+    "ResMLP-C100":    ResMLPSpec( 32,  2, 256, 12),
+    # Small enough for a CPU.
+    "ResMLP-Shapes":  ResMLPSpec( 32,  2,  96,  4),
+}
+# fmt: on
+
+
+class ResMLP(ReparameterizableNetwork, MlpMixer):
+    """Patch embedding, blocks of one linear layer over tokens and an MLP over channels, linear head.
+
+    Args:
+        spec: a row of `SPECS`.
+        num_classes: outputs of the head; 0 leaves the pooled features.
+        in_chans: channels of the input image.
+        img_size: height and width of the images; the spec's own where None.
+        drop_path_rate: of every block.
+        deploy: build the structure that `locality_injection` leaves, which is timm's.
+
+    Raises:
+        ValueError: `img_size` is no multiple of the patch size.
+    """
+
+    def __init__(
+        self,
+        spec: ResMLPSpec,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | Sequence[int] | None = None,
+        drop_path_rate: float = 0.0,
+        deploy: bool = False,
+    ) -> None:
+        height, width = to_2tuple(spec.image_size if img_size is None else img_size)
+        patch = spec.patch_size
+        if height % patch or width % patch or min(height, width) <= 0:
+            raise ValueError(f"img_size {height}x{width} must be a positive multiple of the patch size {patch}")
+        super().__init__(
+            num_classes=num_classes,
+            img_size=cast(Any, (height, width)),  # timm takes more than its annotations say
+            in_chans=in_chans,
+            patch_size=patch,
+            num_blocks=spec.depth,
+            embed_dim=spec.width,
+            mlp_ratio=spec.mlp_ratio,
+            block_layer=cast(Any, partial(ResBlock, init_values=spec.layer_scale)),
+            norm_layer=Affine,
+            drop_path_rate=drop_path_rate,
+        )
+        self.spec, self.img_size = spec, (height, width)
+        if spec.branches and not deploy:
+            add_local_branches(self, (height // patch, width // patch), spec.branches)
+
+    @staticmethod
+    def built_for(weights: Mapping[str, Tensor], spec: ResMLPSpec, img_size: tuple[int, int]) -> dict[str, Any]:
+        """Returns the `in_chans` and `img_size` that weights were made with.
+
+        Args:
+            weights: by name, in either form.
+            spec: their network's.
+            img_size: (height, width) to prefer where it fits; of others, only square ones can be told from the weights.
+        """
+        names = "stem.proj.weight", "blocks.0.linear_tokens.weight"
+        return input_of(weights, *names, spec.patch_size, img_size)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image (N, in_chans, H, W) -> normalised tokens (N, h * w, C).
+
+        Raises:
+            ValueError: H and W are not those of `img_size`.
+        """
+        if x.shape[-2:] != self.img_size:
+            given, made = ("x".join(map(str, size)) for size in (x.shape[-2:], self.img_size))
+            raise ValueError(f"an input of {given} does not fit a network made for {made}: build it with that img_size")
+        x = self.stem(x)
+        for block in self.blocks:  # timm's own checkpointing would count a batch twice in the running statistics
+            x = checkpointed(block, x) if self.grad_checkpointing and self.training else block(x)
+        return self.norm(x)
