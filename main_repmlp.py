@@ -31,7 +31,7 @@ from engine.sync_batch_norm import synchronise_batch_norms
 from engine.throughput import throughput
 from engine.train import Trainer, autocast
 from models.build import changeable
-from models.checkpoints import describe, load_pretrained, load_weights, read_checkpoint
+from models.checkpoints import describe, is_deploy, load_pretrained, load_weights, read_checkpoint
 from models.fusion import fuse_verified
 from models.reparam import is_reparameterizable, to_deploy
 from utils import cli, distributed
@@ -205,7 +205,7 @@ def evaluate_only(task: Task) -> None:
     """Evaluates the checkpoint that `--resume` names, in whichever form it is; the training set is not touched."""
     source = task.source("val")
     checkpoint = read_checkpoint(task.cfg.MODEL.RESUME)
-    model = task.build_model(task.num_classes(source), deploy=checkpoint.form == "deploy")
+    model = task.build_model(task.num_classes(source), deploy=is_deploy(task.cfg.MODEL.ARCH, checkpoint.form))
     load_weights(model, checkpoint)
     form = f"{checkpoint.form} " if checkpoint.form else ""
     task.logger.info(f"{form}weights from {checkpoint.path}, {len(source)} images of {len(source.classes)} classes")
@@ -421,7 +421,8 @@ def train(task: Task) -> None:
     logger.info(f"{cfg.MODEL.ARCH}, {sum(p.numel() for p in model.parameters()):,} parameters; {derived}")
     if cfg.MODEL.PRETRAINED:
         fresh = load_pretrained(cfg.MODEL.ARCH, model, read_checkpoint(cfg.MODEL.PRETRAINED))
-        logger.info(f"starting from {cfg.MODEL.PRETRAINED}" + f", but {' and '.join(fresh)}" * bool(fresh))
+        new = f" but for {len(fresh)} tensors, which are new ({fresh[0]} ... {fresh[-1]})" if fresh else ""
+        logger.info(f"starting from {cfg.MODEL.PRETRAINED}{new}")
     cast(Any, model).set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
 
     if cfg.TRAIN.SYNC_BN and process.world_size > 1:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .build import OWN, classifier_name, create_model, default_image_size, structure_changes
+from .locality import branch_names
 
 StateDict = dict[str, Tensor]
 
@@ -49,7 +50,8 @@ MMPRETRAIN_NAMES = (
 class Checkpoint:
     """Weights under the published names, with what the file says of them.
 
-    `form` is "train" or "deploy" by the structure that the names show, or None where nothing was re-parameterised.
+    `form` is "train" or "deploy" by the structure that the names show or else the metadata tells. It is None where
+    nothing was re-parameterised, and of a network that has the same names where it was.
     `meta` is what `describe` wrote, empty for a file of another origin. `payload` is the whole container.
     """
 
@@ -88,7 +90,8 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     if any(name.startswith("backbone.") for name in state_dict):
         state_dict = {_from_mmpretrain(name): value for name, value in state_dict.items()}
     meta = payload.get("meta")
-    return Checkpoint(path, state_dict, _form(state_dict), meta if isinstance(meta, dict) else {}, payload)
+    meta = meta if isinstance(meta, dict) else {}
+    return Checkpoint(path, state_dict, _form(state_dict) or meta.get("form"), meta, payload)
 
 
 class Network(NamedTuple):
@@ -124,13 +127,21 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
     options: dict[str, Any] = {"img_size": size}
     if arch in OWN:
         options = OWN[arch].network.built_for(weights, OWN[arch].specs[arch], size)
-        options |= {"deploy": checkpoint.form == "deploy"} | checkpoint.meta.get("structure", {})
+        options |= {"deploy": is_deploy(arch, checkpoint.form)} | checkpoint.meta.get("structure", {})
     model = create_model(arch, classes, **options)
     dtypes = {v.dtype for v in weights.values() if v.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     load_weights(model, checkpoint)
     return Network(arch, model.eval(), classes, options["img_size"])
+
+
+def is_deploy(arch: str, form: str | None) -> bool:
+    """Says whether weights of a form belong into the deploy structure of an architecture, if it has one.
+
+    Those of no form do: a structure without anything to inject is the deploy structure.
+    """
+    return arch in OWN and form != "train"
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -146,24 +157,27 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """Loads weights to start a training from; a head for another number of classes stays as it was initialised.
+    """Loads weights to start a training from.
+
+    A head for another number of classes stays as it was initialised. So do the branches of `LocalityLinear` layers
+    where the weights have none at all, as those of timm's ResMLP: new branches change no answer until they are trained.
 
     Returns:
-        The names that were not loaded: none, or those of the head.
+        The names that were not loaded: none, those of the head, those of the branches.
 
     Raises:
-        ValueError: anything but the head differs.
+        ValueError: anything else differs.
     """
     own = model.state_dict()
     names = (f"{classifier_name(arch)}.{leaf}" for leaf in ("weight", "bias"))
     head = [k for k in names if k in own and k in checkpoint.state_dict]
-    if all(own[k].shape == checkpoint.state_dict[k].shape for k in head):
-        load_weights(model, checkpoint)
-        return []
-    kept = {k: own[k] for k in head}
-    merged = Checkpoint(checkpoint.path, checkpoint.state_dict | kept, checkpoint.form)
-    load_weights(model, merged)
-    return head
+    fresh = [] if all(own[k].shape == checkpoint.state_dict[k].shape for k in head) else head
+    branches = branch_names(model)
+    if not any(k in checkpoint.state_dict for k in branches):
+        fresh = fresh + branches
+    kept = {k: own[k] for k in fresh}
+    load_weights(model, Checkpoint(checkpoint.path, checkpoint.state_dict | kept, checkpoint.form))
+    return fresh
 
 
 def write_checkpoint(path: str | Path, payload: Mapping[str, Any]) -> None:
@@ -212,7 +226,7 @@ def fitting_architectures(state_dict: Mapping[str, Tensor]) -> list[str]:
     form, names = _form(state_dict), []
     for name in OWN:
         with torch.device("meta"):
-            own = create_model(name, deploy=form == "deploy").state_dict()
+            own = create_model(name, deploy=is_deploy(name, form)).state_dict()
         head = f"{classifier_name(name)}."
         if own.keys() == state_dict.keys() and all(
             own[k].shape == v.shape for k, v in state_dict.items() if not k.startswith(head)
@@ -291,9 +305,10 @@ def _from_mmpretrain(name: str) -> str:
 
 
 def _form(names: Iterable[str]) -> str | None:
+    """Returns the form that names alone tell; an injected layer that never had a BatchNorm looks like any other."""
     if any(name.endswith("fc3.bias") for name in names):
         return "deploy"
-    return "train" if any(".fc3_bn." in name for name in names) else None
+    return "train" if any(".fc3_bn." in name or ".repconv" in name for name in names) else None
 
 
 def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -316,4 +331,5 @@ def _better_fit(state_dict: Mapping[str, Tensor]) -> str:
     if not names:
         return ""
     classes = state_dict[f"{classifier_name(names[0])}.weight"].shape[:1].numel()
-    return f". These are {_form(state_dict)} weights of {' or '.join(names)} with {classes} classes"
+    form = f"{_form(state_dict) or ''} weights".lstrip()
+    return f". These are {form} of {' or '.join(names)} with {classes} classes"

@@ -161,9 +161,9 @@ class ConvNorm(nn.Sequential):
 
 
 def check_kernel_sizes(branches: Sequence[int]) -> None:
-    """Raises ValueError where local convolutions of these sizes could not be merged into an FC."""
-    if any(k % 2 == 0 for k in branches):
-        raise ValueError(f"local convolutions need odd kernel sizes, not {tuple(branches)}")
+    """Raises ValueError where parallel local convolutions of these sizes could not be merged, or even told apart."""
+    if any(k % 2 == 0 or k < 1 for k in branches) or len(set(branches)) < len(branches):
+        raise ValueError(f"local convolutions need different, odd kernel sizes, not {tuple(branches)}")
 
 
 def fold_branches(branches: Sequence[ConvNorm]) -> tuple[Tensor, Tensor]:

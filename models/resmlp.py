@@ -102,6 +102,11 @@ class ResMLP(ReparameterizableNetwork, MlpMixer):
         names = "stem.proj.weight", "blocks.0.linear_tokens.weight"
         return input_of(weights, *names, spec.patch_size, img_size)
 
+    def no_weight_decay(self) -> set[str]:
+        """Returns the parameters that should not decay though they have more than one dimension: those of `Affine`."""
+        affine = {name for name, module in self.named_modules() if isinstance(module, Affine)}
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[0] in affine}
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) -> normalised tokens (N, h * w, C).
 
