@@ -38,7 +38,7 @@ COLUMNS = (
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = harness.parser(__doc__, rounds=3)
-    parser.add_argument("--arch", choices=models.list_models(), default="RepMLPNet-T224", help="the network")
+    parser.add_argument("--arch", choices=models.SPECS, default="RepMLPNet-T224", help="the network")
     parser.add_argument("--batch-size", type=harness.positive, default=32, help="images at a time")
     parser.add_argument("--images", type=harness.positive, default=256, help="JPEG files to make")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the network, which is fused")

@@ -39,7 +39,7 @@ COLUMNS = (
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = harness.parser(__doc__)
-    parser.add_argument("--arch", choices=models.list_models(), default="RepMLPNet-T224", help="the network")
+    parser.add_argument("--arch", choices=models.SPECS, default="RepMLPNet-T224", help="the network")
     parser.add_argument("--batch-size", type=harness.positive, default=16, help="images at a time")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="the baseline is fp32")
     parser.add_argument("--tf32", action="store_true", help="let a GPU round the factors of fp32 products to TF32")

@@ -32,7 +32,7 @@ Network = NaiveRepMLPNet | models.RepMLPNet
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = harness.parser(__doc__, rounds=5)
-    names = models.list_models()
+    names = list(models.SPECS)
     parser.add_argument("--arch", nargs="+", choices=names, default=names, metavar="NAME", help="networks")
     return parser.parse_args(argv)
 

@@ -54,7 +54,7 @@ class Point(NamedTuple):
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = harness.parser(__doc__, rounds=5)
-    parser.add_argument("--arch", choices=models.list_models(), default="RepMLPNet-T224", help="the network")
+    parser.add_argument("--arch", choices=models.SPECS, default="RepMLPNet-T224", help="the network")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the network")
     parser.add_argument("--batch-size", type=harness.positive, default=4, help="along resolution and depth")
     for flag, default, unit in AXIS_FLAGS:

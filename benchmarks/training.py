@@ -67,7 +67,7 @@ COMPILED = {
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = harness.parser(__doc__)
-    parser.add_argument("--arch", choices=models.list_models(), default="RepMLPNet-T224", help="the network")
+    parser.add_argument("--arch", choices=models.SPECS, default="RepMLPNet-T224", help="the network")
     parser.add_argument("--batch-size", type=harness.positive, default=16, help="images of a step")
     parser.add_argument("--tf32", action="store_true", help="let a GPU round the factors of fp32 products to TF32")
     parser.add_argument("--compile", action="store_true", help="add compiled rows")

@@ -302,6 +302,7 @@ OURS = [
     (ARCH, {"img_size": (16, 32)}),
     (ARCH, {"img_size": (8, 32)}),  # as many positions as the architecture's own size
     ("RepMLPNet-C100", {"in_chans": 2}),
+    ("ResMLP-Shapes", {"in_chans": 1, "img_size": (16, 64), "branches": [5]}),
 ]
 OF_TIMM = [("resnet18", {}), ("resnet18", {"img_size": (64, 64)}), ("mixer_s32_224", {"img_size": (64, 64)})]
 
@@ -333,8 +334,8 @@ def test_a_network_is_built_from_what_its_checkpoint_tells(
 
 @pytest.mark.parametrize("deploy", [False, True])
 def test_a_bare_state_dict_tells_its_architecture(deploy: bool, tmp_path: Path) -> None:
-    for arch, options in ((ARCH, {}), ("RepMLPNet-C100", {})):
-        network = create_model(arch, 9, deploy=deploy, **options)
+    for arch in (ARCH, "RepMLPNet-C100", "ResMLP-Shapes"):
+        network = create_model(arch, 9, deploy=deploy)
         built = build_from(read_checkpoint(saved(tmp_path / "a.pth", network.state_dict())))
         assert (built.arch, built.num_classes, built.image_size) == (arch, 9, network.img_size)
         assert same(network.state_dict(), built.model.state_dict())
@@ -359,7 +360,7 @@ def test_a_bare_state_dict_of_timm_needs_the_architecture(tmp_path: Path) -> Non
     assert same(network.state_dict(), built.model.state_dict())
 
 
-@pytest.mark.parametrize("arch", ["RepMLPNet-T224", "RepMLPNet-L256", "RepMLPNet-C100"])
+@pytest.mark.parametrize("arch", ["RepMLPNet-T224", "RepMLPNet-L256", "RepMLPNet-C100", "ResMLP-S24-224"])
 @pytest.mark.parametrize("deploy", [False, True])
 def test_fitting_architectures(arch: str, deploy: bool) -> None:
     with torch.device("meta"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model_helpers import largest_difference, random_tensor, randomised, tiny_network
 from torch import Tensor, nn
 
-from models import SPECS, RepMLPBlock, RepMLPNet, RepMLPNetSpec, create_model
+from models import RepMLPBlock, RepMLPNet, RepMLPNetSpec, create_model, list_models
 from models.reparam import is_reparameterizable, to_deploy
 
 EXACT = 1e-12
@@ -22,7 +22,7 @@ def parameters(arch: str) -> int:
         return sum(p.numel() for p in create_model(arch).parameters())
 
 
-@pytest.mark.parametrize("arch", [arch for arch in SPECS if parameters(arch) < SMALL])
+@pytest.mark.parametrize("arch", [arch for arch in list_models() if parameters(arch) < SMALL])
 def test_small_architectures(arch: str) -> None:
     model = randomised(create_model(arch, num_classes=10)).eval()
     images = random_tensor(2, 3, *model.img_size)
