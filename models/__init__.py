@@ -3,13 +3,18 @@
 __version__ = "0.1.0"
 
 from .build import create_model, default_image_size, list_models
+from .locality import add_local_branches
 from .repmlpnet import SPECS, RepMLPBlock, RepMLPNet, RepMLPNetSpec
+from .resmlp import ResMLP, ResMLPSpec
 
 __all__ = [
     "SPECS",
     "RepMLPBlock",
     "RepMLPNet",
     "RepMLPNetSpec",
+    "ResMLP",
+    "ResMLPSpec",
+    "add_local_branches",
     "create_model",
     "default_image_size",
     "list_models",

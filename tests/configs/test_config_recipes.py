@@ -49,6 +49,21 @@ def test_the_published_recipes(size):
     assert f"{PUBLISHED[size]} % top-1, as published" in path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "arch", "accuracies"),
+    [
+        ("cifar100", "RepMLPNet-C100", (59.07, 60.73, 65.36, 67.43)),
+        ("resmlp_cifar100", "ResMLP-C100", (55.58, 57.96, 63.76, 65.09)),
+    ],
+)
+def test_the_cifar_recipes_name_what_is_published(recipe, arch, accuracies):
+    path = CONFIGS / f"{recipe}.yaml"
+    given = flatten(load_config(path))
+    assert (given["MODEL.ARCH"], given["DATA.DATASET"], given["DATA.IMG_SIZE"]) == (arch, "cf100", 32)
+    found = re.findall(r"(\d+\.\d+) %", " ".join(path.read_text().split("Expected:")[1].splitlines()))
+    assert tuple(map(float, found)) == accuracies
+
+
 @pytest.mark.parametrize("key", DEFAULTS)
 def test_every_key_of_the_schema_is_explained(key):
     lines = (CONFIGS / "defaults.py").read_text().splitlines()
