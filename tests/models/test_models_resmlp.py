@@ -7,6 +7,7 @@ import timm
 import torch
 from model_helpers import largest_difference, random_tensor, randomised
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
 from models.build import structure_changes
@@ -39,6 +40,20 @@ def test_without_branches_it_is_timms(arch: str) -> None:
         assert [(name, value.shape) for name, value in model.state_dict().items()] == shapes
     spec = SPECS[arch]
     assert (spec.width, spec.depth, spec.branches) == (expected.embed_dim, len(expected.blocks), (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("arch", "params", "operations"),
+    [("ResMLP-S12-224", 15.4, 3.0), ("ResMLP-S24-224", 30.0, 6.0), ("ResMLP-B24-224", 129.1, 100.2)],
+)
+def test_parameters_in_millions_and_multiply_adds_in_billions(arch: str, params: float, operations: float) -> None:
+    with torch.device("meta"):
+        model = create_model(arch, deploy=True).eval()
+        images = torch.empty(1, 3, 224, 224)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(params, abs=0.05)
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(operations, abs=0.05)
 
 
 @pytest.mark.parametrize("arch", OF_TIMM)
