@@ -28,7 +28,7 @@ class ResMLPSpec:
     width: int  # channels
     depth: int  # blocks
     mlp_ratio: int = 4  # hidden channels of the channel MLP over `width`
-    layer_scale: float = 1e-4  # of every block, at first; timm's value for the depth
+    layer_scale: float = 0.1  # of every block, at first; the original code's for the depth (timm begins with 1e-4)
     branches: tuple[int, ...] = (1, 3)  # kernel sizes of the local convolutions
 
 
