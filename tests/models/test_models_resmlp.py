@@ -59,9 +59,9 @@ def test_parameters_in_millions_and_multiply_adds_in_billions(arch: str, params:
 @pytest.mark.parametrize("arch", OF_TIMM)
 def test_fresh_weights_are_those_of_timm(arch: str) -> None:
     torch.manual_seed(0)
-    model = create_model(arch, 4, img_size=32).eval()
-    torch.manual_seed(0)
     expected = timm.create_model(OF_TIMM[arch], num_classes=4, img_size=32).eval()
+    torch.manual_seed(0)
+    model = create_model(arch, 4, img_size=32, layer_scale=expected.blocks[0].ls1[0].item()).eval()
     state = model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in expected.state_dict().items())
     images = torch.randn(2, 3, 32, 32)
