@@ -3,12 +3,14 @@
 __version__ = "0.1.0"
 
 from .build import create_model, default_image_size, list_models
+from .dense import DenseBackbone, dense_backbone
 from .locality import add_local_branches
 from .repmlpnet import SPECS, RepMLPBlock, RepMLPNet, RepMLPNetSpec
 from .resmlp import ResMLP, ResMLPSpec
 
 __all__ = [
     "SPECS",
+    "DenseBackbone",
     "RepMLPBlock",
     "RepMLPNet",
     "RepMLPNetSpec",
@@ -17,5 +19,6 @@ __all__ = [
     "add_local_branches",
     "create_model",
     "default_image_size",
+    "dense_backbone",
     "list_models",
 ]

@@ -12,6 +12,7 @@ from timm.models import PretrainedCfg, register_model
 from torch import nn
 
 from . import repmlpnet, resmlp
+from .dense import dense_backbone
 
 
 class Family(NamedTuple):
@@ -112,15 +113,20 @@ def classifier_name(name: str) -> str:
 
 
 def _register_with_timm(name: str) -> None:
-    """Makes `timm.create_model("repmlpnet_t224")` build `RepMLPNet-T224`."""
+    """Makes `timm.create_model("repmlpnet_t224")` build `RepMLPNet-T224`.
+
+    With `features_only=True` it builds a `DenseBackbone` of it, with the options of `dense_backbone`.
+    """
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained:
             raise ValueError(f"{name} comes without weights: pretrained=True has nothing to load")
-        if kwargs.pop("features_only", False):
-            raise ValueError(f"{name} has no features_only form")
         timm_only = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-        return create_model(name, **{k: v for k, v in kwargs.items() if k not in timm_only})
+        options = {k: v for k, v in kwargs.items() if k not in timm_only}
+        if not options.pop("features_only", False):
+            return create_model(name, **options)
+        dense = {k: options.pop(k) for k in ("out_indices", "downsample", "rank", "pad") if k in options}
+        return dense_backbone(create_model(name, **options), **dense)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name.lower().replace("-", "_")
     entrypoint.__doc__ = f"{name}, built by `create_model`."

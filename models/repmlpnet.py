@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -348,6 +349,8 @@ class RepMLPNet(ReparameterizableNetwork):
         drop_path_rate: of the last unit; grows linearly from 0 with the depth.
         deploy: build the structure that `locality_injection` leaves.
 
+    `feature_info` says of each stage what timm wants to know: channels, stride, and the module whose output it is.
+
     Raises:
         ValueError: `img_size` is no multiple of the network's total stride.
     """
@@ -393,6 +396,10 @@ class RepMLPNet(ReparameterizableNetwork):
             nn.ModuleList(unit(stage, depth) for depth in range(blocks)) for stage, blocks in enumerate(spec.blocks)
         )
         self.embeds = nn.ModuleList(embedding(before, after, patch=2) for before, after in pairwise(spec.channels))
+        self.feature_info = [
+            {"num_chs": channels, "reduction": stride, "module": f"stages.{stage}.{blocks - 1}"}
+            for stage, (channels, stride, blocks) in enumerate(zip(spec.channels, strides, spec.blocks, strict=True))
+        ]
         self.head_norm = nn.BatchNorm2d(self.num_features)
         self.reset_classifier(num_classes)
 
@@ -419,7 +426,7 @@ class RepMLPNet(ReparameterizableNetwork):
     def reset_classifier(self, num_classes: int) -> None:
         """Puts in a new head of `num_classes` outputs; 0 leaves the pooled features."""
         self.num_classes = num_classes
-        reference = self.head_norm.weight
+        reference = self.conv_embedding.bn.weight
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head.to(device=reference.device, dtype=reference.dtype)
 
@@ -430,13 +437,78 @@ class RepMLPNet(ReparameterizableNetwork):
             ValueError: H or W is no multiple of `img_size`, so that the partitions do not divide the maps.
         """
         check_input_size(x, self.img_size)
-        x = self.conv_embedding(x)
-        for i, stage in enumerate(self.stages):
-            for unit in stage.children():
-                x = checkpointed(unit, x) if self.grad_checkpointing and self.training else unit(x)
-            if i < len(self.embeds):
-                x = self.embeds[i](x)
+        for stage in range(len(self.stages)):
+            x = self._stage(stage, x)
         return self.head_norm(x)
+
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        """Applies one stage, with the embedding before it, to what the stage before gave, or to the image."""
+        x = self.embeds[stage - 1](x) if stage else self.conv_embedding(x)
+        for unit in self.stages[stage].children():
+            x = checkpointed(unit, x) if self.grad_checkpointing and self.training else unit(x)
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Returns what the stages give, under the names and with the meaning that timm's networks have for it.
+
+        Args:
+            x: image (N, in_chans, H, W).
+            indices: which stages, negative ones counted from the end; a number n stands for the last n, None for all.
+            norm: put the last stage's map through the final BatchNorm, which fits no other.
+            stop_early: leave out the stages behind the last one that is asked for.
+            output_fmt: NCHW, the only layout there is.
+            intermediates_only: return the maps alone.
+
+        Returns:
+            The maps (N, C_i, H / stride_i, W / stride_i) in the order of the stages; unless `intermediates_only`, after
+            the map that the network ends with: `forward_features(x)`, or with `stop_early` the last one computed.
+
+        Raises:
+            ValueError: another layout, or as `forward_features`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"the maps of a {type(self).__name__} are NCHW, not {output_fmt}")
+        check_input_size(x, self.img_size)
+        taken, last_taken = feature_take_indices(len(self.stages), indices)
+        features, final = [], x
+        for stage in range(last_taken + 1 if stop_early else len(self.stages)):
+            x = self._stage(stage, x)
+            ends = stage + 1 == len(self.stages)
+            final = self.head_norm(x) if ends and (norm or not intermediates_only) else x
+            if stage in taken:
+                features.append(final if norm else x)
+        return features if intermediates_only else (final, features)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes, in place, what `forward_intermediates` does not need for some of the stages, as timm's networks do.
+
+        Args:
+            indices: as there.
+            prune_norm: remove the final BatchNorm even where the last stage stays.
+            prune_head: remove the head even where the last stage stays.
+
+        Returns:
+            The stages that `indices` stand for, none of them negative.
+        """
+        taken, last = feature_take_indices(len(self.stages), indices)
+        cut = last + 1 < len(self.stages)
+        self.stages, self.embeds = self.stages[: last + 1], self.embeds[:last]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or cut:
+            self.head_norm = nn.Identity()  # type: ignore[assignment]
+        if prune_head or cut:
+            self.reset_classifier(0)
+        return taken
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (N, C, h, w) -> logits (N, num_classes), or pooled features (N, C) before the head."""

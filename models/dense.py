@@ -1,0 +1,156 @@
+"""Maps of several levels for dense prediction, from any of our networks that has levels, at any image size.
+
+Source: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVPR 2022, the section on semantic
+segmentation: the same partitions on a larger image, and embeddings that exchange information across their borders.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from timm.models._features import FeatureGetterNet, FeatureInfo
+from torch import Tensor, nn
+
+from .repmlpnet import ConvNorm, RepMLPNet
+
+# By name, the side of the depth-wise kernels that `dense_backbone` puts into the place of the 2x2 embeddings.
+DOWNSAMPLINGS = {"conv3": 3, "conv5": 5}
+FULL_RANK = 4  # of a 2x2 kernel, looked at as a matrix (input channel, tap) for each output channel
+
+
+@runtime_checkable
+class HierarchicalNetwork(Protocol):
+    """What a network needs in order to be a backbone, with timm's meaning; `img_size` is what its maps are made for."""
+
+    feature_info: list[dict[str, Any]]
+    img_size: tuple[int, int]
+
+    def forward_intermediates(self, x: Tensor) -> Any:
+        """Returns the maps of all levels."""
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1) -> list[int]:
+        """Removes what some of the levels do not need."""
+
+
+class DenseBackbone(FeatureGetterNet):
+    """A network as a feature extractor; build it by `dense_backbone`.
+
+    Args:
+        network: cut down, in place, to what the levels need.
+        out_indices: the levels.
+        pad: take images of any size.
+    """
+
+    def __init__(self, network: nn.Module, out_indices: Sequence[int], pad: bool) -> None:
+        super().__init__(network, tuple(out_indices))
+        self.pad = pad
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Image (N, in_chans, H, W) -> for each level a map (N, C_i, H / stride_i, W / stride_i), rounded up.
+
+        With `pad`, zeros to the right of and below the image make it a multiple of what the partitions are made for;
+        the maps are then cut to the image. The Global Perceptron and BatchNorm's batch statistics see the zeros.
+
+        Raises:
+            ValueError: an image of another size, without `pad`.
+        """
+        height, width = x.shape[-2:]
+        if self.pad:
+            h, w = self.model.img_size
+            x = F.pad(x, (0, -width % w, 0, -height % h))
+        levels = cast(list[Tensor], super().forward(x))
+        strides = cast(FeatureInfo, self.feature_info).reduction()
+        return [
+            level[..., : -(-height // stride), : -(-width // stride)]
+            for level, stride in zip(levels, strides, strict=True)
+        ]
+
+
+def dense_backbone(
+    network: nn.Module,
+    out_indices: Sequence[int] | None = None,
+    downsample: str | None = None,
+    rank: int = FULL_RANK,
+    pad: bool = True,
+) -> DenseBackbone:
+    """Turns a network into a feature extractor for segmentation or detection, as timm's `features_only=True` does.
+
+    Args:
+        network: one with `forward_intermediates`; it is taken over and changed in place, with the weights that it has.
+        out_indices: the levels to return, negative ones counted from the end; None for all. What only others need is
+            removed.
+        downsample: replace the 2x2 embeddings of a RepMLPNet: `conv3` or `conv5`; None keeps them.
+        rank: of the replacement, see `Downsampling`.
+        pad: take images of any size, see `DenseBackbone.forward`.
+
+    Raises:
+        ValueError: a network without levels, an unknown `downsample`, one for a network without 2x2 embeddings, or a
+            `rank` that is out of range.
+    """
+    if not isinstance(network, HierarchicalNetwork):
+        raise ValueError(f"a {type(network).__name__} has no maps of several levels: it can't be a backbone")
+    if downsample is not None:
+        _replace_embeddings(network, downsample, rank)
+    levels = range(len(network.feature_info)) if out_indices is None else out_indices
+    return DenseBackbone(network, levels, pad)
+
+
+def _replace_embeddings(network: nn.Module, downsample: str, rank: int) -> None:
+    if downsample not in DOWNSAMPLINGS:
+        raise ValueError(f"unknown downsample {downsample!r}: choose {' or '.join(DOWNSAMPLINGS)}, or None")
+    if not isinstance(network, RepMLPNet):
+        raise ValueError(f"downsample={downsample!r}: a {type(network).__name__} has no 2x2 embeddings to replace")
+    embeddings = [cast(ConvNorm, embedding) for embedding in network.embeds]
+    network.embeds = nn.ModuleList(Downsampling(e, DOWNSAMPLINGS[downsample], rank) for e in embeddings)
+
+
+class Downsampling(nn.Sequential):
+    """A 1x1 expansion and a depth-wise convolution of stride 2, in place of a 2x2 embedding and with its weights.
+
+    Unlike the embedding it looks across the borders of its 2x2 patches, and so of the partitions. There is nothing
+    between the two convolutions, so that together they are one: of its kernel, the matrix (input channel, tap) of each
+    output channel has rank 1, which is the structure with the published cost. With `rank` r, each output is the sum of
+    r such pairs (r times the cost of the expansion).
+
+    It starts from the best approximation of that rank to the pretrained kernel, with zeros for the taps that the
+    embedding does not have; BatchNorm and activation are the embedding's own. Rank 4 is exact: the features are those
+    of the embedding up to rounding. A lower rank is not, for four taps are in general linearly independent.
+
+    Args:
+        embedding: a 2x2 convolution of stride 2, BatchNorm, activation.
+        kernel_size: of the depth-wise convolution, odd, 3 or more.
+        rank: 1 to 4.
+
+    Raises:
+        ValueError: the rank is out of range.
+    """
+
+    def __init__(self, embedding: ConvNorm, kernel_size: int, rank: int) -> None:
+        super().__init__()
+        if not 1 <= rank <= FULL_RANK:
+            raise ValueError(f"a 2x2 kernel can be taken apart with a rank of 1 to {FULL_RANK}, not {rank}")
+        weight = embedding.conv.weight
+        outputs, inputs = weight.shape[:2]
+        self.expand = nn.Conv2d(inputs, rank * outputs, 1, bias=False)
+        self.conv = nn.Conv2d(
+            rank * outputs, outputs, kernel_size, stride=2, padding=kernel_size // 2, groups=outputs, bias=False
+        )
+        self.to(weight)
+        self.bn, self.act = embedding.bn, embedding.act
+        if weight.device.type != "meta":  # which has shapes alone
+            self._start_from(weight)
+
+    @torch.no_grad()
+    def _start_from(self, weight: Tensor) -> None:
+        """Takes a kernel (O, I, 2, 2) apart; computed in float64."""
+        outputs, inputs = weight.shape[:2]
+        u, s, v = torch.linalg.svd(weight.double().flatten(2), full_matrices=False)  # (O, I, m), (O, m), (O, m, 4)
+        rank = min(self.expand.out_channels // outputs, s.shape[1])
+        root = s[:, :rank].sqrt()  # given to both factors, so that they are of one size
+        expand = self.expand.weight.new_zeros(outputs, self.expand.out_channels // outputs, inputs)
+        expand[:, :rank] = (u[..., :rank].mT * root[..., None]).to(expand.dtype)
+        self.expand.weight.copy_(expand.view_as(self.expand.weight))
+        first = self.conv.kernel_size[0] // 2  # the taps of the embedding lie right and below of the centre
+        taps = self.conv.weight.zero_()[:, :rank, first : first + 2, first : first + 2]
+        taps.copy_((v[:, :rank] * root[..., None]).unflatten(2, (2, 2)))
