@@ -112,6 +112,18 @@ def classifier_name(name: str) -> str:
     return OWN[name].classifier if name in OWN else str(_timm_cfg(name).classifier)
 
 
+def timm_name(name: str) -> str:
+    """Returns the name that timm knows an architecture by: of ours, `RepMLPNet-T224` is `repmlpnet_t224`.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    if name in OWN:
+        return name.lower().replace("-", "_")
+    _timm_cfg(name)
+    return name
+
+
 def _register_with_timm(name: str) -> None:
     """Makes `timm.create_model("repmlpnet_t224")` build `RepMLPNet-T224`.
 
@@ -128,7 +140,7 @@ def _register_with_timm(name: str) -> None:
         dense = {k: options.pop(k) for k in ("out_indices", "downsample", "rank", "pad") if k in options}
         return dense_backbone(create_model(name, **options), **dense)
 
-    entrypoint.__name__ = entrypoint.__qualname__ = name.lower().replace("-", "_")
+    entrypoint.__name__ = entrypoint.__qualname__ = timm_name(name)
     entrypoint.__doc__ = f"{name}, built by `create_model`."
     setattr(sys.modules[__name__], entrypoint.__name__, register_model(entrypoint))
 

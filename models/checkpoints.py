@@ -70,8 +70,13 @@ def describe(arch: str, model: nn.Module, image_size: tuple[int, int], form: str
         "image_size": list(image_size),
         "form": form,
         "structure": structure_changes(arch, model),
-        "versions": {"repmlpnet": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what weights are made with."""
+    return {"repmlpnet": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
 
 
 def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:

@@ -42,6 +42,9 @@ class DenseBackbone(FeatureGetterNet):
         pad: take images of any size.
     """
 
+    feature_info: FeatureInfo
+    out_indices: tuple[int, ...]
+
     def __init__(self, network: nn.Module, out_indices: Sequence[int], pad: bool) -> None:
         super().__init__(network, tuple(out_indices))
         self.pad = pad
@@ -57,10 +60,10 @@ class DenseBackbone(FeatureGetterNet):
         """
         height, width = x.shape[-2:]
         if self.pad:
-            h, w = self.model.img_size
+            h, w = cast(HierarchicalNetwork, self.model).img_size
             x = F.pad(x, (0, -width % w, 0, -height % h))
         levels = cast(list[Tensor], super().forward(x))
-        strides = cast(FeatureInfo, self.feature_info).reduction()
+        strides = self.feature_info.reduction()
         return [
             level[..., : -(-height // stride), : -(-width // stride)]
             for level, stride in zip(levels, strides, strict=True)
@@ -85,14 +88,17 @@ def dense_backbone(
         pad: take images of any size, see `DenseBackbone.forward`.
 
     Raises:
-        ValueError: a network without levels, an unknown `downsample`, one for a network without 2x2 embeddings, or a
-            `rank` that is out of range.
+        ValueError: a network without levels, or without one that is asked for; an unknown `downsample`, or one for a
+            network without 2x2 embeddings; a `rank` that is out of range.
     """
     if not isinstance(network, HierarchicalNetwork):
         raise ValueError(f"a {type(network).__name__} has no maps of several levels: it can't be a backbone")
     if downsample is not None:
         _replace_embeddings(network, downsample, rank)
-    levels = range(len(network.feature_info)) if out_indices is None else out_indices
+    count = len(network.feature_info)
+    levels = range(count) if out_indices is None else out_indices
+    if not all(-count <= level < count for level in levels):
+        raise ValueError(f"out_indices {tuple(levels)}: this {type(network).__name__} has the levels 0 to {count - 1}")
     return DenseBackbone(network, levels, pad)
 
 

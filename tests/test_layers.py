@@ -19,9 +19,10 @@ LAYERS = {
     "engine": {"data", "models", "utils"},
 }
 SCRIPT_FOLDERS = {"tools", "benchmarks"}
-# The library installs alone; safetensors comes with timm and is imported where a file of that format is met.
+# The library installs alone. safetensors comes with timm and is imported where a file of that format is met;
+# segmentation-models-pytorch is an extra and is imported where a segmentation network is built.
 MODELS_NEED = {"torch", "timm"}
-MODELS_IMPORT_LATE = {"safetensors"}
+MODELS_IMPORT_LATE = {"safetensors", "segmentation_models_pytorch"}
 
 
 class Import(NamedTuple):

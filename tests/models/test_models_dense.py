@@ -215,6 +215,7 @@ def test_a_replaced_embedding_keeps_dtype_and_shapes_on_the_meta_device() -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"out_indices": (0, 4)}, "this RepMLPNet has the levels 0 to 3"),
         ({"downsample": "conv4"}, "unknown downsample 'conv4': choose conv3 or conv5, or None"),
         ({"downsample": "conv3", "rank": 5}, "rank of 1 to 4, not 5"),
         ({"downsample": "conv3", "rank": 0}, "rank of 1 to 4, not 0"),

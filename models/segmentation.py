@@ -1,0 +1,147 @@
+"""Semantic segmentation: our networks and timm's under the decoders of segmentation-models-pytorch (extra `seg`)."""
+
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .build import OWN, timm_name
+from .checkpoints import Checkpoint, load_weights, versions
+from .dense import DenseBackbone, dense_backbone
+from .reparam import ReparameterizableNetwork, is_reparameterizable
+
+TASK = "segmentation"  # what the metadata of these networks say
+
+
+class Decoder(NamedTuple):
+    """A decoder of segmentation-models-pytorch: its class, what it calls its width, and the stride of its result."""
+
+    network: str
+    width: str
+    stride: int | None  # None: that of the last level
+
+
+DECODERS = {
+    "upernet": Decoder("UPerNet", "decoder_channels", 4),
+    "pspnet": Decoder("PSPNet", "psp_out_channels", None),
+}
+
+
+class SegmentationNetwork(ReparameterizableNetwork):
+    """A decoder over all levels of a backbone; gives each pixel its logits.
+
+    Args:
+        arch: one of `list_models()` that has levels, or an architecture of timm.
+        num_classes: K.
+        decoder: a key of `DECODERS`.
+        width: channels of the decoder; the published cost belongs to 512.
+        in_chans: channels of the image.
+        **options: of the architecture, and for our own those of `dense_backbone`: `img_size`, `downsample`, ...
+
+    `arguments` holds all of these as plain values.
+
+    Raises:
+        ValueError: segmentation-models-pytorch is missing, an unknown decoder or architecture, an architecture without
+            levels, or one with too few of them for the decoder.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        num_classes: int,
+        decoder: str = "upernet",
+        width: int = 512,
+        in_chans: int = 3,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {decoder!r}: choose {' or '.join(DECODERS)}")
+        library, kind, name = _library(), DECODERS[decoder], timm_name(arch)
+        with torch.device("meta"):
+            backbone: Any = timm.create_model(name, features_only=True)
+        stride = backbone.feature_info.reduction()[-1]
+        given = {"arch": arch, "num_classes": num_classes, "decoder": decoder, "width": width, "in_chans": in_chans}
+        self.arguments: dict[str, Any] = given | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+        self.num_classes = num_classes
+        self.model: Any = getattr(library, kind.network)(
+            encoder_name=f"tu-{name}",
+            encoder_weights=None,
+            encoder_depth=stride.bit_length() - 1,  # it counts halvings
+            in_channels=in_chans,
+            classes=num_classes,
+            upsampling=kind.stride or stride,
+            **{kind.width: width},
+            **options,
+        )
+        self.model.requires_divisible_input_shape = False  # the backbone and the cut below see to that
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (N, in_chans, H, W) of any size -> logits (N, K, H, W)."""
+        return self.model(x)[..., : x.shape[2], : x.shape[3]]
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The feature extractor below the decoder; of our own architectures a `DenseBackbone`."""
+        return cast(nn.Module, self.model.encoder.model)
+
+    def load_backbone(self, trained: nn.Module) -> None:
+        """Starts from a trained classifier of the backbone's structure, which is taken over as `dense_backbone` does.
+
+        Raises:
+            ValueError: it has another structure, or was converted, or the backbone is not one of ours.
+        """
+        backbone, options = self.backbone, self.arguments
+        if not isinstance(backbone, DenseBackbone):
+            raise ValueError(
+                f"weights for the backbone can be given to our own architectures, not to {options['arch']}"
+            )
+        if not is_reparameterizable(trained):
+            raise ValueError("these weights are converted already: start a training from the training weights")
+        replaced = {k: options[k] for k in ("downsample", "rank") if k in options}
+        weights = dense_backbone(trained, backbone.out_indices, **replaced).state_dict()
+        own = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
+        if own != {name: tensor.shape for name, tensor in weights.items()}:
+            raise ValueError(f"the weights belong to another structure than this {options['arch']}")
+        backbone.load_state_dict(weights)
+
+
+def describe_segmentation(network: SegmentationNetwork, form: str | None) -> dict[str, Any]:
+    """Returns the metadata that goes with a network's weights: all that `segmentation_from` needs to build it."""
+    return {"task": TASK, "network": network.arguments, "form": form, "versions": versions()}
+
+
+def segmentation_from(checkpoint: Checkpoint) -> SegmentationNetwork:
+    """Builds the network that a checkpoint is of, in the form that its weights have, and loads them strictly.
+
+    Returns:
+        The network in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: it is not a checkpoint of a segmentation network of this project.
+    """
+    if checkpoint.meta.get("task") != TASK:
+        raise ValueError(f"{checkpoint.path} is no checkpoint of a segmentation network")
+    arguments = checkpoint.meta["network"]
+    form = {"deploy": checkpoint.form == "deploy"} if arguments["arch"] in OWN else {}
+    network = SegmentationNetwork(**arguments | form)
+    load_weights(network, checkpoint)
+    return network.eval()
+
+
+def _library() -> ModuleType:
+    """Imports the decoders.
+
+    Raises:
+        ValueError: they are not installed.
+    """
+    try:
+        import segmentation_models_pytorch
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "segmentation needs the package segmentation-models-pytorch, the extra `seg`: "
+            "pip install segmentation-models-pytorch"
+        ) from error
+    return segmentation_models_pytorch

@@ -1,0 +1,131 @@
+"""Segmentation networks: any size in, the same size out; weights of a classifier; conversion; checkpoints."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from model_helpers import largest_difference, random_tensor, randomised
+
+from models import create_model
+from models.checkpoints import read_checkpoint, write_checkpoint
+from models.reparam import is_reparameterizable, to_deploy
+from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
+
+smp = pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `seg`")
+
+# RepMLPNet-D256, much smaller: four stages of 16x16 to 2x2 maps.
+STRUCTURE = {"channels": [4, 8, 8, 16], "blocks": [1, 1, 2, 1], "share_sets": [1, 2, 4, 8]}
+SMALL = {"arch": "RepMLPNet-D256", "num_classes": 5, "width": 8, "img_size": (64, 64), **STRUCTURE}
+CASES = {
+    "upernet": SMALL,
+    "upernet conv3": SMALL | {"downsample": "conv3"},
+    "pspnet": SMALL | {"decoder": "pspnet"},
+    "two stages": {"arch": "RepMLPNet-Digits", "num_classes": 3, "decoder": "pspnet", "width": 8},
+}
+
+
+def network(case: str) -> SegmentationNetwork:
+    return randomised(SegmentationNetwork(**CASES[case])).eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [(64, 64), (50, 99), (128, 64)])
+def test_every_pixel_gets_its_logits(case: str, size: tuple[int, int]) -> None:
+    model = network(case)
+    assert model(random_tensor(1, 3, *size)).shape == (1, CASES[case]["num_classes"], *size)
+
+
+def test_it_is_the_library_s_network_on_our_backbone() -> None:
+    model, x = network("upernet"), random_tensor(1, 3, 64, 128)
+    options = {k: v for k, v in SMALL.items() if k not in ("arch", "num_classes", "width")}
+    expected = smp.UPerNet("tu-repmlpnet_d256", encoder_weights=None, classes=5, decoder_channels=8, **options)
+    expected.double().eval().load_state_dict(model.model.state_dict())
+    assert torch.equal(model(x), expected(x))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_conversion_keeps_every_logit(case: str) -> None:
+    model, x = network(case), random_tensor(1, 3, 64, 96)
+    deploy = to_deploy(model)
+    assert not is_reparameterizable(deploy)
+    assert largest_difference(model(x), deploy(x)) < 1e-12
+
+
+@pytest.mark.parametrize("decoder", ["upernet", "pspnet"])
+def test_a_step_of_training_reaches_every_weight(decoder: str) -> None:
+    torch.manual_seed(0)
+    model = SegmentationNetwork(**SMALL | {"decoder": decoder, "downsample": "conv3"})
+    loss = torch.nn.functional.cross_entropy(model(torch.randn(2, 3, 192, 192)), torch.randint(5, (2, 192, 192)))
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_architectures_of_timm_are_backbones_too() -> None:
+    model = SegmentationNetwork("resnet18", 4, width=8).eval()
+    assert model(torch.zeros(1, 3, 70, 64)).shape == (1, 4, 70, 64)
+    with pytest.raises(ValueError, match="to our own architectures, not to resnet18"):
+        model.load_backbone(create_model("RepMLPNet-Digits"))
+
+
+@pytest.mark.parametrize("downsample", [None, "conv5"])
+def test_a_trained_classifier_becomes_the_backbone(downsample: str | None) -> None:
+    options = {k: v for k, v in SMALL.items() if k in ("img_size", *STRUCTURE)}
+    trained, x = randomised(create_model("RepMLPNet-D256", **options)).eval(), random_tensor(1, 3, 64, 128)
+    expected = trained.forward_intermediates(x, intermediates_only=True)
+    model = SegmentationNetwork(**SMALL, downsample=downsample).double().eval()
+    model.load_backbone(trained)
+    for before, after in zip(expected, model.backbone(x), strict=True):
+        assert largest_difference(before, after) < 1e-13
+
+
+def test_a_classifier_that_does_not_fit_is_refused() -> None:
+    model = SegmentationNetwork(**SMALL)
+    with pytest.raises(ValueError, match="another structure than this RepMLPNet-D256"):
+        model.load_backbone(create_model("RepMLPNet-D256", img_size=64, **STRUCTURE | {"blocks": [1, 1, 1, 1]}))
+    with pytest.raises(ValueError, match="converted already"):
+        model.load_backbone(create_model("RepMLPNet-Digits", deploy=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", ["train", "deploy"])
+def test_a_checkpoint_tells_all_that_is_needed(case: str, form: str, tmp_path: Path) -> None:
+    model = network(case).float()
+    model = to_deploy(model) if form == "deploy" else model
+    meta = describe_segmentation(model, form)
+    write_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "meta": meta})
+    found = segmentation_from(read_checkpoint(tmp_path / "a.pth"))
+    x = torch.randn(1, 3, 64, 64)
+    assert not found.training
+    assert torch.equal(found(x), model(x))
+    assert describe_segmentation(found, form)["network"] | {"deploy": None} == meta["network"] | {"deploy": None}
+
+
+def test_a_classifier_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a.pth", {"model": create_model("RepMLPNet-Digits").state_dict()})
+    with pytest.raises(ValueError, match="a.pth is no checkpoint of a segmentation network"):
+        segmentation_from(read_checkpoint(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decoder": "unet"}, "unknown decoder 'unet': choose upernet or pspnet"),
+        ({"arch": "RepMLPNet-D255"}, "did you mean RepMLPNet-D256"),
+        ({"downsample": "conv7"}, "unknown downsample 'conv7'"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentationNetwork(**SMALL | arguments)
+
+
+def test_two_levels_are_too_few_for_upernet() -> None:
+    with pytest.raises(ValueError, match="depth for UPerNet decoder cannot be less than 3, got 2"):
+        SegmentationNetwork("RepMLPNet-Digits", 3)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    with pytest.raises(ValueError, match="the extra `seg`: pip install segmentation-models-pytorch"):
+        SegmentationNetwork(**SMALL)
