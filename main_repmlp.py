@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from timm.layers import to_2tuple
 from timm.utils import distribute_bn
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -29,7 +27,7 @@ from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.sync_batch_norm import synchronise_batch_norms
 from engine.throughput import throughput
-from engine.train import Trainer, autocast
+from engine.train import Trainer, autocast, data_parallel
 from models.build import changeable
 from models.checkpoints import describe, is_deploy, load_pretrained, load_weights, read_checkpoint
 from models.fusion import fuse_verified
@@ -344,19 +342,8 @@ def compiled(model: nn.Module, cfg: CfgNode) -> nn.Module:
 
 def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
     """Compiles a network where asked, and synchronises its gradients wherever there is more than one process."""
-    forward = compiled(model, cfg)
-    if process.world_size == 1:
-        return forward
-    with warnings.catch_warnings():
-        # torch 2.15 renames broadcast_buffers; the old name is the one that 2.11 knows too.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(
-            forward,
-            device_ids=[process.device.index] if process.device.type == "cuda" else None,
-            broadcast_buffers=False,  # the statistics are brought together once, before they are used
-            gradient_as_bucket_view=True,
-            static_graph=cfg.TRAIN.ACCUMULATION_STEPS <= 1,  # it does not go with steps that leave the gradients alone
-        )
+    # A static graph does not go with steps that leave the gradients alone.
+    return data_parallel(compiled(model, cfg), process, static_graph=cfg.TRAIN.ACCUMULATION_STEPS <= 1)
 
 
 def start_or_resume(task: Task, trainer: Trainer, checkpoints: CheckpointFolder) -> int:

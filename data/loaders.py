@@ -4,8 +4,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,8 +16,7 @@ from utils.seed import keyed_rng
 from utils.signals import SIGNALS
 
 from .samplers import Draw, EvalSampler, TrainSampler
-from .sources import ImageSource
-from .transforms import Transform
+from .sources import Source
 
 MAX_TRIES = 16  # more unreadable images in a row than this mean that the storage is gone
 
@@ -26,7 +25,7 @@ class Sample(NamedTuple):
     """One transformed image."""
 
     image: Tensor  # uint8 (C, H, W)
-    label: int
+    label: int | Tensor  # the image's, or int64 (H, W), a class for each pixel
     index: int  # type: ignore[assignment]  # of the image delivered, in its source
     unreadable: list[str]  # `path: reason` of the images that it stands in for
 
@@ -35,7 +34,7 @@ class Batch(NamedTuple):
     """Samples, stacked; `unreadable` joins theirs, and it is for the consumer to decide how many are too many."""
 
     images: Tensor  # uint8 (N, C, H, W)
-    labels: Tensor  # int64 (N,)
+    labels: Tensor  # int64 (N,), or (N, H, W)
     indices: Tensor  # int64 (N,)
     unreadable: list[str]
 
@@ -43,7 +42,7 @@ class Batch(NamedTuple):
 class TransformedDataset(Dataset[Sample]):
     """The images of a source under a transform whose random draws depend on (seed, epoch, index) alone."""
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int = 0) -> None:
+    def __init__(self, source: Source, transform: Callable[..., Any], seed: int = 0) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -58,9 +57,13 @@ class TransformedDataset(Dataset[Sample]):
         """
         image, label, index, unreadable = self._load_readable(draw.index)
         with keyed_rng(self.seed, draw.epoch, draw.index):
-            return Sample(self.transform(image), label, index, unreadable)
+            return Sample(*self.transformed(image, label), index, unreadable)
 
-    def _load_readable(self, first: int) -> tuple[Image.Image, int, int, list[str]]:
+    def transformed(self, image: Image.Image, label: Any) -> tuple[Tensor, Any]:
+        """Returns the image, uint8 (C, H, W), and its label."""
+        return self.transform(image), label
+
+    def _load_readable(self, first: int) -> tuple[Image.Image, Any, int, list[str]]:
         unreadable: list[str] = []
         for index in range(first, first + min(MAX_TRIES, len(self))):
             index %= len(self)
@@ -77,15 +80,15 @@ def collate(samples: list[Sample]) -> Batch:
     """Stacks samples into a batch."""
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
-        labels=torch.tensor([sample.label for sample in samples]),
+        labels=torch.stack([torch.as_tensor(sample.label) for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
         unreadable=[message for sample in samples for message in sample.unreadable],
     )
 
 
 def build_train_loader(
-    source: ImageSource,
-    transform: Transform,
+    source: Source,
+    transform: Callable[..., Any],
     *,
     batch_size: int,
     num_workers: int = 0,
@@ -94,30 +97,36 @@ def build_train_loader(
     rank: int = 0,
     world_size: int = 1,
     fixed_shards: bool = False,
+    dataset: type[TransformedDataset] = TransformedDataset,
 ) -> DataLoader[Sample]:
     """Returns a loader of this rank's `Batch`es of exactly `batch_size`; its `sampler` is a `TrainSampler`.
 
-    Call `loader.sampler.set_position(epoch)` before each epoch. Raises ValueError where the images do not fill a step.
+    `dataset` applies the transform. Call `loader.sampler.set_position(epoch)` before each epoch. Raises ValueError
+    where the images do not fill a step.
     """
     sampler = TrainSampler(
         len(source), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, fixed_shards=fixed_shards
     )
-    return _build_loader(TransformedDataset(source, transform, seed), sampler, batch_size, num_workers, pin_memory)
+    return _build_loader(dataset(source, transform, seed), sampler, batch_size, num_workers, pin_memory)
 
 
 def build_eval_loader(
-    source: ImageSource,
-    transform: Transform,
+    source: Source,
+    transform: Callable[..., Any],
     *,
     batch_size: int,
     num_workers: int = 0,
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    dataset: type[TransformedDataset] = TransformedDataset,
 ) -> DataLoader[Sample]:
-    """Returns a loader of this rank's `Batch`es: over all ranks each image exactly once, the last batch smaller."""
+    """Returns a loader of this rank's `Batch`es: over all ranks each image exactly once, the last batch smaller.
+
+    `dataset` applies the transform.
+    """
     sampler = EvalSampler(len(source), rank=rank, world_size=world_size)
-    return _build_loader(TransformedDataset(source, transform), sampler, batch_size, num_workers, pin_memory)
+    return _build_loader(dataset(source, transform), sampler, batch_size, num_workers, pin_memory)
 
 
 class BatchLoader(DataLoader[Sample]):

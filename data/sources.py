@@ -5,7 +5,7 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,14 +19,33 @@ DIGITS = "digits"  # the word that stands for the embedded data set wherever a d
 _DECODING_ERRORS = (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-class ImageSource(ABC):
-    """Images as they are stored, each with its label, before any transform.
+class Source(ABC):
+    """Images as they are stored, each with what is known of it, before any transform.
 
-    `classes` holds the class names in the order of the labels, so that its length is the number of classes; `labels`
-    is int64 (N,). A subclass sets both, reads an image in `_image` and says in `locate` where it comes from.
+    `classes` holds the class names in the order of the labels, so that its length is the number of classes.
     """
 
     classes: list[str]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        """Returns the image in RGB and its label; raises OSError or ValueError where it cannot be read or decoded."""
+
+    @abstractmethod
+    def locate(self, index: int) -> str:
+        """Returns where the image comes from (`path/to/cat.jpg`, `digits image 17`), for messages."""
+
+
+class ImageSource(Source):
+    """Images with one label each.
+
+    `labels` is int64 (N,). A subclass sets it and `classes`, reads an image in `_image` and says in `locate` where it
+    comes from.
+    """
+
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -39,10 +58,6 @@ class ImageSource(ABC):
     @abstractmethod
     def _image(self, index: int) -> Image.Image:
         """Returns the image in RGB; raises as `load` does."""
-
-    @abstractmethod
-    def locate(self, index: int) -> str:
-        """Returns where the image comes from (`path/to/cat.jpg`, `digits image 17`), for messages."""
 
 
 def decode_rgb(file: BinaryIO) -> Image.Image:

@@ -4,6 +4,7 @@ import datetime
 import itertools
 import logging
 import resource
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -38,6 +39,28 @@ class Progress:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     """Returns the precision of a forward pass: that of the weights for None, else mixed with `dtype`."""
     return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
+
+
+def data_parallel(forward: nn.Module, process: Process, *, static_graph: bool) -> nn.Module:
+    """Synchronises a network's gradients wherever there is more than one process.
+
+    Args:
+        forward: the network, compiled or not, on the device.
+        process: this one.
+        static_graph: every backward pass synchronises the same gradients.
+    """
+    if process.world_size == 1:
+        return forward
+    with warnings.catch_warnings():
+        # torch 2.15 renames broadcast_buffers; the old name is the one that 2.11 knows too.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            forward,
+            device_ids=[process.device.index] if process.device.type == "cuda" else None,
+            broadcast_buffers=False,  # the statistics are brought together once, before they are used
+            gradient_as_bucket_view=True,
+            static_graph=static_graph,
+        )
 
 
 @dataclass

@@ -108,8 +108,8 @@ class SegmentationNetwork(ReparameterizableNetwork):
         backbone.load_state_dict(weights)
 
 
-def describe_segmentation(network: SegmentationNetwork, form: str | None) -> dict[str, Any]:
-    """Returns the metadata that goes with a network's weights: all that `segmentation_from` needs to build it."""
+def describe_segmentation(network: nn.Module, form: str | None) -> dict[str, Any]:
+    """Returns the metadata that goes with a `SegmentationNetwork`'s weights: all that `segmentation_from` needs."""
     return {"task": TASK, "network": network.arguments, "form": form, "versions": versions()}
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from model_helpers import largest_difference, random_tensor, randomised
 
@@ -11,8 +12,6 @@ from models import create_model
 from models.checkpoints import read_checkpoint, write_checkpoint
 from models.reparam import is_reparameterizable, to_deploy
 from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
-
-smp = pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `seg`")
 
 # RepMLPNet-D256, much smaller: four stages of 16x16 to 2x2 maps.
 STRUCTURE = {"channels": [4, 8, 8, 16], "blocks": [1, 1, 2, 1], "share_sets": [1, 2, 4, 8]}

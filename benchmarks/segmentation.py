@@ -1,0 +1,66 @@
+"""What the down-sampling of a segmentation network costs, beside the published figures, and how it starts."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.dense import FULL_RANK, Downsampling
+from models.repmlpnet import ConvNorm
+from models.segmentation import SegmentationNetwork
+from utils import cli
+
+SIZE = (1024, 2048)
+# UPerNet with RepMLPNet-D256, in G: what the paper gives by the kind of down-sampling.
+PUBLISHED = {"conv3": 1960.01, "conv5": 1960.16}
+CASES: list[dict[str, Any]] = [
+    {},
+    {"downsample": "conv3", "rank": 1},
+    {"downsample": "conv5", "rank": 1},
+    {"downsample": "conv3", "rank": 4},
+    {"downsample": "conv5", "rank": 4},
+]
+
+
+@torch.no_grad()
+def multiply_adds(options: dict[str, Any]) -> tuple[float, float]:
+    """Returns the G multiply-adds, for one image, of the whole network and of its backbone, in the deploy structure."""
+    with torch.device("meta"):
+        network = SegmentationNetwork("RepMLPNet-D256", 19, deploy=True, **options).eval()
+        image = torch.empty(1, 3, *SIZE)
+        counts = []
+        for module in (network, network.backbone):
+            with FlopCounterMode(display=False) as counter:
+                module(image)
+            counts.append(counter.get_total_flops() / 2e9)
+    return counts[0], counts[1]
+
+
+@torch.no_grad()
+def start_error(inputs: int, outputs: int, rank: int) -> float:
+    """Returns how far a `Downsampling` starts from a fresh 2x2 embedding: |difference| / |output| on white noise."""
+    torch.manual_seed(0)
+    embedding = ConvNorm(nn.Conv2d(inputs, outputs, 2, stride=2, bias=False), nn.ReLU())
+    replaced, noise = Downsampling(embedding, 3, rank), torch.randn(1, inputs, 32, 32)
+    expected = embedding.conv(noise)
+    return float((replaced.conv(replaced.expand(noise)) - expected).norm() / expected.norm())
+
+
+def main() -> None:
+    """Prints the table."""
+    cli.Parser(description=__doc__).parse_args()
+    print("| down-sampling | rank | UPerNet (G) | published (G) | backbone alone (G) |\n|---|---|---|---|---|")
+    for options in CASES:
+        whole, backbone = multiply_adds(options)
+        kind, rank = options.get("downsample", "2x2, as pretrained"), options.get("rank", "")
+        published = PUBLISHED.get(kind, "") if rank == 1 else ""
+        print(f"| {kind} | {rank} | {whole:.2f} | {published} | {backbone:.2f} |")
+    print("\n| rank | difference to fresh embeddings of 80, 160 and 320 channels |\n|---|---|")
+    for rank in range(1, FULL_RANK + 1):
+        errors = (start_error(channels, 2 * channels, rank) for channels in (80, 160, 320))
+        print(f"| {rank} | {', '.join(f'{error:.2g}' for error in errors)} |")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,80 @@
+"""Intersection over union, against cases that were worked out by hand."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data import Batch
+from data.segmentation import IGNORED
+from engine.segmentation import confusion_matrix, evaluate_segmentation, intersection_over_union, summarise
+
+X = IGNORED
+LABELS = torch.tensor([[0, 0, 1, 1], [0, 2, 2, X]])
+ANSWERS = torch.tensor([[0, 1, 1, 1], [0, 2, 0, 2]])
+CONFUSION = torch.tensor([[2, 1, 0], [0, 2, 0], [1, 0, 1]])
+
+
+class Answers(nn.Module):
+    """Answers each pixel with the class that its first channel names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot(x[:, 0].long(), 3).permute(0, 3, 1, 2).float()
+
+
+def batch(labels: Tensor, answers: Tensor, unreadable: tuple[str, ...] = ()) -> Batch:
+    images = answers.to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    return Batch(images, labels, torch.arange(len(labels)), list(unreadable))
+
+
+def evaluated(*batches: Batch) -> object:
+    model = Answers().train()
+    result = evaluate_segmentation(model, batches, nn.Identity(), torch.device("cpu"), nullcontext(), 3)
+    assert model.training
+    return result
+
+
+def test_confusion_matrix() -> None:
+    assert torch.equal(confusion_matrix(LABELS, ANSWERS, 3), CONFUSION)
+
+
+def test_ignored_pixels_alone_count_for_nothing() -> None:
+    assert confusion_matrix(torch.full((2, 2), X), torch.ones(2, 2, dtype=torch.int64), 3).sum() == 0
+
+
+def test_intersection_over_union() -> None:
+    # Class 0: 2 right, 1 missed, 1 wrongly answered; class 1: 2, 0, 1; class 2: 1, 1, 0.
+    assert intersection_over_union(CONFUSION).tolist() == pytest.approx([2 / 4, 2 / 3, 1 / 2])
+
+
+def test_a_class_that_is_nowhere_does_not_enter_the_mean() -> None:
+    result = summarise(torch.tensor([[3, 0, 1], [0, 0, 0], [0, 0, 4]]), 7)
+    assert result.iou == pytest.approx([75.0, None, 80.0])
+    assert result.miou == pytest.approx(77.5)
+    assert result.pixel_accuracy == pytest.approx(87.5)
+    assert result.images == 7
+
+
+def test_a_class_that_is_only_answered_enters_with_zero() -> None:
+    assert summarise(torch.tensor([[3, 1], [0, 0]]), 1).iou == pytest.approx([75.0, 0.0])
+
+
+def test_no_pixel_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no labelled pixels"):
+        summarise(torch.zeros(3, 3, dtype=torch.int64), 1)
+
+
+def test_sums_over_all_pixels_are_divided_once() -> None:
+    """Images of different sizes in batches of different lengths: not the mean of the batches' figures."""
+    first = batch(LABELS[None].repeat(2, 1, 1), ANSWERS[None].repeat(2, 1, 1))
+    second = batch(torch.tensor([[[1, 1, 1]]]), torch.tensor([[[1, 0, 1]]]))
+    result = evaluated(first, second)
+    expected = 2 * CONFUSION + torch.tensor([[0, 0, 0], [1, 2, 0], [0, 0, 0]])
+    assert result == summarise(expected, 3)
+    assert result.miou == pytest.approx(100 * (4 / 9 + 6 / 9 + 2 / 4) / 3)
+
+
+def test_an_unreadable_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match="1 images can't be read, so the figures would be wrong: a.png"):
+        evaluated(batch(LABELS[None], ANSWERS[None], ("a.png: gone",)))
