@@ -5,9 +5,10 @@ State-dict names and shapes are those of the published code, so that its checkpo
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -111,27 +112,34 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-class ShareSetFC(nn.Conv2d):
-    """A fully-connected layer over the h * w positions of a map, one kernel for each of S share-sets.
+class GroupedFC(nn.Conv2d):
+    """A fully-connected layer over the values of maps of one size, with a kernel for each group of C / groups channels.
 
-    Its parameters are those of the published grouped 1x1 convolution over S * h * w channels; the product is S matrix
-    multiplications on a strided view of the input, which is many times faster.
+    Its parameters are those of the published grouped 1x1 convolution over C * h * w channels; the product is one matrix
+    multiplication for each group on a strided view of the input, which is many times faster.
     """
 
-    def __init__(self, share_sets: int, h: int, w: int, bias: bool) -> None:
-        super().__init__(share_sets * h * w, share_sets * h * w, 1, groups=share_sets, bias=bias)
+    def __init__(self, in_channels: int, out_channels: int, h: int, w: int, groups: int, bias: bool) -> None:
+        super().__init__(in_channels * h * w, out_channels * h * w, 1, groups=groups, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(M, S, h, w) -> (M, S, h, w), the result strided as (S, M, h * w)."""
-        m, s, h, w = x.shape
-        dtype = autocast_dtype(x)
-        rows = x.reshape(m, s, h * w).transpose(0, 1).to(dtype)
-        kernel = self.weight.reshape(s, h * w, h * w).to(dtype)
+        """(M, C, h, w) -> (M, O, h, w), the result strided as (groups, M, O / groups * h * w)."""
+        m, _, h, w = x.shape
+        groups, values, dtype = self.groups, self.in_channels // self.groups, autocast_dtype(x)
+        rows = x.reshape(m, groups, values).transpose(0, 1).to(dtype)
+        kernel = self.weight.reshape(groups, -1, values).to(dtype)
         if self.bias is None:
             out = _BatchedLinear.apply(rows, kernel)
         else:
-            out = torch.baddbmm(self.bias.reshape(s, 1, h * w).to(dtype), rows, kernel.transpose(1, 2))
-        return out.transpose(0, 1).reshape(m, s, h, w)
+            out = torch.baddbmm(self.bias.reshape(groups, 1, -1).to(dtype), rows, kernel.transpose(1, 2))
+        return out.transpose(0, 1).reshape(m, self.out_channels // (h * w), h, w)
+
+
+class ShareSetFC(GroupedFC):
+    """A fully-connected layer over the h * w positions of a map, one kernel for each of S share-sets."""
+
+    def __init__(self, share_sets: int, h: int, w: int, bias: bool) -> None:
+        super().__init__(share_sets, share_sets, h, w, share_sets, bias)
 
 
 class ShareSetConv(nn.Conv2d):
@@ -181,50 +189,34 @@ def fold_branches(branches: Sequence[ConvNorm]) -> tuple[Tensor, Tensor]:
     return merge_kernels(kernels), torch.stack(biases).sum(0)
 
 
-class RepMLPBlock(Reparameterizable):
-    """Channel, Local and Global Perceptron: an FC with local prior over the positions of every partition.
+class PartitionBlock(Reparameterizable):
+    """What the RepMLP blocks of both papers share: an FC over partitions, `fc3`, and the convolutions that go into it.
+
+    A subclass sets `fc3`, with `fc3_bn` behind it, and gives `add_branches` the convolutions.
 
     Args:
-        channels: C, a multiple of `share_sets`; channel c belongs to set c mod S.
         h: height of a partition.
         w: width of a partition.
-        share_sets: S, how many kernels the C channels share.
         branches: kernel sizes of the Local Perceptron's convolutions; may be empty.
-        gp_reduction: the Global Perceptron's hidden width is C / gp_reduction; None leaves it out.
         deploy: build the structure that `local_inject` leaves.
+
+    Raises:
+        ValueError: kernel sizes that are even, or the same twice.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        h: int,
-        w: int,
-        share_sets: int = 1,
-        branches: Sequence[int] = (1, 3),
-        gp_reduction: int | None = 4,
-        deploy: bool = False,
-    ) -> None:
-        super().__init__()
-        if channels % share_sets:
-            raise ValueError(f"{channels} channels can't be divided among {share_sets} share-sets")
-        check_kernel_sizes(branches)
-        self.share_sets, self.h, self.w = share_sets, h, w
-        self.deploy = deploy
-        self.branches = () if deploy else tuple(branches)
-        self.gp = GlobalPerceptron(channels, channels // gp_reduction) if gp_reduction else None
-        self.fc3 = ShareSetFC(share_sets, h, w, bias=deploy)
-        self.fc3_bn: nn.Module = nn.Identity() if deploy else nn.BatchNorm2d(share_sets)
-        for k in self.branches:
-            self.add_module(f"repconv{k}", ConvNorm(ShareSetConv(share_sets, k)))
+    fc3: GroupedFC
+    fc3_bn: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W), H and W multiples of h and w."""
-        partitions = self._partition(x)
-        out = self.fc3_bn(self.fc3(partitions.reshape(-1, self.share_sets, self.h, self.w)))
-        for branch in self._local_branches():
-            out = out + branch(partitions)
-        out = self._restore(out.reshape(partitions.shape), x.shape)
-        return out if self.gp is None else out * self.gp(x)
+    def __init__(self, h: int, w: int, branches: Sequence[int], deploy: bool) -> None:
+        super().__init__()
+        check_kernel_sizes(branches)
+        self.h, self.w, self.deploy = h, w, deploy
+        self.branches = () if deploy else tuple(branches)
+
+    def add_branches(self, conv: Callable[[int], nn.Conv2d]) -> None:
+        """Adds a convolution without bias, `conv(kernel_size)`, and its BatchNorm for every branch."""
+        for k in self.branches:
+            self.add_module(f"repconv{k}", ConvNorm(conv(k)))
 
     def _local_branches(self) -> list[ConvNorm]:
         return [cast(ConvNorm, self.get_submodule(f"repconv{k}")) for k in self.branches]
@@ -248,7 +240,7 @@ class RepMLPBlock(Reparameterizable):
         return x.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
     def _terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns, in float64, what makes the equal FC: a factor (S*h*w, 1) for FC3, a bias (S*h*w,), a convolution."""
+        """Returns, in float64, what makes the equal FC: a factor (O*h*w, 1) for FC3, a bias (O*h*w,), a convolution."""
         assert isinstance(self.fc3_bn, _BatchNorm)
         ones = torch.ones(self.fc3.out_channels, 1, dtype=torch.float64, device=self.fc3.weight.device)
         factor, bias = fold_batch_norm(ones, None, self.fc3_bn)
@@ -258,7 +250,7 @@ class RepMLPBlock(Reparameterizable):
         return factor, bias + shift.repeat_interleave(self.h * self.w), kernel
 
     def get_equivalent_fc3(self) -> tuple[Tensor, Tensor]:
-        """Returns the FC that equals FC3, its BatchNorm and all branches: weight (S*h*w, h*w, 1, 1), bias (S*h*w,).
+        """Returns the FC that equals FC3, its BatchNorm and all branches: kernel and bias in the shapes of `fc3`'s.
 
         Fused in float64 and cast back to the parameter's dtype; differentiable, for quantisation-aware training.
         """
@@ -289,6 +281,48 @@ class RepMLPBlock(Reparameterizable):
         for k in self.branches:
             delattr(self, f"repconv{k}")
         self.branches, self.deploy = (), True
+
+
+class RepMLPBlock(PartitionBlock):
+    """Channel, Local and Global Perceptron: an FC with local prior over the positions of every partition.
+
+    Args:
+        channels: C, a multiple of `share_sets`; channel c belongs to set c mod S.
+        h: height of a partition.
+        w: width of a partition.
+        share_sets: S, how many kernels the C channels share.
+        branches: kernel sizes of the Local Perceptron's convolutions; may be empty.
+        gp_reduction: the Global Perceptron's hidden width is C / gp_reduction; None leaves it out.
+        deploy: build the structure that `local_inject` leaves.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        h: int,
+        w: int,
+        share_sets: int = 1,
+        branches: Sequence[int] = (1, 3),
+        gp_reduction: int | None = 4,
+        deploy: bool = False,
+    ) -> None:
+        super().__init__(h, w, branches, deploy)
+        if channels % share_sets:
+            raise ValueError(f"{channels} channels can't be divided among {share_sets} share-sets")
+        self.share_sets = share_sets
+        self.gp = GlobalPerceptron(channels, channels // gp_reduction) if gp_reduction else None
+        self.fc3 = ShareSetFC(share_sets, h, w, bias=deploy)
+        self.fc3_bn = nn.Identity() if deploy else nn.BatchNorm2d(share_sets)
+        self.add_branches(partial(ShareSetConv, share_sets))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), H and W multiples of h and w."""
+        partitions = self._partition(x)
+        out = self.fc3_bn(self.fc3(partitions.reshape(-1, self.share_sets, self.h, self.w)))
+        for branch in self._local_branches():
+            out = out + branch(partitions)
+        out = self._restore(out.reshape(partitions.shape), x.shape)
+        return out if self.gp is None else out * self.gp(x)
 
 
 class PointwiseConv(nn.Conv2d):
