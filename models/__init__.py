@@ -5,15 +5,19 @@ __version__ = "0.1.0"
 from .build import create_model, default_image_size, list_models
 from .dense import DenseBackbone, dense_backbone
 from .locality import add_local_branches
+from .repmlp_resnet import RepMLP, RepMLPResNet, RepMLPResNetSpec
 from .repmlpnet import SPECS, RepMLPBlock, RepMLPNet, RepMLPNetSpec
 from .resmlp import ResMLP, ResMLPSpec
 
 __all__ = [
     "SPECS",
     "DenseBackbone",
+    "RepMLP",
     "RepMLPBlock",
     "RepMLPNet",
     "RepMLPNetSpec",
+    "RepMLPResNet",
+    "RepMLPResNetSpec",
     "ResMLP",
     "ResMLPSpec",
     "add_local_branches",

@@ -11,7 +11,7 @@ from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, register_model
 from torch import nn
 
-from . import repmlpnet, resmlp
+from . import repmlp_resnet, repmlpnet, resmlp
 from .dense import dense_backbone
 
 
@@ -32,6 +32,7 @@ class Family(NamedTuple):
 FAMILIES = (
     Family(repmlpnet.RepMLPNet, repmlpnet.SPECS, "head"),
     Family(resmlp.ResMLP, resmlp.SPECS, "head"),
+    Family(repmlp_resnet.RepMLPResNet, repmlp_resnet.SPECS, "linear"),
 )
 OWN = {name: family for family in FAMILIES for name in family.specs}
 
@@ -55,10 +56,9 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
         ValueError: an unknown name (the closest known one is named), or `deploy` for a network without that structure.
     """
     if name in OWN:
-        family, changes = OWN[name], {k: v for k, v in kwargs.items() if k in changeable(name)}
-        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        changes = {k: v for k, v in kwargs.items() if k in changeable(name)}
         options = {k: v for k, v in kwargs.items() if k not in changes}
-        return family.network(replace(family.specs[name], **changes), num_classes=num_classes, deploy=deploy, **options)
+        return OWN[name].network(own_spec(name, changes), num_classes=num_classes, deploy=deploy, **options)
     cfg = _timm_cfg(name)
     if deploy:
         raise ValueError(f"{name} has one structure only: nothing is injected into it, so it has no deploy form")
@@ -70,6 +70,11 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
 def changeable(name: str) -> list[str]:
     """Returns the parts of an architecture's structure that `create_model` takes in place of its own; timm's: none."""
     return [f.name for f in fields(OWN[name].specs[name]) if f.name != "image_size"] if name in OWN else []
+
+
+def own_spec(name: str, changes: Mapping[str, Any]) -> Any:
+    """Returns the shape of one of our own architectures, with parts of it changed; lists stand for tuples."""
+    return replace(OWN[name].specs[name], **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
 
 
 def structure_changes(name: str, model: nn.Module) -> dict[str, Any]:

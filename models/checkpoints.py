@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .build import OWN, classifier_name, create_model, default_image_size, structure_changes
+from .build import OWN, classifier_name, create_model, default_image_size, own_spec, structure_changes
 from .locality import branch_names
 
 StateDict = dict[str, Tensor]
@@ -131,8 +131,9 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
         raise ValueError(f"{checkpoint.path} holds no head ({classifier_name(arch)}.weight) of {arch}")
     options: dict[str, Any] = {"img_size": size}
     if arch in OWN:
-        options = OWN[arch].network.built_for(weights, OWN[arch].specs[arch], size)
-        options |= {"deploy": is_deploy(arch, checkpoint.form)} | checkpoint.meta.get("structure", {})
+        structure = checkpoint.meta.get("structure", {})
+        options = OWN[arch].network.built_for(weights, own_spec(arch, structure), size)
+        options |= {"deploy": is_deploy(arch, checkpoint.form)} | structure
     model = create_model(arch, classes, **options)
     dtypes = {v.dtype for v in weights.values() if v.is_floating_point()}
     if len(dtypes) == 1:

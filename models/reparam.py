@@ -52,6 +52,24 @@ def fold_batch_norm(weight: Tensor, bias: Tensor | None, bn: _BatchNorm) -> tupl
     return fused_weight, shift if bias is None else bias.to(weight.dtype) * scale + shift
 
 
+def absorb_batch_norm(weight: Tensor, bias: Tensor, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Folds the inference form of a BatchNorm into the fully-connected layer behind it.
+
+    Args:
+        weight: (O, I) kernel of the layer.
+        bias: (O,).
+        bn: normalises the I inputs. It may have fewer channels, B with I % B == 0: then channel b normalises the I / B
+            consecutive inputs b * I / B ..., as it does where the inputs are (channel, position).
+
+    Returns:
+        The weight and bias of the one layer that equals both, in the dtype of `weight`.
+    """
+    channels = bn.num_features
+    scale, shift = fold_batch_norm(weight.new_ones(channels), None, bn)
+    scale, shift = (t.repeat_interleave(weight.shape[1] // channels) for t in (scale, shift))
+    return weight * scale, bias.to(weight.dtype) + weight @ shift
+
+
 def conv_to_fc(
     kernel: Tensor,
     size: tuple[int, int],

@@ -1,10 +1,13 @@
 """Small networks with random weights and statistics, drawn here so that they do not rest on the code under test."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models import RepMLPNet, RepMLPNetSpec
+from models import RepMLPNet, RepMLPNetSpec, RepMLPResNetSpec, ResMLPSpec
+from models.build import OWN
 
 # Two stages, of 8x8 and 4x4 maps.
 TINY = RepMLPNetSpec((16, 32), (1, 2), (2, 4), 16, patch_size=2, gp_reduction=2)
@@ -47,3 +50,18 @@ def largest_difference(expected: Tensor, actual: Tensor) -> float:
     assert actual.shape == expected.shape
     actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+
+
+def small_options(arch: str) -> dict[str, Any]:
+    """Returns with which options an architecture is small enough for a quick test, and of the same structure."""
+    spec = OWN[arch].specs[arch]
+    match spec:
+        case RepMLPNetSpec():
+            return {"img_size": spec.patch_size * 2 ** len(spec.blocks), "blocks": [min(n, 2) for n in spec.blocks]}
+        case RepMLPResNetSpec():
+            narrow = [c // 8 for c in spec.channels]
+            return {"img_size": spec.size_step, "channels": narrow, "blocks": [min(n, 2) for n in spec.blocks]}
+        case ResMLPSpec():
+            return {"img_size": 3 * spec.patch_size, "width": spec.width // 4, "depth": 2}
+        case _:
+            return {}

@@ -52,6 +52,7 @@ class Measured:
     """What this project computes under the same names; the networks themselves are gone, to spare memory."""
 
     params: int
+    deploy_params: int
     train_keys: dict[str, list[int]]
     built_deploy_keys: dict[str, list[int]]
     injected_keys: dict[str, list[int]]
@@ -83,7 +84,8 @@ def measured(golden: Golden) -> Measured:
     with torch.device("meta"):
         built = create_model(arch, deploy=True)
     model = create_model(arch)
-    result = Measured(sum(p.numel() for p in model.parameters()), shapes(model), shapes(built), {})
+    params, deploy_params = (sum(p.numel() for p in network.parameters()) for network in (model, built))
+    result = Measured(params, deploy_params, shapes(model), shapes(built), {})
     for dtype in (torch.float32, torch.float64):
         FILL.fill(model.to(dtype).eval())
         with torch.no_grad():
@@ -106,7 +108,8 @@ def measured(golden: Golden) -> Measured:
 
 
 def test_there_are_golden_values() -> None:
-    assert {"RepMLPNet-T224", "RepMLPNet-B224", "RepMLPNet-T256", "RepMLPNet-D256"} <= {path.stem for path in FILES}
+    networks = {f"RepMLPNet-{size}" for size in ("T224", "B224", "T256", "D256")}
+    assert {*networks, "RepMLP-Res50-light-224"} <= {path.stem for path in FILES}
 
 
 def test_state_dict_names_shapes_and_order_of_the_training_form(golden: Golden, measured: Measured) -> None:
@@ -121,6 +124,10 @@ def test_state_dict_names_shapes_and_order_of_the_deploy_form(golden: Golden, me
 
 def test_number_of_parameters(golden: Golden, measured: Measured) -> None:
     assert measured.params == golden["params"]
+
+
+def test_number_of_deploy_parameters(golden: Golden, measured: Measured) -> None:
+    assert measured.deploy_params == golden["deploy_params"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, SINGLE)], ids=str)

@@ -1,0 +1,100 @@
+"""Every architecture of every family: built, run forward and back, converted, counted, written and read again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_helpers import largest_difference, random_tensor, randomised, small_options
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import create_model, default_image_size, list_models
+from models.build import FAMILIES, OWN, classifier_name
+from models.checkpoints import build_from, describe, is_deploy, read_checkpoint, write_checkpoint
+from models.reparam import is_reparameterizable, to_deploy
+
+EXACT = 1e-12
+every_architecture = pytest.mark.parametrize("arch", list_models())
+
+
+def small(arch: str, **options: object) -> nn.Module:
+    """Returns an architecture at a size that is quick, in float64, with every parameter and statistic random."""
+    return randomised(create_model(arch, num_classes=5, **small_options(arch) | options))
+
+
+def test_the_families_share_no_name() -> None:
+    assert list_models() == [name for family in FAMILIES for name in family.specs]
+    assert len(set(list_models())) == len(list_models())
+
+
+@every_architecture
+def test_the_published_size(arch: str) -> None:
+    with torch.device("meta"):
+        model, deploy = create_model(arch, 7), create_model(arch, 7, deploy=True)
+        images = torch.empty(2, 3, *default_image_size(arch))
+    assert isinstance(model, OWN[arch].network)
+    assert model.spec == OWN[arch].specs[arch]
+    assert model.get_classifier() is model.get_submodule(classifier_name(arch))
+    assert model.img_size == default_image_size(arch) == deploy.img_size
+    assert is_reparameterizable(model)
+    assert not is_reparameterizable(deploy)
+    assert model(images).shape == deploy(images).shape == (2, 7)
+
+
+@every_architecture
+def test_forward_and_backward(arch: str) -> None:
+    model = small(arch, drop_path_rate=0.1).train()
+    images = random_tensor(4, 3, *model.img_size)
+    loss = F.cross_entropy(model(images), torch.arange(4))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(model.get_classifier().weight.grad.abs().sum(1) > 0)
+
+
+@every_architecture
+def test_injection(arch: str) -> None:
+    model = small(arch).eval()
+    images = random_tensor(2, 3, *model.img_size)
+    with torch.no_grad():
+        expected, deploy = model(images), to_deploy(model)
+        actual = deploy(images)
+    assert largest_difference(expected, actual) < EXACT
+    assert largest_difference(expected[:1], expected[1:]) > 1e-3
+    built = create_model(arch, num_classes=5, deploy=True, **small_options(arch))
+    assert [(k, v.shape) for k, v in deploy.state_dict().items()] == [
+        (k, v.shape) for k, v in built.state_dict().items()
+    ]
+    assert [name for name, _ in deploy.named_modules()] == [name for name, _ in built.named_modules()]
+
+
+def operations(model: nn.Module, images: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops()
+
+
+@every_architecture
+def test_conversion_saves_operations(arch: str) -> None:
+    with torch.device("meta"):
+        model, deploy = (create_model(arch, deploy=deploy).eval() for deploy in (False, True))
+        images = torch.empty(1, 3, *default_image_size(arch))
+    assert 0 < operations(deploy, images) < operations(model, images)
+
+
+@pytest.mark.parametrize("form", ["train", "deploy"])
+@every_architecture
+def test_saving_and_loading(arch: str, form: str, tmp_path: Path) -> None:
+    model = small(arch, in_chans=4).float().eval()
+    model = to_deploy(model) if form == "deploy" else model
+    write_checkpoint(
+        tmp_path / "a.pth", {"model": model.state_dict(), "meta": describe(arch, model, model.img_size, form)}
+    )
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    assert is_deploy(arch, checkpoint.form) == (form == "deploy")
+    network = build_from(checkpoint)
+    assert (network.arch, network.num_classes, network.image_size) == (arch, 5, model.img_size)
+    images = random_tensor(1, 4, *model.img_size).float()
+    with torch.no_grad():
+        assert torch.equal(network.model(images), model(images))

@@ -1,0 +1,291 @@
+"""The first RepMLP and RepMLP-ResNet-50: the block against its definition, conversion, sizes, counts, options."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_helpers import largest_difference, random_tensor, randomised
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import RepMLP, RepMLPResNet, RepMLPResNetSpec, create_model
+from models.checkpoints import build_from, describe, read_checkpoint, write_checkpoint
+from models.reparam import absorb_batch_norm, is_reparameterizable, to_deploy
+from models.repmlp_resnet import SPECS, FoldableConvNorm
+from models.repmlpnet import GroupedFC
+
+EXACT = 1e-12
+examples = settings(deadline=None, derandomize=True, max_examples=40)
+# c2 ... c5 are 16x24, 8x12, 4x6 and 2x3 where an image is 64x96.
+TINY = {
+    "light": RepMLPResNetSpec("light", (0, 2, 4, 0), 2, 2, (64, 96), (8, 16, 32, 64), (1, 2, 2, 2)),
+    "bottleneck": RepMLPResNetSpec("bottleneck", (0, 1, 2, 0), 2, 2, (64, 96), (8, 16, 32, 64), (1, 2, 2, 2)),
+}
+
+
+def tiny_network(style: str = "bottleneck", seed: int = 0, **options: object) -> RepMLPResNet:
+    return randomised(RepMLPResNet(TINY[style], num_classes=5, **options), seed).eval()
+
+
+def defined(block: RepMLP, x: Tensor) -> Tensor:
+    """Computes a block partition by partition as the paper describes it, in training or evaluation mode."""
+    (n, c, height, width), h, w = x.shape, block.h, block.w
+    places = [(i, j) for i in range(0, height, h) for j in range(0, width, w)]
+    parts = torch.stack([x[:, :, i : i + h, j : j + w] for i, j in places], 2)  # (N, C, P, h, w)
+    if block.fc1_fc2 is not None:
+        means = block.avg.bn(parts.mean((3, 4))[..., None]).reshape(n, -1)
+        hidden = F.relu(F.linear(means, block.fc1_fc2.fc1.weight, block.fc1_fc2.fc1.bias))
+        values = F.linear(hidden, block.fc1_fc2.fc2.weight, block.fc1_fc2.fc2.bias)
+        parts = parts + values.reshape(n, c, len(places), 1, 1)
+    parts = parts.transpose(1, 2).reshape(-1, c, h, w)
+    flat = F.conv2d(parts.reshape(len(parts), -1, 1, 1), block.fc3.weight, block.fc3.bias, groups=block.fc3.groups)
+    out = block.fc3_bn(flat).reshape(parts.shape)
+    for k in block.branches:
+        branch = block.get_submodule(f"repconv{k}")
+        out = out + branch.bn(F.conv2d(parts, branch.conv.weight, padding=k // 2, groups=block.fc3.groups))
+    result = torch.empty_like(x)
+    for number, (i, j) in enumerate(places):
+        result[:, :, i : i + h, j : j + w] = out.reshape(n, len(places), c, h, w)[:, number]
+    return result
+
+
+blocks = st.fixed_dictionaries(
+    {
+        "h": st.integers(1, 4),
+        "w": st.integers(1, 4),
+        "groups": st.sampled_from((1, 2, 4)),
+        "branches": st.sampled_from(((), (1,), (3,), (1, 3, 5))),
+        "gp_reduction": st.sampled_from((None, 1, 2)),
+    }
+)
+
+
+@examples
+@given(shape=blocks, rows=st.integers(1, 2), columns=st.integers(1, 3), training=st.booleans(), seed=st.integers(0, 99))
+def test_the_block_is_what_the_paper_defines(shape: dict, rows: int, columns: int, training: bool, seed: int) -> None:
+    size = shape["h"] * rows, shape["w"] * columns
+    block = randomised(RepMLP(4, size, **shape), seed).train(training)
+    x = random_tensor(3, 4, *size, seed=seed).requires_grad_()
+    twin = deepcopy(block)
+    actual, expected = block(x), defined(twin, x)
+    assert largest_difference(expected, actual) < EXACT
+    # Under a BatchNorm that normalises each batch, gradients of what a shift cancels are zero but for rounding.
+    upstream = random_tensor(*x.shape, seed=seed + 1)
+    actual.backward(upstream)
+    expected.backward(upstream)
+    gradients = {name: p.grad for name, p in twin.named_parameters()}
+    scale = max(float(g.abs().max()) for g in gradients.values())
+    assert all((p.grad - gradients[name]).abs().max() < 1e-10 * scale for name, p in block.named_parameters())
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(block.buffers(), twin.buffers(), strict=True))
+
+
+@examples
+@given(shape=blocks, rows=st.integers(1, 2), columns=st.integers(1, 3), seed=st.integers(0, 99))
+def test_injection_of_blocks_of_any_shape(shape: dict, rows: int, columns: int, seed: int) -> None:
+    size = shape["h"] * rows, shape["w"] * columns
+    block = randomised(RepMLP(4, size, **shape), seed).eval()
+    x = random_tensor(2, 4, *size, seed=seed)
+    with torch.no_grad():
+        expected = block(x)
+        block.local_inject()
+        assert largest_difference(expected, block(x)) < EXACT
+    assert not is_reparameterizable(block)
+
+
+def test_the_global_perceptron_is_left_out_where_one_partition_is_the_map() -> None:
+    assert RepMLP(4, (3, 2), 3, 2).fc1_fc2 is None
+    assert RepMLP(4, (3, 4), 3, 2).fc1_fc2.fc1.weight.shape == (8, 8)
+    assert RepMLP(4, (3, 4), 3, 2, gp_reduction=2).fc1_fc2.fc1.weight.shape == (4, 8)
+    assert RepMLP(4, (3, 4), 3, 2, gp_reduction=None).fc1_fc2 is None
+
+
+def test_sizes_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="a 5x4 map can't be divided into 3x2 partitions"):
+        RepMLP(4, (5, 4), 3, 2)
+    with pytest.raises(ValueError, match=r"odd kernel sizes, not \(1, 2\)"):
+        RepMLP(4, (3, 4), 3, 2, branches=(1, 2))
+
+
+def test_injection_twice_changes_nothing_more() -> None:
+    block = randomised(RepMLP(4, (4, 6), 2, 3, groups=2)).eval()
+    unit = randomised(FoldableConvNorm(3, 4, 3, 2, nn.ReLU())).eval()
+    for module, x in ((block, random_tensor(2, 4, 4, 6)), (unit, random_tensor(2, 3, 5, 6))):
+        with torch.no_grad():
+            expected = module(x)
+            module.local_inject()
+            state = {name: value.clone() for name, value in module.state_dict().items()}
+            module.local_inject()
+            assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+            assert largest_difference(expected, module(x)) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_injection_rounds_once(dtype: torch.dtype) -> None:
+    network = tiny_network().to(dtype)
+    exact = deepcopy(network).double()
+    exact.locality_injection()
+    network.locality_injection()
+    weights = exact.state_dict()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, weights[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_injection_keeps_requires_grad_and_training_mode(trainable: bool) -> None:
+    network = tiny_network().requires_grad_(trainable).train(trainable)
+    network.locality_injection()
+    assert {p.requires_grad for p in network.parameters()} == {trainable}
+    assert {m.training for m in network.modules()} == {trainable}
+
+
+def test_the_equivalent_kernel_is_differentiable_down_to_every_branch() -> None:
+    block = randomised(RepMLP(4, (4, 3), 4, 3, groups=2)).eval()
+    x, upstream = random_tensor(5, 4, 4, 3), random_tensor(5, 4, 4, 3, seed=1)
+    parameters = list(block.parameters())
+    assert len(parameters) == 1 + 2 + 3 * 3
+    weight, bias = block.get_equivalent_fc3()
+    assert (weight.shape, bias.shape) == (block.fc3.weight.shape, (48,))
+    fused = F.conv2d(x.reshape(5, -1, 1, 1), weight, bias, groups=2).view_as(x)
+    direct = block(x)
+    assert largest_difference(direct, fused) < EXACT
+    wanted, got = (torch.autograd.grad(out, parameters, upstream) for out in (direct, fused))
+    for a, b in zip(wanted, got, strict=True):
+        assert a.abs().max() > 0
+        assert largest_difference(a, b) < EXACT
+
+
+@examples
+@given(
+    m=st.integers(0, 3), inputs=st.integers(1, 3), outputs=st.integers(1, 3), groups=st.integers(1, 3),
+    h=st.integers(1, 3), w=st.integers(1, 3), bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_grouped_fc_equals_the_published_grouped_convolution(
+    m: int, inputs: int, outputs: int, groups: int, h: int, w: int, bias: bool, seed: int
+) -> None:
+    fc = randomised(GroupedFC(groups * inputs, groups * outputs, h, w, groups, bias), seed)
+    x = random_tensor(m, groups * inputs, h, w, seed=seed).requires_grad_()
+    actual = fc(x)
+    assert actual.shape == (m, groups * outputs, h, w)
+    if m:
+        expected = F.conv2d(x.reshape(m, -1, 1, 1), fc.weight, fc.bias, groups=groups).reshape(actual.shape)
+        assert largest_difference(expected, actual) < EXACT
+        upstream, tensors = random_tensor(*actual.shape, seed=seed + 1), [x, *fc.parameters()]
+        wanted, got = (torch.autograd.grad(out, tensors, upstream) for out in (expected, actual))
+        assert all(largest_difference(a, b) < EXACT for a, b in zip(wanted, got, strict=True))
+
+
+@examples
+@given(channels=st.integers(1, 3), positions=st.integers(1, 3), seed=st.integers(0, 99))
+def test_absorbing_a_batch_norm_into_the_layer_behind_it(channels: int, positions: int, seed: int) -> None:
+    fc = randomised(nn.Linear(channels * positions, 4), seed)
+    norm = randomised(nn.BatchNorm1d(channels), seed + 1).eval()
+    x = random_tensor(5, channels, positions, seed=seed)
+    weight, bias = absorb_batch_norm(fc.weight, fc.bias, norm)
+    assert largest_difference(fc(norm(x).flatten(1)), F.linear(x.flatten(1), weight, bias)) < EXACT
+    tensors = [fc.weight, fc.bias, norm.weight, norm.bias]
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(weight.square().sum() + bias.square().sum(), tensors))
+
+
+# Parameters in training and in deploy form, and multiply-adds in deploy form. The light network's parameters are those
+# of the published code; the paper gives 41.07 M for the bottleneck network.
+COUNTS = {
+    "RepMLP-Res50-light-224": (87_038_248, 86_142_440, 3.08e9),
+    "RepMLP-Res50-bottleneck-224": (41_071_144, 40_871_528, 3.89e9),
+}
+
+
+@pytest.mark.parametrize("arch", COUNTS)
+def test_parameters_and_operations(arch: str) -> None:
+    with torch.device("meta"):
+        model, deploy = create_model(arch), create_model(arch, deploy=True).eval()
+        images = torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter:
+        deploy(images)
+    train, converted = (sum(p.numel() for p in network.parameters()) for network in (model, deploy))
+    assert (train, converted) == COUNTS[arch][:2]
+    assert counter.get_total_flops() / 2 == pytest.approx(COUNTS[arch][2], rel=2e-3)
+
+
+def test_specs_follow_the_paper() -> None:
+    light, bottleneck = (SPECS[f"RepMLP-Res50-{style}-224"] for style in ("light", "bottleneck"))
+    assert (light.reductions, light.groups, light.partition) == ((0, 8, 8, 0), 4, 7)
+    assert (bottleneck.reductions, bottleneck.groups, bottleneck.partition) == ((0, 2, 4, 0), 8, 7)
+    for spec in (light, bottleneck):
+        assert (spec.channels, spec.blocks) == ((256, 512, 1024, 2048), (3, 4, 6, 3))
+        assert (spec.branches, spec.gp_reduction, spec.image_size) == ((1, 3, 5), 1, 224)
+
+
+def test_a_spec_that_makes_no_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown style 'heavy': choose light or bottleneck"):
+        RepMLPResNetSpec("heavy", (0, 0, 0, 0), 4, 7, 224)
+    with pytest.raises(ValueError, match=r"one number for each stage, not .*'reductions': \(0, 8\)"):
+        create_model("RepMLP-Res50-light-224", reductions=[0, 8])
+
+
+@pytest.mark.parametrize("style", TINY)
+def test_maps_that_are_not_square(style: str) -> None:
+    model = tiny_network(style)
+    images = random_tensor(2, 3, 64, 96)
+    assert model.forward_features(images).shape == (2, 64, 2, 3)
+    with torch.no_grad():
+        expected, actual = model(images), to_deploy(model)(images)
+    assert largest_difference(expected, actual) < EXACT
+    with pytest.raises(ValueError, match=r"input of 96x64 .* made for 64x96: .*img_size=\(96, 64\)"):
+        model(images.transpose(2, 3))
+
+
+@pytest.mark.parametrize("size", [200, (224, 200), 0, -112])
+def test_an_image_size_that_the_partitions_do_not_divide_is_refused(size: int | tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="positive multiple of 112, so that partitions of 7x7 divide the maps"):
+        create_model("RepMLP-Res50-light-224", img_size=size)
+
+
+@pytest.mark.parametrize("style", TINY)
+def test_checkpointing_changes_memory_alone(style: str) -> None:
+    images = random_tensor(4, 3, 64, 96)
+    plain, thrifty = (tiny_network(style, drop_path_rate=0.3).train() for _ in range(2))
+    thrifty.set_grad_checkpointing()
+    for model in (plain, thrifty):
+        torch.manual_seed(0)
+        F.cross_entropy(model(images), torch.arange(4)).backward()
+    expected, buffers = dict(plain.named_parameters()), dict(plain.named_buffers())
+    assert all(torch.equal(p.grad, expected[name].grad) for name, p in thrifty.named_parameters())
+    assert all(torch.equal(value, buffers[name]) for name, value in thrifty.named_buffers())
+
+
+def test_drop_path_grows_with_the_depth() -> None:
+    model = RepMLPResNet(TINY["light"], drop_path_rate=0.6)
+    rates = [getattr(block.drop_path, "drop_prob", 0) for stage in model.stages() for block in stage]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def test_features_and_head() -> None:
+    model = tiny_network(in_chans=4)
+    images = random_tensor(2, 4, 64, 96)
+    features = model.forward_features(images)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert (model.num_features, model.head_hidden_size, model.in_chans) == (64, 64, 4)
+    torch.testing.assert_close(pooled, features.mean((2, 3)))
+    torch.testing.assert_close(model(images), pooled @ model.linear.weight.T + model.linear.bias)
+    model.reset_classifier(7)
+    assert (model.num_classes, model(images).shape, model.get_classifier().weight.dtype) == (7, (2, 7), torch.float64)
+    model.reset_classifier(0)
+    assert torch.equal(model(images), pooled)
+
+
+@pytest.mark.parametrize("form", ["train", "deploy"])
+def test_the_image_size_is_read_off_the_weights(form: str, tmp_path: Path) -> None:
+    arch = "RepMLP-Res50-bottleneck-224"
+    options = {"channels": [32, 64, 128, 256], "blocks": [1, 2, 2, 1], "partition": 4}
+    model = create_model(arch, num_classes=3, img_size=128, **options, deploy=form == "deploy").eval()
+    meta = describe(arch, model, (192, 192), form)
+    write_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "meta": meta})
+    network = build_from(read_checkpoint(tmp_path / "a.pth"))
+    assert network.image_size == network.model.img_size == (128, 128)
+    images = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(network.model(images), model(images))
