@@ -238,6 +238,7 @@ def test_a_recipe_parses_and_its_network_fits(recipe):
 def test_there_is_a_recipe_of_each_published_network():
     named = {main_repmlp.parse(["--cfg", str(recipe)]).config.MODEL.ARCH for recipe in RECIPES}
     assert named >= {f"RepMLPNet-{size}" for size in ("T224", "B224", "T256", "B256", "D256", "L256")}
+    assert named >= {f"RepMLP-Res50-{style}-224" for style in ("light", "bottleneck")}
 
 
 @pytest.mark.parametrize(
