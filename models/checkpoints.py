@@ -175,8 +175,8 @@ def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list
         ValueError: anything else differs.
     """
     own = model.state_dict()
-    names = (f"{classifier_name(arch)}.{leaf}" for leaf in ("weight", "bias"))
-    head = [k for k in names if k in own and k in checkpoint.state_dict]
+    prefix = f"{classifier_name(arch)}."
+    head = [k for k in own if k.startswith(prefix) and k in checkpoint.state_dict]
     fresh = [] if all(own[k].shape == checkpoint.state_dict[k].shape for k in head) else head
     branches = branch_names(model)
     if not any(k in checkpoint.state_dict for k in branches):

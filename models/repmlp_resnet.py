@@ -47,6 +47,7 @@ class RepMLPResNetSpec:
     branches: tuple[int, ...] = (1, 3, 5)  # kernel sizes of the local convolutions
     global_perceptron: bool = True
     gp_reduction: int = 1
+    embedding: bool = False  # the head's outputs are an embedding, normalised by a BatchNorm, not logits
 
     def __post_init__(self) -> None:
         if self.style not in REPMLP_LAYERS:
@@ -170,6 +171,29 @@ class FoldableConvNorm(ConvNorm, Reparameterizable):
         self.deploy = True
 
 
+class EmbeddingHead(nn.Linear, Reparameterizable):
+    """A linear layer and its BatchNorm, which conversion folds into it: features (N, C) -> embedding (N, E)."""
+
+    def __init__(self, in_features: int, out_features: int, deploy: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        self.deploy = deploy
+        self.bn = nn.Identity() if deploy else nn.BatchNorm1d(out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, E)."""
+        return self.bn(super().forward(x))
+
+    @torch.no_grad()
+    def local_inject(self) -> None:
+        """Folds the BatchNorm into the layer, in place; does nothing where that is already done."""
+        if self.deploy:
+            return
+        weight, bias = fold_batch_norm(self.weight.double(), self.bias, cast(nn.BatchNorm1d, self.bn))
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        self.bn, self.deploy = nn.Identity().train(self.training), True
+
+
 class ResidualBlock(nn.Module):
     """Layers one after the other beside a shortcut, then ReLU.
 
@@ -234,6 +258,11 @@ REPMLP_LAYERS = {"light": light_layers, "bottleneck": bottleneck_layers}
 SPECS: dict[str, RepMLPResNetSpec] = {
     "RepMLP-Res50-light-224": RepMLPResNetSpec("light", (0, 8, 8, 0), groups=4, partition=7, image_size=224),
     "RepMLP-Res50-bottleneck-224": RepMLPResNetSpec("bottleneck", (0, 2, 4, 0), groups=8, partition=7, image_size=224),
+    # The paper's network for aligned faces. Blocks, channels and pooling are ResNet-50's here; the embedding, of 512
+    # numbers, say, is made by a linear layer and a BatchNorm, as in face recognition at large.
+    "RepMLP-FaceRes": RepMLPResNetSpec(
+        "bottleneck", (2, 2, 2, 0), groups=4, partition=6, image_size=96, embedding=True
+    ),
 }
 
 
@@ -242,7 +271,7 @@ class RepMLPResNet(ReparameterizableNetwork):
 
     Args:
         spec: a row of `SPECS`.
-        num_classes: outputs of the head; 0 leaves the pooled features.
+        num_classes: outputs of the head, logits or numbers of an embedding; 0 leaves the pooled features.
         in_chans: channels of the input image.
         img_size: height and width that the Global Perceptrons are made for; the spec's own where None.
         drop_path_rate: of the last block; grows linearly from 0 with the depth.
@@ -279,7 +308,8 @@ class RepMLPResNet(ReparameterizableNetwork):
         for stage, rates in enumerate(drop_path):
             blocks = [self._block(stage, depth, float(rate), deploy) for depth, rate in enumerate(rates)]
             self.add_module(f"stage{stage + 1}", nn.Sequential(*blocks))
-        self.reset_classifier(num_classes)
+        self.num_classes = num_classes
+        self.linear = self._head(num_classes, deploy)
 
     def _block(self, stage: int, depth: int, drop_path: float, deploy: bool) -> ResidualBlock:
         spec = self.spec
@@ -343,8 +373,15 @@ class RepMLPResNet(ReparameterizableNetwork):
         """Puts in a new head of `num_classes` outputs; 0 leaves the pooled features."""
         self.num_classes = num_classes
         reference = next(self.parameters())
-        self.linear = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.linear = self._head(num_classes)
         self.linear.to(device=reference.device, dtype=reference.dtype)
+
+    def _head(self, outputs: int, deploy: bool = False) -> nn.Module:
+        if outputs == 0:
+            return nn.Identity()
+        if self.spec.embedding:
+            return EmbeddingHead(self.num_features, outputs, deploy)
+        return nn.Linear(self.num_features, outputs)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) -> features (N, C, H / 32, W / 32), rounded up.

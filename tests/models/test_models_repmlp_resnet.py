@@ -191,23 +191,24 @@ def test_absorbing_a_batch_norm_into_the_layer_behind_it(channels: int, position
 
 
 # Parameters in training and in deploy form, and multiply-adds in deploy form. The light network's parameters are those
-# of the published code; the paper gives 41.07 M for the bottleneck network.
+# of the published code; the paper gives 41.07 M for the bottleneck network; those of the face network are our own.
 COUNTS = {
-    "RepMLP-Res50-light-224": (87_038_248, 86_142_440, 3.08e9),
-    "RepMLP-Res50-bottleneck-224": (41_071_144, 40_871_528, 3.89e9),
+    "RepMLP-Res50-light-224": (1000, 87_038_248, 86_142_440, 3.08e9),
+    "RepMLP-Res50-bottleneck-224": (1000, 41_071_144, 40_871_528, 3.89e9),
+    "RepMLP-FaceRes": (512, 58_104_896, 57_196_032, 0.806e9),
 }
 
 
 @pytest.mark.parametrize("arch", COUNTS)
 def test_parameters_and_operations(arch: str) -> None:
+    outputs, *parameters, multiply_adds = COUNTS[arch]
     with torch.device("meta"):
-        model, deploy = create_model(arch), create_model(arch, deploy=True).eval()
-        images = torch.empty(1, 3, 224, 224)
+        model, deploy = create_model(arch, outputs), create_model(arch, outputs, deploy=True).eval()
+        images = torch.empty(1, 3, *model.img_size)
     with FlopCounterMode(display=False) as counter:
         deploy(images)
-    train, converted = (sum(p.numel() for p in network.parameters()) for network in (model, deploy))
-    assert (train, converted) == COUNTS[arch][:2]
-    assert counter.get_total_flops() / 2 == pytest.approx(COUNTS[arch][2], rel=2e-3)
+    assert [sum(p.numel() for p in network.parameters()) for network in (model, deploy)] == parameters
+    assert counter.get_total_flops() / 2 == pytest.approx(multiply_adds, rel=2e-3)
 
 
 def test_specs_follow_the_paper() -> None:
@@ -217,6 +218,20 @@ def test_specs_follow_the_paper() -> None:
     for spec in (light, bottleneck):
         assert (spec.channels, spec.blocks) == ((256, 512, 1024, 2048), (3, 4, 6, 3))
         assert (spec.branches, spec.gp_reduction, spec.image_size) == ((1, 3, 5), 1, 224)
+    face = SPECS["RepMLP-FaceRes"]
+    assert (face.style, face.reductions, face.groups, face.partition) == ("bottleneck", (2, 2, 2, 0), 4, 6)
+    assert (face.image_size, face.embedding) == (96, True)
+
+
+def test_an_embedding_is_normalised_and_its_head_can_be_changed() -> None:
+    model = create_model("RepMLP-FaceRes", 16, channels=[8, 16, 32, 64], blocks=[1, 1, 1, 1]).double()
+    images = random_tensor(8, 3, 96, 96)
+    embeddings = model.train()(images).detach()
+    assert embeddings.mean(0).abs().max() < EXACT
+    assert (embeddings.std(0, correction=0) - 1).abs().max() < 0.01
+    model.reset_classifier(4)
+    assert model.eval()(images).shape == (8, 4)
+    assert isinstance(model.linear.bn, nn.BatchNorm1d)
 
 
 def test_a_spec_that_makes_no_network_is_refused() -> None:
