@@ -140,8 +140,8 @@ _C.AUG.MIXUP_PROB = 1.0
 _C.AUG.MIXUP_SWITCH_PROB = 0.5
 # What shares one draw of the mixing: batch | pair (two images) | elem (each image its own)
 _C.AUG.MIXUP_MODE = "batch"
-# Ready-made augmentation: none | weak | raug10 | raug15 | raug20 | raug25 | shift | crop; null: by the keys below,
-# which a preset replaces.
+# Ready-made augmentation: none | flip | weak | raug10 | raug15 | raug20 | raug25 | shift | crop; null: by the keys
+# below, which a preset replaces.
 _C.AUG.PRESET = None
 # Strength of random brightness, contrast and saturation, at least 0; used where AUTO_AUGMENT is none.
 _C.AUG.COLOR_JITTER = 0.4

@@ -93,7 +93,7 @@ RULES: dict[str, Rule] = {
     "AUG.MIXUP_PROB": PROBABILITY,
     "AUG.MIXUP_SWITCH_PROB": PROBABILITY,
     "AUG.MIXUP_MODE": one_of("batch", "pair", "elem"),
-    "AUG.PRESET": one_of("none", "weak", "raug10", "raug15", "raug20", "raug25", "shift", "crop"),
+    "AUG.PRESET": one_of("none", "flip", "weak", "raug10", "raug15", "raug20", "raug25", "shift", "crop"),
     "AUG.COLOR_JITTER": at_least(0),
     "AUG.AUTO_AUGMENT": Rule(
         f"none, or a policy of timm, whose name starts with one of {', '.join(POLICIES)}",

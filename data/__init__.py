@@ -9,6 +9,7 @@ the step), so that workers, processes and a resumed run do not change what is dr
 from .datasets import DATASETS, DatasetSpec, open_source, resolve_name
 from .loaders import Batch, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .mixing import Mixing, build_mixing
+from .pairs import Pairs, draw_pairs, read_pairs
 from .samplers import Draw, EvalSampler, TrainSampler
 from .sources import DIGITS, CifarSource, DigitsSource, FolderSource, ImageSource
 from .transforms import PRESETS, Normalize, eval_transform, train_transform
@@ -28,6 +29,7 @@ __all__ = [
     "ImageSource",
     "Mixing",
     "Normalize",
+    "Pairs",
     "Sample",
     "TrainSampler",
     "TransformedDataset",
@@ -35,8 +37,10 @@ __all__ = [
     "build_eval_loader",
     "build_mixing",
     "build_train_loader",
+    "draw_pairs",
     "eval_transform",
     "open_source",
+    "read_pairs",
     "resolve_name",
     "train_transform",
 ]

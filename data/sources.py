@@ -75,10 +75,11 @@ class FolderSource(ImageSource):
     """The images below `root/split/<class>/`, at any depth; symbolic links are followed.
 
     Raises ValueError for a missing folder, a class without images, and a class that only one of `train` and `val`
-    has: labels are positions in the sorted class names, so those of the two splits would mean different things.
+    has: labels are positions in the sorted class names, so those of the two splits would mean different things. With
+    `same_classes` off they may, as people whom a face network has never seen do.
     """
 
-    def __init__(self, root: str | Path, split: str) -> None:
+    def __init__(self, root: str | Path, split: str, *, same_classes: bool = True) -> None:
         assert split in SPLITS
         self.folder = Path(root).expanduser() / split
         self.classes = _class_names(self.folder)
@@ -87,7 +88,8 @@ class FolderSource(ImageSource):
                 f"no class folders at {self.folder}: a data path holds train/<class>/* and val/<class>/*; "
                 f"the word `{DIGITS}` as data path stands for the embedded data set"
             )
-        _check_same_classes(self.folder, self.folder.with_name("val" if split == "train" else "train"))
+        if same_classes:
+            _check_same_classes(self.folder, self.folder.with_name("val" if split == "train" else "train"))
         labels = {name: label for label, name in enumerate(self.classes)}
         samples = make_dataset(self.folder, labels, IMG_EXTENSIONS, allow_empty=True)
         self.labels = np.array([label for _, label in samples], dtype=np.int64)

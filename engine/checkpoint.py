@@ -154,6 +154,8 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         "run": _run(trainer),
         "unreadable": sorted(trainer.unreadable),
     }
+    learned = trainer.criterion.state_dict()  # what a margin loss knows of the classes
+    state |= {"criterion": learned} if learned else {}
     return state | ({"ema": trainer.ema.module.state_dict()} if trainer.ema is not None else {})
 
 
@@ -197,6 +199,8 @@ def resume(trainer: Trainer, path: Path) -> int:
     load_weights(trainer.network, checkpoint)
     if trainer.ema is not None:
         load_weights(trainer.ema.module, read_checkpoint(path, ema=True) if "ema" in payload else checkpoint)
+    if "criterion" in payload:
+        trainer.criterion.load_state_dict(payload["criterion"])
     _load_optimizer(trainer, payload["optimizer"], path)
     if payload.get("scaler"):
         trainer.scaler.load_state_dict(payload["scaler"])

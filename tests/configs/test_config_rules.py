@@ -14,7 +14,7 @@ CHOICES = {
     "TRAIN.LR_SCHEDULER.NAME": "cosine linear step",
     "TRAIN.OPTIMIZER.NAME": "adamw sgd",
     "AUG.MIXUP_MODE": "batch pair elem",
-    "AUG.PRESET": "none weak raug10 raug15 raug20 raug25 shift crop",
+    "AUG.PRESET": "none flip weak raug10 raug15 raug20 raug25 shift crop",
     "AUG.REMODE": "const rand pixel",
     "AMP": "auto off bf16 fp16",
     "COMPILE_MODE": "default reduce-overhead max-autotune max-autotune-no-cudagraphs",

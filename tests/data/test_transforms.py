@@ -114,6 +114,14 @@ def test_small_images_are_shifted_and_not_zoomed():
 
 
 class TestPresets:
+    def test_flip_flips_half_of_the_images_and_does_no_more(self):
+        image = Image.fromarray(np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3))
+        plain, flip = eval_transform((6, 8))(image), train_transform((6, 8), preset="flip")
+        results = [flip(image) for _ in range(40)]
+        flipped = [torch.equal(result, plain.flip(2)) for result in results]
+        assert all(f or torch.equal(result, plain) for f, result in zip(flipped, results, strict=True))
+        assert 5 < sum(flipped) < 35
+
     def test_weak_zooms_and_flips(self):
         image = numbered_image(100, 100)
         rows, flips = [], 0

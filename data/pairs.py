@@ -1,0 +1,81 @@
+"""Pairs of images of which a verification asks whether they show the same class: a person, say."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .sources import FolderSource
+
+WORDS = {"same": True, "different": False}
+MAX_TRIES = 100  # draws for each pair that is wanted, after which there seem to be no more
+
+
+class Pairs(NamedTuple):
+    """Positions of two images each in a source, and whether both are of one class; all three of shape (P,)."""
+
+    first: np.ndarray
+    second: np.ndarray
+    same: np.ndarray
+
+
+def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
+    """Reads lines `path path same` or `path path different`, of paths below the folder of a source.
+
+    Words are separated by tabs, or by blanks where no path holds any; empty lines and those that begin with # say
+    nothing.
+
+    Raises:
+        ValueError: no such file, a line of another form, an image that the source does not hold, or no pair at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no list of pairs at {path}")
+    places = (Path(source.locate(i)).relative_to(source.folder).as_posix() for i in range(len(source)))
+    positions = {place: i for i, place in enumerate(places)}
+    rows: list[tuple[int, int, bool]] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        *images, word = line.split("\t" if "\t" in line else None)
+        if len(images) != 2 or word not in WORDS:
+            raise ValueError(f"{path}, line {number}: expected `path path same` or `path path different`, not {line!r}")
+        missing = [image for image in images if image not in positions]
+        if missing:
+            raise ValueError(f"{path}, line {number}: there is no image {missing[0]} in {source.folder}")
+        rows.append((positions[images[0]], positions[images[1]], WORDS[word]))
+    if not rows:
+        raise ValueError(f"{path} holds no pairs")
+    first, second, same = zip(*rows, strict=True)
+    return Pairs(np.array(first), np.array(second), np.array(same))
+
+
+def draw_pairs(labels: np.ndarray, count: int, seed: int = 0) -> Pairs:
+    """Draws pairs of different images, half of them of one class; no pair comes twice.
+
+    Args:
+        labels: int (N,) of the images.
+        count: pairs to draw, an even number; fewer come back where there are no more, as many of each kind.
+        seed: the same seed draws the same pairs.
+
+    Raises:
+        ValueError: fewer than two classes, or none of two images.
+    """
+    sizes = np.bincount(labels)
+    if (sizes > 0).sum() < 2 or sizes.max() < 2:
+        raise ValueError("pairs need two classes at least, one of them with two images")
+    rng = np.random.default_rng(seed)
+    found: dict[bool, dict[tuple[int, int], None]] = {True: {}, False: {}}
+    with_partner = np.flatnonzero(sizes[labels] > 1)
+    for same, pairs in found.items():
+        for _ in range(count // 2 * MAX_TRIES):
+            if len(pairs) == count // 2:
+                break
+            first = rng.choice(with_partner if same else len(labels))
+            others = np.flatnonzero((labels == labels[first]) == same)
+            second = rng.choice(others)
+            if first != second:
+                pairs[min(first, second), max(first, second)] = None
+    each = min(len(pairs) for pairs in found.values())
+    rows = np.array([pair for pairs in found.values() for pair in list(pairs)[:each]])
+    return Pairs(rows[:, 0], rows[:, 1], np.repeat(list(found), each))

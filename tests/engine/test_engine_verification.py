@@ -1,0 +1,126 @@
+"""Verification against cases that can be counted by hand, and against every threshold and every pair of pairs."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from engine.verification import best_threshold, deal_folds, embed, k_fold_accuracies, roc_auc, verify
+
+# Few values, so that many scores are equal; both kinds of pairs.
+rows_of_pairs = st.lists(
+    st.tuples(st.sampled_from((-0.5, 0.0, 0.25, 0.5, 1.0)), st.booleans()), min_size=2, max_size=12
+).filter(lambda rows: len({same for _, same in rows}) == 2)
+
+
+def tensors(rows: list[tuple[float, bool]]) -> tuple[Tensor, Tensor]:
+    scores, same = zip(*rows, strict=True)
+    return torch.tensor(scores, dtype=torch.float64), torch.tensor(same)
+
+
+def right(scores: Tensor, same: Tensor, threshold: float) -> int:
+    return int(((scores >= threshold) == same).sum())
+
+
+@pytest.mark.parametrize(
+    ("scores", "same", "expected"),
+    [
+        ((0.9, 0.7, 0.4, 0.1), (True, True, False, False), 0.55),
+        ((0.1, 0.9, 0.4, 0.7), (False, True, False, True), 0.55),
+        ((0.9, 0.7, 0.4, 0.1), (True, False, True, False), 0.8),  # 0.25 is as good, but lower
+        ((0.9, 0.5, 0.5, 0.1), (True, True, False, False), 0.7),
+        ((0.2, 0.4), (True, True), -0.3),  # below all of them
+        ((0.2, 0.4), (False, False), 0.9),  # above all of them
+    ],
+)
+def test_best_threshold(scores: tuple, same: tuple, expected: float) -> None:
+    assert best_threshold(torch.tensor(scores).double(), torch.tensor(same)) == pytest.approx(expected)
+
+
+@settings(derandomize=True)
+@given(rows=rows_of_pairs)
+def test_no_threshold_is_better(rows: list) -> None:
+    scores, same = tensors(rows)
+    candidates = [-2.0, *(float(s) + step for s in scores for step in (-0.01, 0, 0.01)), 3.0]
+    assert right(scores, same, best_threshold(scores, same)) == max(right(scores, same, c) for c in candidates)
+
+
+@pytest.mark.parametrize(
+    ("scores", "same", "expected"),
+    [
+        ((0.9, 0.7, 0.4, 0.1), (True, True, False, False), 1.0),
+        ((0.9, 0.7, 0.4, 0.1), (False, False, True, True), 0.0),
+        ((0.9, 0.7, 0.4, 0.1), (True, False, True, False), 0.75),
+        ((0.5, 0.5, 0.5), (True, False, False), 0.5),
+        ((0.5, 0.5, 0.1), (True, False, False), 0.75),
+    ],
+)
+def test_roc_auc(scores: tuple, same: tuple, expected: float) -> None:
+    assert roc_auc(torch.tensor(scores), torch.tensor(same)) == pytest.approx(expected, abs=1e-15)
+
+
+@settings(derandomize=True)
+@given(rows=rows_of_pairs)
+def test_roc_auc_counts_pairs_of_pairs(rows: list) -> None:
+    scores, same = tensors(rows)
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in product(scores[same], scores[~same])]
+    assert roc_auc(scores, same) == pytest.approx(sum(wins) / len(wins), abs=1e-12)
+
+
+def test_folds_are_dealt_out_within_each_kind() -> None:
+    same = torch.tensor([True, True, True, True, False, False, True, False, False])
+    folds = deal_folds(same, 2)
+    assert folds[same].tolist() == [1, 0, 1, 0, 1]
+    assert folds[~same].tolist() == [1, 0, 1, 0]
+
+
+def test_each_fold_is_judged_by_the_threshold_of_the_others() -> None:
+    # Fold 1 holds 0.9 and 0.6, fold 0 holds 0.5 and 0.2: the thresholds are 0.75 in one, 0.35 in the other.
+    scores, same = torch.tensor([0.9, 0.6, 0.5, 0.2]).double(), torch.tensor([True, False, True, False])
+    assert deal_folds(same, 2).tolist() == [1, 1, 0, 0]
+    assert k_fold_accuracies(scores, same, 2).tolist() == [0.5, 0.5]
+    assert k_fold_accuracies(torch.tensor([0.9, 0.4, 0.8, 0.2]).double(), same, 2).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("folds", [1, 3, 10])
+def test_folds_that_the_pairs_do_not_fill_are_refused(folds: int) -> None:
+    same = torch.tensor([True, True, False, False, False])
+    with pytest.raises(ValueError, match=f"{folds} folds: .* pairs of either kind, not 2"):
+        deal_folds(same, folds)
+
+
+def test_verification_looks_at_angles_alone() -> None:
+    # Three directions, of any length; pairs along one of them are the same.
+    embeddings = torch.tensor([[2.0, 0], [0.1, 0], [0, 3.0], [0, 0.5], [-1.0, 0], [-4.0, 0]]).double()
+    first, second = torch.tensor([[0, 1], [2, 3], [4, 5], [0, 2], [1, 4], [3, 5]]).T
+    result = verify(embeddings, first, second, torch.tensor([True, True, True, False, False, False]), folds=3)
+    assert (result.accuracy, result.spread, result.auc, result.pairs) == (100, 0, 1, 6)
+    assert result.threshold == pytest.approx(0.5)
+    assert str(result) == "accuracy 100.000 +- 0.000 AUC 1.00000 threshold 0.5000 on 6 pairs"
+
+
+def test_embeddings_come_in_the_order_of_the_batches(batch_of, plain_network) -> None:
+    model = plain_network().train()
+    batches = [batch_of(3), batch_of(2, seed=1)]
+    found = embed(model, batches, Scale(), torch.device("cpu"))
+    assert model.training
+    assert (found.shape, found.dtype) == ((5, 4), torch.float64)
+    model.eval()
+    expected = torch.cat([model(batch.images.double()) for batch in batches])
+    assert torch.allclose(found, expected)
+
+
+def test_an_unreadable_image_or_none_at_all_is_refused(batch_of, plain_network) -> None:
+    unreadable = [batch_of(3, unreadable=("a.png: broken",))]
+    with pytest.raises(ValueError, match=r"1 images can't be read.*a\.png"):
+        embed(plain_network(), unreadable, Scale(), torch.device("cpu"))
+    with pytest.raises(ValueError, match="there are no images to evaluate"):
+        embed(plain_network(), [], Scale(), torch.device("cpu"))
+
+
+class Scale(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.double()
