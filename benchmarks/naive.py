@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import RepMLPBlock, RepMLPNet
-from models.repmlpnet import ConvNorm, GlobalPerceptron, RepMLPNetUnit
+from models.layers import ConvNorm
+from models.repmlpnet import GlobalPerceptron, RepMLPNetUnit
 
 
 def naive(model: RepMLPNet) -> "NaiveRepMLPNet":

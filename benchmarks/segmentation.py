@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.dense import FULL_RANK, Downsampling
-from models.repmlpnet import ConvNorm
+from models.layers import ConvNorm
 from models.segmentation import SegmentationNetwork
 from utils import cli
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from timm.models._features import FeatureGetterNet, FeatureInfo
 from torch import Tensor, nn
 
-from .repmlpnet import ConvNorm, RepMLPNet
+from .layers import ConvNorm
+from .repmlpnet import RepMLPNet
 
 # By name, the side of the depth-wise kernels that `dense_backbone` puts into the place of the 2x2 embeddings.
 DOWNSAMPLINGS = {"conv3": 3, "conv5": 5}

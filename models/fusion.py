@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import register_flop_formula
 
+from .layers import ConvNorm
 from .reparam import fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
-from .repmlpnet import ConvNorm, GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_size
+from .repmlpnet import GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_size
 
 # Hidden elements of an FFN that are computed at a time on a CPU: few enough to stay in the cache of one core.
 CACHED_ELEMENTS = 2**18

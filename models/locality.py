@@ -19,8 +19,8 @@ from timm.layers import to_2tuple
 from timm.models.mlp_mixer import MixerBlock, ResBlock, SpatialGatingUnit
 from torch import Tensor, nn
 
+from .layers import ConvNorm, ShareSetConv, check_kernel_sizes, fold_branches
 from .reparam import Reparameterizable, conv_to_fc, inject_
-from .repmlpnet import ConvNorm, ShareSetConv, check_kernel_sizes, fold_branches
 
 # The modules of timm that mix tokens, and under which name they hold what does it.
 TOKEN_MIXING = {ResBlock: "linear_tokens", SpatialGatingUnit: "proj", MixerBlock: "mlp_tokens"}

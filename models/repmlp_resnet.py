@@ -14,8 +14,9 @@ import torch
 from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
-from .reparam import Reparameterizable, ReparameterizableNetwork, absorb_batch_norm, fold_batch_norm
-from .repmlpnet import ConvNorm, GroupedFC, PartitionBlock, checkpointed
+from .layers import ConvNorm, GroupedFC, PartitionBlock
+from .reparam import Reparameterizable, absorb_batch_norm, fold_batch_norm
+from .stages import StagedNetwork
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ SPECS: dict[str, RepMLPResNetSpec] = {
 }
 
 
-class RepMLPResNet(ReparameterizableNetwork):
+class RepMLPResNet(StagedNetwork):
     """The network: ResNet's stem, four stages of residual blocks, linear head.
 
     Args:
@@ -295,7 +296,6 @@ class RepMLPResNet(ReparameterizableNetwork):
         self.img_size = height, width = to_2tuple(spec.image_size if img_size is None else img_size)
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = spec.channels[-1]
-        self.grad_checkpointing = False
         step = spec.size_step
         if height % step or width % step or min(height, width) <= 0:
             raise ValueError(
@@ -308,6 +308,11 @@ class RepMLPResNet(ReparameterizableNetwork):
         for stage, rates in enumerate(drop_path):
             blocks = [self._block(stage, depth, float(rate), deploy) for depth, rate in enumerate(rates)]
             self.add_module(f"stage{stage + 1}", nn.Sequential(*blocks))
+        self.feature_info = [
+            {"num_chs": channels, "reduction": 4 * 2**stage, "module": f"stage{stage + 1}"}
+            for stage, channels in enumerate(spec.channels)
+        ]
+        self.head_norm = nn.Identity()
         self.num_classes = num_classes
         self.linear = self._head(num_classes, deploy)
 
@@ -357,14 +362,6 @@ class RepMLPResNet(ReparameterizableNetwork):
                 img_size = to_2tuple(math.isqrt(partitions) * step)
         return {"in_chans": stem.shape[1:2].numel(), "img_size": img_size}
 
-    def stages(self) -> list[nn.Sequential]:
-        """Returns the stages of residual blocks, c2 first."""
-        return [cast(nn.Sequential, self.get_submodule(f"stage{i + 1}")) for i in range(len(self.spec.blocks))]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes every block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
     def get_classifier(self) -> nn.Module:
         """Returns the head."""
         return self.linear
@@ -383,29 +380,18 @@ class RepMLPResNet(ReparameterizableNetwork):
             return EmbeddingHead(self.num_features, outputs, deploy)
         return nn.Linear(self.num_features, outputs)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image (N, in_chans, H, W) -> features (N, C, H / 32, W / 32), rounded up.
-
-        Raises:
-            ValueError: H and W are not those of `img_size`, which the Global Perceptrons are made for.
-        """
+    def _check_size(self, x: Tensor) -> None:
         if x.shape[-2:] != self.img_size:
             (height, width), (h, w) = x.shape[-2:], self.img_size
             raise ValueError(
                 f"an input of {height}x{width} does not fit a network whose Global Perceptrons are made for {h}x{w}: "
                 f"give it {h}x{w}, or build it with img_size=({height}, {width})"
             )
-        x = self.stage0(x)
-        for stage in self.stages():
-            for block in stage:
-                x = checkpointed(block, x) if self.grad_checkpointing and self.training else block(x)
-        return x
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (N, C, h, w) -> logits (N, num_classes), or pooled features (N, C) before the head."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.linear(x)
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        """Applies one stage, c2 first and with the stem before it, to what the stage before gave, or to the image."""
+        return self._run(self.get_submodule(f"stage{stage + 1}").children(), x if stage else self.stage0(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (N, in_chans, H, W) -> logits (N, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def _keep(self, stages: int) -> None:
+        for stage in range(stages, len(self.feature_info)):
+            delattr(self, f"stage{stage + 1}")

@@ -5,29 +5,18 @@ State-dict names and shapes are those of the published code, so that its checkpo
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
-from .reparam import (
-    Reparameterizable,
-    ReparameterizableNetwork,
-    conv_to_fc,
-    fold_batch_norm,
-    inject_,
-    merge_kernels,
-)
+from .layers import ConvNorm, PartitionBlock, PointwiseConv, ShareSetConv, ShareSetFC
+from .stages import StagedNetwork
 
 
 @dataclass(frozen=True)
@@ -85,204 +74,6 @@ class GlobalPerceptron(nn.Module):
         return self.fc2(self.fc1(x).relu()).sigmoid()
 
 
-class _BatchedLinear(torch.autograd.Function):
-    """rows (S, M, I) times kernel (S, O, I) transposed, with a kernel gradient that is laid out as the kernel is.
-
-    Derived from `torch.bmm` alone it would come transposed, and be copied, and under autocast converted, with strides
-    that defeat the cache: for the kernel of a first stage that takes longer than the product.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, kernel: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, kernel)
-        return torch.bmm(rows, kernel.transpose(1, 2))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        rows, kernel = ctx.saved_tensors
-        return torch.bmm(grads[0], kernel), torch.bmm(grads[0].transpose(1, 2), rows)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype in which a matrix product with `x` is to be computed."""
-    device = x.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if enabled and x.dtype != torch.float64:  # which autocast leaves alone
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-class GroupedFC(nn.Conv2d):
-    """A fully-connected layer over the values of maps of one size, with a kernel for each group of C / groups channels.
-
-    Its parameters are those of the published grouped 1x1 convolution over C * h * w channels; the product is one matrix
-    multiplication for each group on a strided view of the input, which is many times faster.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, h: int, w: int, groups: int, bias: bool) -> None:
-        super().__init__(in_channels * h * w, out_channels * h * w, 1, groups=groups, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(M, C, h, w) -> (M, O, h, w), the result strided as (groups, M, O / groups * h * w)."""
-        m, _, h, w = x.shape
-        groups, values, dtype = self.groups, self.in_channels // self.groups, autocast_dtype(x)
-        rows = x.reshape(m, groups, values).transpose(0, 1).to(dtype)
-        kernel = self.weight.reshape(groups, -1, values).to(dtype)
-        if self.bias is None:
-            out = _BatchedLinear.apply(rows, kernel)
-        else:
-            out = torch.baddbmm(self.bias.reshape(groups, 1, -1).to(dtype), rows, kernel.transpose(1, 2))
-        return out.transpose(0, 1).reshape(m, self.out_channels // (h * w), h, w)
-
-
-class ShareSetFC(GroupedFC):
-    """A fully-connected layer over the h * w positions of a map, one kernel for each of S share-sets."""
-
-    def __init__(self, share_sets: int, h: int, w: int, bias: bool) -> None:
-        super().__init__(share_sets, share_sets, h, w, share_sets, bias)
-
-
-class ShareSetConv(nn.Conv2d):
-    """A depth-wise convolution in which channel c of C uses kernel c mod S."""
-
-    def __init__(self, share_sets: int, kernel_size: int) -> None:
-        super().__init__(share_sets, share_sets, kernel_size, padding=kernel_size // 2, groups=share_sets, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, h, w) -> (N * C / S, S, h, w)."""
-        c, h, w = x.shape[1:]
-        s = self.groups
-        if self.kernel_size == (1, 1):
-            return x.reshape(-1, s, h, w) * self.weight.reshape(s, 1, 1)
-        # One kernel for each channel: many times faster than S groups over N * C / S maps.
-        return F.conv2d(x, self.weight.repeat(c // s, 1, 1, 1), padding=self.padding, groups=c).reshape(-1, s, h, w)
-
-
-class ConvNorm(nn.Sequential):
-    """A convolution and its BatchNorm, under the names that the published checkpoints give them."""
-
-    def __init__(self, conv: nn.Conv2d, act: nn.Module | None = None) -> None:
-        super().__init__()
-        self.conv = conv
-        self.bn = nn.BatchNorm2d(conv.out_channels)
-        if act is not None:
-            self.act = act
-
-
-def check_kernel_sizes(branches: Sequence[int]) -> None:
-    """Raises ValueError where parallel local convolutions of these sizes could not be merged, or even told apart."""
-    if any(k % 2 == 0 or k < 1 for k in branches) or len(set(branches)) < len(branches):
-        raise ValueError(f"local convolutions need different, odd kernel sizes, not {tuple(branches)}")
-
-
-def fold_branches(branches: Sequence[ConvNorm]) -> tuple[Tensor, Tensor]:
-    """Returns, in float64, the one convolution that equals parallel ones with their BatchNorms.
-
-    Args:
-        branches: at least one; convolutions of the same channels with odd kernels.
-
-    Returns:
-        The kernel (O, I, kh, kw), of the largest height and width, and the bias (O,).
-    """
-    folded = [fold_batch_norm(branch.conv.weight.double(), None, branch.bn) for branch in branches]
-    kernels, biases = zip(*folded, strict=True)
-    return merge_kernels(kernels), torch.stack(biases).sum(0)
-
-
-class PartitionBlock(Reparameterizable):
-    """What the RepMLP blocks of both papers share: an FC over partitions, `fc3`, and the convolutions that go into it.
-
-    A subclass sets `fc3`, with `fc3_bn` behind it, and gives `add_branches` the convolutions.
-
-    Args:
-        h: height of a partition.
-        w: width of a partition.
-        branches: kernel sizes of the Local Perceptron's convolutions; may be empty.
-        deploy: build the structure that `local_inject` leaves.
-
-    Raises:
-        ValueError: kernel sizes that are even, or the same twice.
-    """
-
-    fc3: GroupedFC
-    fc3_bn: nn.Module
-
-    def __init__(self, h: int, w: int, branches: Sequence[int], deploy: bool) -> None:
-        super().__init__()
-        check_kernel_sizes(branches)
-        self.h, self.w, self.deploy = h, w, deploy
-        self.branches = () if deploy else tuple(branches)
-
-    def add_branches(self, conv: Callable[[int], nn.Conv2d]) -> None:
-        """Adds a convolution without bias, `conv(kernel_size)`, and its BatchNorm for every branch."""
-        for k in self.branches:
-            self.add_module(f"repconv{k}", ConvNorm(conv(k)))
-
-    def _local_branches(self) -> list[ConvNorm]:
-        return [cast(ConvNorm, self.get_submodule(f"repconv{k}")) for k in self.branches]
-
-    def _partition(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N * H/h * W/w, C, h, w)."""
-        n, c, height, width = x.shape
-        if (height, width) == (self.h, self.w):
-            return x
-        if height % self.h or width % self.w:
-            raise ValueError(f"a {height}x{width} map can't be divided into {self.h}x{self.w} partitions")
-        x = x.reshape(n, c, height // self.h, self.h, width // self.w, self.w)
-        return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, c, self.h, self.w)
-
-    def _restore(self, partitions: Tensor, shape: torch.Size) -> Tensor:
-        """Undoes `_partition`, towards a given shape (N, C, H, W)."""
-        n, c, height, width = shape
-        if (height, width) == (self.h, self.w):
-            return partitions
-        x = partitions.reshape(n, height // self.h, width // self.w, c, self.h, self.w)
-        return x.permute(0, 3, 1, 4, 2, 5).reshape(shape)
-
-    def _terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns, in float64, what makes the equal FC: a factor (O*h*w, 1) for FC3, a bias (O*h*w,), a convolution."""
-        assert isinstance(self.fc3_bn, _BatchNorm)
-        ones = torch.ones(self.fc3.out_channels, 1, dtype=torch.float64, device=self.fc3.weight.device)
-        factor, bias = fold_batch_norm(ones, None, self.fc3_bn)
-        if not self.branches:
-            return factor, bias, None
-        kernel, shift = fold_branches(self._local_branches())
-        return factor, bias + shift.repeat_interleave(self.h * self.w), kernel
-
-    def get_equivalent_fc3(self) -> tuple[Tensor, Tensor]:
-        """Returns the FC that equals FC3, its BatchNorm and all branches: kernel and bias in the shapes of `fc3`'s.
-
-        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantisation-aware training.
-        """
-        if self.deploy:
-            assert self.fc3.bias is not None
-            return self.fc3.weight, self.fc3.bias
-        factor, bias, kernel = self._terms()
-        weight = self.fc3.weight.flatten(1).double() * factor
-        if kernel is not None:
-            weight = weight + conv_to_fc(kernel, (self.h, self.w))
-        dtype = self.fc3.weight.dtype
-        return weight.to(dtype).view_as(self.fc3.weight), bias.to(dtype)
-
-    @torch.no_grad()
-    def local_inject(self) -> None:
-        """Locality Injection, in place; does nothing where it is already done.
-
-        Computes what `get_equivalent_fc3` does, but leaves it where the weight is, so that it takes next to no memory.
-        A state dict taken before shares the weight: copy it first where it is still wanted.
-        """
-        if self.deploy:
-            return
-        factor, bias, kernel = self._terms()
-        self.fc3.weight.data = self.fc3.weight.contiguous()
-        inject_(self.fc3.weight.flatten(1), factor, kernel, (self.h, self.w))
-        self.fc3.bias = nn.Parameter(bias.to(self.fc3.weight.dtype), self.fc3.weight.requires_grad)
-        self.fc3_bn = nn.Identity().train(self.training)
-        for k in self.branches:
-            delattr(self, f"repconv{k}")
-        self.branches, self.deploy = (), True
-
-
 class RepMLPBlock(PartitionBlock):
     """Channel, Local and Global Perceptron: an FC with local prior over the positions of every partition.
 
@@ -325,17 +116,6 @@ class RepMLPBlock(PartitionBlock):
         return out if self.gp is None else out * self.gp(x)
 
 
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution of one image (1, C, H, W) as a matrix product, which is faster than a convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(1, C, H, W) -> (1, O, H, W)."""
-        return torch.mm(self.weight.flatten(1), x.reshape(x.shape[1], -1)).view(1, -1, *x.shape[2:])
-
-
 class FFNBlock(nn.Module):
     """The usual two-layer perceptron over channels, as 1x1 convolutions with BatchNorm.
 
@@ -372,7 +152,7 @@ class RepMLPNetUnit(nn.Module):
         return x + self.drop_path(self.ffn_block(self.prebn2(x)))
 
 
-class RepMLPNet(ReparameterizableNetwork):
+class RepMLPNet(StagedNetwork):
     """The hierarchical network: patch embedding, stages of units with 2x2 embeddings between, linear head.
 
     Args:
@@ -383,11 +163,11 @@ class RepMLPNet(ReparameterizableNetwork):
         drop_path_rate: of the last unit; grows linearly from 0 with the depth.
         deploy: build the structure that `locality_injection` leaves.
 
-    `feature_info` says of each stage what timm wants to know: channels, stride, and the module whose output it is.
-
     Raises:
         ValueError: `img_size` is no multiple of the network's total stride.
     """
+
+    head_norm: nn.BatchNorm2d
 
     def __init__(
         self,
@@ -403,7 +183,6 @@ class RepMLPNet(ReparameterizableNetwork):
         self.img_size = height, width = to_2tuple(spec.image_size if img_size is None else img_size)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = spec.channels[-1]
-        self.grad_checkpointing = False
         strides = [spec.patch_size * 2**i for i in range(len(spec.blocks))]
         if height % strides[-1] or width % strides[-1] or min(height, width) <= 0:
             raise ValueError(f"img_size {height}x{width} must be a positive multiple of the total stride {strides[-1]}")
@@ -449,10 +228,6 @@ class RepMLPNet(ReparameterizableNetwork):
         names = "conv_embedding.conv.weight", "stages.0.0.repmlp_block.fc3.weight"
         return input_of(weights, *names, spec.patch_size, img_size)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes every unit in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
     def get_classifier(self) -> nn.Module:
         """Returns the head."""
         return self.head
@@ -464,94 +239,26 @@ class RepMLPNet(ReparameterizableNetwork):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head.to(device=reference.device, dtype=reference.dtype)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Image (N, in_chans, H, W) -> normalised features (N, C, H / stride, W / stride).
-
-        Raises:
-            ValueError: H or W is no multiple of `img_size`, so that the partitions do not divide the maps.
-        """
+    def _check_size(self, x: Tensor) -> None:
         check_input_size(x, self.img_size)
-        for stage in range(len(self.stages)):
-            x = self._stage(stage, x)
-        return self.head_norm(x)
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Applies one stage, with the embedding before it, to what the stage before gave, or to the image."""
         x = self.embeds[stage - 1](x) if stage else self.conv_embedding(x)
-        for unit in self.stages[stage].children():
-            x = checkpointed(unit, x) if self.grad_checkpointing and self.training else unit(x)
-        return x
+        return self._run(self.stages[stage].children(), x)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Returns what the stages give, under the names and with the meaning that timm's networks have for it.
+    def _keep(self, stages: int) -> None:
+        self.stages, self.embeds = self.stages[:stages], self.embeds[: stages - 1]
 
-        Args:
-            x: image (N, in_chans, H, W).
-            indices: which stages, negative ones counted from the end; a number n stands for the last n, None for all.
-            norm: put the last stage's map through the final BatchNorm, which fits no other.
-            stop_early: leave out the stages behind the last one that is asked for.
-            output_fmt: NCHW, the only layout there is.
-            intermediates_only: return the maps alone.
 
-        Returns:
-            The maps (N, C_i, H / stride_i, W / stride_i) in the order of the stages; unless `intermediates_only`, after
-            the map that the network ends with: `forward_features(x)`, or with `stop_early` the last one computed.
-
-        Raises:
-            ValueError: another layout, or as `forward_features`.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"the maps of a {type(self).__name__} are NCHW, not {output_fmt}")
-        check_input_size(x, self.img_size)
-        taken, last_taken = feature_take_indices(len(self.stages), indices)
-        features, final = [], x
-        for stage in range(last_taken + 1 if stop_early else len(self.stages)):
-            x = self._stage(stage, x)
-            ends = stage + 1 == len(self.stages)
-            final = self.head_norm(x) if ends and (norm or not intermediates_only) else x
-            if stage in taken:
-                features.append(final if norm else x)
-        return features if intermediates_only else (final, features)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes, in place, what `forward_intermediates` does not need for some of the stages, as timm's networks do.
-
-        Args:
-            indices: as there.
-            prune_norm: remove the final BatchNorm even where the last stage stays.
-            prune_head: remove the head even where the last stage stays.
-
-        Returns:
-            The stages that `indices` stand for, none of them negative.
-        """
-        taken, last = feature_take_indices(len(self.stages), indices)
-        cut = last + 1 < len(self.stages)
-        self.stages, self.embeds = self.stages[: last + 1], self.embeds[:last]
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_norm or cut:
-            self.head_norm = nn.Identity()  # type: ignore[assignment]
-        if prune_head or cut:
-            self.reset_classifier(0)
-        return taken
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (N, C, h, w) -> logits (N, num_classes), or pooled features (N, C) before the head."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (N, in_chans, H, W) -> logits (N, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
+    """Raises ValueError where partitions made for images of `img_size` do not divide an input (..., H, W)."""
+    (height, width), (h, w) = x.shape[-2:], img_size
+    if height % h or width % w:
+        raise ValueError(
+            f"an input of {height}x{width} does not fit a network whose partitions are made for {h}x{w}: give it "
+            f"{h}x{w} or a multiple of that, or build it with img_size=({height}, {width})"
+        )
 
 
 def input_of(
@@ -571,42 +278,3 @@ def input_of(
     if positions is not None and positions != img_size[0] * img_size[1] // patch_size**2:
         img_size = to_2tuple(math.isqrt(positions) * patch_size)
     return {"in_chans": in_chans, "img_size": img_size}
-
-
-def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
-    """Raises ValueError where partitions made for images of `img_size` do not divide an input (..., H, W)."""
-    (height, width), (h, w) = x.shape[-2:], img_size
-    if height % h or width % w:
-        raise ValueError(
-            f"an input of {height}x{width} does not fit a network whose partitions are made for {h}x{w}: give it "
-            f"{h}x{w} or a multiple of that, or build it with img_size=({height}, {width})"
-        )
-
-
-@contextmanager
-def untracked_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, the BatchNorms of a module normalise as ever, but keep their running statistics in copies to throw away.
-
-    They are not told to stop tracking, since checkpointing wants the same tensors saved in both passes.
-    """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
-    for norm, name, buffer in buffers:
-        setattr(norm, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for norm, name, buffer in buffers:
-            setattr(norm, name, buffer)
-
-
-def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """Applies a module, keeping only its input for the backward pass, where it is computed once more.
-
-    Running statistics take in a batch once, not twice, so that training is the same with and without.
-    """
-
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), untracked_statistics(module)
-
-    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)

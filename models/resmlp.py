@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .locality import add_local_branches
 from .reparam import ReparameterizableNetwork
-from .repmlpnet import checkpointed, input_of
+from .repmlpnet import input_of
+from .stages import checkpointed
 
 
 @dataclass(frozen=True)

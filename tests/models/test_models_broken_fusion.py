@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import convert
+import models.layers
 import models.reparam
-import models.repmlpnet
 from models import RepMLPNet
 from models.reparam import fold_batch_norm, injection_error, merge_kernels, tap_diagonals, to_deploy
 
@@ -164,7 +164,7 @@ def breaking(function: str, replacement: Callable) -> Iterator[None]:
     """Replaces a function wherever the injection looks it up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models.reparam, function, replacement)
-        patch.setattr(models.repmlpnet, function, replacement, raising=False)
+        patch.setattr(models.layers, function, replacement, raising=False)
         yield
 
 

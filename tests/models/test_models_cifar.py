@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
-from models.repmlpnet import ShareSetConv
+from models.layers import ShareSetConv
 
 
 class Published(NamedTuple):

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from models import RepMLPNet, RepMLPNetSpec, create_model, dense_backbone
 from models.dense import DOWNSAMPLINGS, Downsampling
+from models.layers import ConvNorm
 from models.reparam import to_deploy
-from models.repmlpnet import SPECS, ConvNorm
+from models.repmlp_resnet import RepMLPResNet, RepMLPResNetSpec
+from models.repmlpnet import SPECS
 
 # Four stages of 8x8, 4x4, 2x2 and 1x1 maps.
 FOUR = RepMLPNetSpec((4, 8, 8, 16), (1, 2, 1, 1), (1, 2, 4, 8), 16, patch_size=2, gp_reduction=2)
@@ -48,6 +50,26 @@ def test_forward_intermediates_gives_the_stages_that_are_asked_for(
     assert all(torch.equal(found, by_hand[i]) for found, i in zip(maps, expected, strict=True))
     alone = model.forward_intermediates(x, indices, intermediates_only=True)
     assert all(torch.equal(one, other) for one, other in zip(alone, maps, strict=True))
+
+
+@pytest.mark.parametrize("style", ["light", "bottleneck"])
+def test_repmlp_resnet_gives_its_stages(style: str) -> None:
+    spec = RepMLPResNetSpec(style, (0, 2, 4, 0), 2, 2, (64, 96), (8, 16, 32, 64), (1, 2, 2, 1))
+    model = randomised(RepMLPResNet(spec, num_classes=5)).eval()
+    x = random_tensor(2, 3, 64, 96)
+    by_hand, y = [], model.stage0(x)
+    for stage in (model.stage1, model.stage2, model.stage3, model.stage4):
+        y = stage(y)
+        by_hand.append(y)
+    final, maps = model.forward_intermediates(x)
+    assert torch.equal(final, y)
+    assert all(torch.equal(found, expected) for found, expected in zip(maps, by_hand, strict=True))
+    backbone = dense_backbone(model, out_indices=(1, 2))
+    assert (backbone.feature_info.channels(), backbone.feature_info.reduction()) == ([16, 32], [8, 16])
+    assert [name for name, _ in backbone.model.named_children() if name.startswith("stage")] == [
+        f"stage{i}" for i in range(4)
+    ]
+    assert all(torch.equal(found, by_hand[i]) for found, i in zip(backbone(x), (1, 2), strict=True))
 
 
 def test_norm_is_for_the_last_stage_alone() -> None:

@@ -9,6 +9,7 @@ from model_helpers import TINY, largest_difference, random_tensor, randomised
 from torch import Tensor, nn
 
 import models.reparam
+from models.layers import ShareSetConv, ShareSetFC
 from models.reparam import (
     conv_to_fc,
     fold_batch_norm,
@@ -21,7 +22,7 @@ from models.reparam import (
     tap_diagonals,
     to_deploy,
 )
-from models.repmlpnet import RepMLPNet, ShareSetConv, ShareSetFC
+from models.repmlpnet import RepMLPNet
 
 EXACT = 1e-12
 examples = settings(deadline=None, derandomize=True, max_examples=200)

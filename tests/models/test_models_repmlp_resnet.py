@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import RepMLP, RepMLPResNet, RepMLPResNetSpec, create_model
 from models.checkpoints import build_from, describe, read_checkpoint, write_checkpoint
+from models.layers import GroupedFC
 from models.reparam import absorb_batch_norm, is_reparameterizable, to_deploy
 from models.repmlp_resnet import SPECS, FoldableConvNorm
-from models.repmlpnet import GroupedFC
 
 EXACT = 1e-12
 examples = settings(deadline=None, derandomize=True, max_examples=40)
@@ -274,7 +274,9 @@ def test_checkpointing_changes_memory_alone(style: str) -> None:
 
 def test_drop_path_grows_with_the_depth() -> None:
     model = RepMLPResNet(TINY["light"], drop_path_rate=0.6)
-    rates = [getattr(block.drop_path, "drop_prob", 0) for stage in model.stages() for block in stage]
+    rates = [
+        getattr(block.drop_path, "drop_prob", 0) for i in range(1, 5) for block in model.get_submodule(f"stage{i}")
+    ]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 
 

@@ -128,3 +128,18 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
     with pytest.raises(ValueError, match="the extra `seg`: pip install segmentation-models-pytorch"):
         SegmentationNetwork(**SMALL)
+
+
+@pytest.mark.parametrize("decoder", ["upernet", "pspnet"])
+@pytest.mark.parametrize("arch", ["RepMLP-Res50-light-224", "RepMLP-Res50-bottleneck-224"])
+def test_repmlp_resnet_as_the_backbone(arch: str, decoder: str) -> None:
+    structure = {"channels": [8, 16, 32, 64], "blocks": [1, 2, 2, 1], "reductions": [0, 1, 2, 0], "groups": 2}
+    options = {"width": 8, "img_size": (64, 96), "partition": 2, **structure}
+    model = randomised(SegmentationNetwork(arch, 5, decoder, **options)).eval()
+    deploy = to_deploy(model)
+    assert not is_reparameterizable(deploy)
+    for size in ((64, 96), (50, 91)):  # its Global Perceptrons are made for one size, smaller ones are padded
+        x = random_tensor(1, 3, *size)
+        logits = model(x)
+        assert logits.shape == (1, 5, *size)
+        assert largest_difference(logits, deploy(x)) < 1e-12
