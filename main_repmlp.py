@@ -43,8 +43,8 @@ from utils.signals import Stopped, StopRequest
 FLAGS: dict[str, tuple[str, dict]] = {
     "--arch": ("MODEL.ARCH", {"metavar": "NAME", "help": "RepMLPNet-T224 ..., or any architecture of timm"}),
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "metavar": "N", "help": "images per process and step"}),
-    "--data-path": ("DATA.DATA_PATH", {"metavar": "DIR", "help": "folder with train/ and val/, or the word digits"}),
-    "--dataset": ("DATA.DATASET", {"metavar": "NAME", "help": "imagenet (any image folder), cf100 or digits"}),
+    "--data-path": ("DATA.DATA_PATH", {"metavar": "DIR", "help": "folder with train/ and val/, or digits, or shapes"}),
+    "--dataset": ("DATA.DATASET", {"metavar": "NAME", "help": "imagenet (any image folder), cf100, digits or shapes"}),
     "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read train.zip and val.zip instead of folders"}),
     "--cache-mode": (
         "DATA.CACHE_MODE",

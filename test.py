@@ -31,14 +31,14 @@ REMEDY = {
 def parser() -> cli.Parser:
     """Describes the command line."""
     result = cli.Parser(description=__doc__, argument_default=None)
-    result.add_argument("data", metavar="DATA", help="folder with val/<class>/*, or the word digits")
+    result.add_argument("data", metavar="DATA", help="folder with val/<class>/*, or digits, or shapes")
     result.add_argument("mode", metavar="MODE", choices=["train", "deploy", "check"], help="train, deploy or check")
     result.add_argument("weights", metavar="WEIGHTS", help="checkpoint")
     result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
     result.add_argument("-b", "--batch-size", type=int, default=100, metavar="N", help="images per batch")
     result.add_argument("-r", "--resolution", type=int, metavar="R", help="test size; the architecture's own if absent")
     result.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="data loading processes")
-    result.add_argument("--dataset", default="imagenet", help="imagenet (any image folder), cf100 or digits")
+    result.add_argument("--dataset", default="imagenet", help="imagenet (any image folder), cf100, digits, shapes")
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
     result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
     result.add_argument("--ema", action="store_true", default=False, help="use the averaged weights")

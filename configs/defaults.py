@@ -19,9 +19,9 @@ _C.BASE = [""]
 _C.DATA = CfgNode()
 # Training images per process and step; at least 1. The global batch is this x processes x ACCUMULATION_STEPS.
 _C.DATA.BATCH_SIZE = 128
-# Folder of the data set; the word `digits` stands for the data set that comes with the project.
+# Folder of the data set; the words `digits` and `shapes` stand for data sets that come with the project.
 _C.DATA.DATA_PATH = "/path/to/imgnet/"
-# What lies there: imagenet (train/<class>/*, val/<class>/*) | cf100 (CIFAR-100) | digits
+# What lies there: imagenet (train/<class>/*, val/<class>/*) | cf100 (CIFAR-100) | digits | shapes
 _C.DATA.DATASET = "imagenet"
 # Side of a training image in pixels, or [height, width]; null: the architecture's own.
 _C.DATA.IMG_SIZE = None

@@ -52,7 +52,7 @@ POLICIES = ("rand", "augmix", "original", "v0", "3a")
 RULES: dict[str, Rule] = {
     "DATA.BATCH_SIZE": at_least(1),
     "DATA.DATA_PATH": NOT_EMPTY,
-    "DATA.DATASET": one_of("imagenet", "cf100", "digits"),
+    "DATA.DATASET": one_of("imagenet", "cf100", "digits", "shapes"),
     "DATA.IMG_SIZE": PIXELS,
     "DATA.TEST_SIZE": PIXELS,
     "DATA.TEST_BATCH_SIZE": at_least(1),

@@ -11,7 +11,8 @@ from .loaders import Batch, Sample, TransformedDataset, build_eval_loader, build
 from .mixing import Mixing, build_mixing
 from .pairs import Pairs, draw_pairs, read_pairs
 from .samplers import Draw, EvalSampler, TrainSampler
-from .sources import DIGITS, CifarSource, DigitsSource, FolderSource, ImageSource
+from .shapes import ShapesSource
+from .sources import DIGITS, SHAPES, CifarSource, DigitsSource, FolderSource, ImageSource
 from .transforms import PRESETS, Normalize, eval_transform, train_transform
 from .zipped import ZipSource
 
@@ -19,6 +20,7 @@ __all__ = [
     "DATASETS",
     "DIGITS",
     "PRESETS",
+    "SHAPES",
     "Batch",
     "CifarSource",
     "DatasetSpec",
@@ -31,6 +33,7 @@ __all__ = [
     "Normalize",
     "Pairs",
     "Sample",
+    "ShapesSource",
     "TrainSampler",
     "TransformedDataset",
     "ZipSource",

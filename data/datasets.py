@@ -12,7 +12,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from utils.cli import did_you_mean
 
-from .sources import DIGITS, SPLITS, CifarSource, DigitsSource, FolderSource, ImageSource
+from .shapes import ShapesSource
+from .sources import DIGITS, SHAPES, SPLITS, CifarSource, DigitsSource, FolderSource, ImageSource
 from .zipped import ZipSource
 
 Channels = tuple[float, float, float]  # red, green, blue
@@ -48,6 +49,10 @@ def _open_digits(_root: str | Path, split: str, **_: Any) -> ImageSource:
     return DigitsSource(split)
 
 
+def _open_shapes(_root: str | Path, split: str, **_: Any) -> ImageSource:
+    return ShapesSource(split)
+
+
 DATASETS: dict[str, DatasetSpec] = {
     "imagenet": DatasetSpec(_open_imagenet, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
     "cf100": DatasetSpec(
@@ -57,16 +62,20 @@ DATASETS: dict[str, DatasetSpec] = {
         image_size=32,
     ),
     DIGITS: DatasetSpec(_open_digits, mean=(0.305855,) * 3, std=(0.376279,) * 3, image_size=8),
+    SHAPES: DatasetSpec(
+        _open_shapes, mean=(0.500748, 0.501421, 0.502679), std=(0.290556, 0.293015, 0.292761), image_size=32
+    ),
 }
+WITHOUT_PATH = (DIGITS, SHAPES)
 
 
 def resolve_name(dataset: str, data_path: str | Path) -> str:
-    """Returns the key in `DATASETS`: `dataset`, unless the data path is the word `digits`, which always wins.
+    """Returns the key in `DATASETS`: `dataset`, unless the data path is a word that names one, which always wins.
 
     Raises ValueError for an unknown data set.
     """
-    if str(data_path) == DIGITS:
-        return DIGITS
+    if str(data_path) in WITHOUT_PATH:
+        return str(data_path)
     if dataset not in DATASETS:
         raise ValueError(
             f"unknown data set {dataset!r} in DATA.DATASET{did_you_mean(dataset, DATASETS)} "
@@ -93,9 +102,9 @@ def open_source(
     """
     assert split in SPLITS
     name = resolve_name(dataset, data_path)
-    if name != DIGITS and not str(data_path):
+    if name not in WITHOUT_PATH and not str(data_path):
         raise ValueError(
-            f"no data path for {name}: give --data-path PATH, or --data-path {DIGITS} for the embedded data set"
+            f"no data path for {name}: give --data-path PATH, or one of {', '.join(WITHOUT_PATH)}, which need none"
         )
     return DATASETS[name].open(
         data_path,

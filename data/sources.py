@@ -13,7 +13,8 @@ from torchvision.datasets import CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 SPLITS = ("train", "val")
-DIGITS = "digits"  # the word that stands for the embedded data set wherever a data path is taken
+# The words that stand for a data set without files of the user, wherever a data path is taken.
+DIGITS, SHAPES = "digits", "shapes"
 
 # What decoders raise for bytes that are no image, besides OSError and ValueError.
 _DECODING_ERRORS = (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -86,7 +87,7 @@ class FolderSource(ImageSource):
         if not self.classes:
             raise ValueError(
                 f"no class folders at {self.folder}: a data path holds train/<class>/* and val/<class>/*; "
-                f"the word `{DIGITS}` as data path stands for the embedded data set"
+                f"the words `{DIGITS}` and `{SHAPES}` as data path need no folder"
             )
         if same_classes:
             _check_same_classes(self.folder, self.folder.with_name("val" if split == "train" else "train"))

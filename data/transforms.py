@@ -67,7 +67,7 @@ def none(size: Size, interpolation: str) -> Transform:
 
 
 def flip(size: Size, interpolation: str) -> Transform:
-    """Flips horizontally half of the time, and no more: for aligned images, such as faces."""
+    """Flips horizontally half of the time and does nothing else."""
     return Compose([eval_transform(size, interpolation=interpolation), RandomHorizontalFlip()])
 
 

@@ -56,6 +56,8 @@ SPECS: dict[str, RepMLPNetSpec] = {
     "RepMLPNet-C100": RepMLPNetSpec((128, 256), (6, 6), (8, 32), 32, patch_size=2),
     # Small enough to train on the embedded digits in a minute on a CPU: 8x8 and 4x4.
     "RepMLPNet-Digits": RepMLPNetSpec((32, 64), (2, 2), (4, 16), 16, patch_size=2),
+    # For ablations on the rendered shapes, minutes on a CPU: 16x16 and 8x8.
+    "RepMLPNet-Shapes": RepMLPNetSpec((48, 96), (2, 2), (4, 16), 32, patch_size=2),
 }
 # fmt: on
 

@@ -8,7 +8,7 @@ from configs.schema import DEFAULTS, KINDS
 from configs.values import BOOLEAN
 
 CHOICES = {
-    "DATA.DATASET": "imagenet cf100 digits",
+    "DATA.DATASET": "imagenet cf100 digits shapes",
     "DATA.INTERPOLATION": "random bilinear bicubic",
     "DATA.CACHE_MODE": "no part full",
     "TRAIN.LR_SCHEDULER.NAME": "cosine linear step",

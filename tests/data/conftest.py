@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
+from data.datasets import WITHOUT_PATH
 from utils.seed import seed_everything
 
 CLASSES = ("ant", "bee", "cat")
@@ -84,7 +85,7 @@ def data_path(request: pytest.FixtureRequest) -> Callable[[str], str]:
     fixtures = {"imagenet": "image_folder", "cf100": "cifar_folder"}
 
     def find(name: str) -> str:
-        if name == "digits":
+        if name in WITHOUT_PATH:
             return name
         if name not in fixtures:
             pytest.fail(f"write a fixture with some images of {name}, and list it here: {__file__}")

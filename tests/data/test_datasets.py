@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from data import DATASETS, build_eval_loader, build_train_loader, eval_transform, open_source, resolve_name
+from data.shapes import SHAPES, ShapesSource, coverage, render
 from data.sources import DigitsSource, FolderSource
 from data.zipped import ZipSource
 
@@ -57,15 +58,17 @@ def test_names_resolve():
     assert resolve_name("imagenet", "/some/path") == "imagenet"
     assert resolve_name("cf100", "digits") == "digits"
     assert resolve_name("no such set", "digits") == "digits"
+    assert resolve_name("imagenet", "shapes") == "shapes"
     assert resolve_name("imagenet", "./digits") == "imagenet"
     with pytest.raises(ValueError, match=r"'imgenet' in DATA.DATASET; did you mean imagenet\?"):
         resolve_name("imgenet", "/some/path")
 
 
-def test_a_data_path_is_required_except_for_digits():
-    with pytest.raises(ValueError, match="--data-path"):
+def test_a_data_path_is_required_except_where_no_files_are():
+    with pytest.raises(ValueError, match="--data-path PATH, or one of digits, shapes"):
         open_source("imagenet", "", "train")
     assert len(open_source("digits", "", "val")) == 359
+    assert len(open_source("shapes", "", "val")) == 2000
 
 
 class TestDigits:
@@ -99,6 +102,46 @@ class TestDigits:
         pixels = np.stack([np.asarray(source.load(index)[0]) for index in range(len(source))]) / 255
         np.testing.assert_allclose(pixels.mean((0, 1, 2)), DATASETS["digits"].mean, atol=1e-5)
         np.testing.assert_allclose(pixels.std((0, 1, 2)), DATASETS["digits"].std, atol=1e-5)
+
+
+class TestShapes:
+    def test_splits_are_balanced_and_share_no_image(self):
+        train, val = ShapesSource("train"), ShapesSource("val")
+        assert np.bincount(train.labels).tolist() == [400] * 10
+        assert np.bincount(val.labels).tolist() == [200] * 10
+        images = [source.load(i)[0].tobytes() for source in (train, val) for i in range(len(source))]
+        assert len(set(images)) == 6000
+        assert val.locate(7) == "shapes val image 7"
+
+    def test_an_image_depends_on_split_and_number_alone(self):
+        source = ShapesSource("val")
+        for index in (1999, 3):
+            expected = render(list(SHAPES.values())[index % 10], np.random.default_rng((1, index)))
+            assert (np.asarray(source.load(index)[0]) == expected).all()
+
+    def test_statistics(self):
+        source = ShapesSource("train")
+        pixels = np.stack([np.asarray(source.load(index)[0]) for index in range(len(source))]) / 255
+        np.testing.assert_allclose(pixels.mean((0, 1, 2)), DATASETS["shapes"].mean, atol=1e-4)
+        np.testing.assert_allclose(pixels.std((0, 1, 2)), DATASETS["shapes"].std, atol=1e-4)
+
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_a_shape_covers_the_area_that_geometry_gives_it(self, name):
+        shape, centre, radius = SHAPES[name], np.array([17.0, 15.0]), 12.0
+        waist = shape.waist or np.cos(np.pi / shape.corners)  # the middle of a straight side is that far out
+        area = shape.corners * np.sin(np.pi / shape.corners) * waist * radius**2 * (1 - shape.hole**2)
+        for angle in (0.0, 0.3):
+            covered = coverage(shape, centre, radius, angle)
+            assert covered.sum() == pytest.approx(area, rel=0.06)
+            assert covered[15, 17] == (shape.hole == 0)
+
+    def test_shapes_are_turned_moved_and_scaled(self):
+        centre, triangle = np.array([16.0, 16.0]), SHAPES["triangle"]
+        first = coverage(triangle, centre, 8.0, 0.0)
+        assert np.allclose(coverage(triangle, centre, 8.0, 2 * np.pi / 3), first, atol=0.3)
+        assert abs(coverage(triangle, centre, 8.0, np.pi) - first).max() == 1
+        assert (coverage(triangle, centre + [3, 5], 8.0, 0.0)[5:, 3:] == first[:-5, :-3]).all()
+        assert coverage(triangle, centre, 4.0, 0.0).sum() == pytest.approx(first.sum() / 4, rel=0.1)
 
 
 class TestFolder:

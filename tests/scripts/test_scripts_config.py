@@ -221,7 +221,7 @@ def test_an_old_flag_is_announced():
 def test_a_recipe_parses_and_its_network_fits(recipe):
     cfg = main_repmlp.parse(["--cfg", str(recipe)]).config
     size = to_2tuple(cfg.DATA.IMG_SIZE or models.default_image_size(cfg.MODEL.ARCH))
-    classes = cfg.MODEL.NUM_CLASSES or {"imagenet": 1000, "cf100": 100, "digits": 10}[cfg.DATA.DATASET]
+    classes = cfg.MODEL.NUM_CLASSES or {"imagenet": 1000, "cf100": 100, "digits": 10, "shapes": 10}[cfg.DATA.DATASET]
     with torch.device("meta"):
         model = models.create_model(cfg.MODEL.ARCH, classes, img_size=size).eval()
         assert model(torch.empty(2, 3, *size)).shape == (2, classes)

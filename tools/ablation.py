@@ -1,0 +1,244 @@
+"""Trains variants of small networks on the rendered shapes, each with several seeds, and prints what each part brings.
+
+Trainings are processes of their own, some at a time; what has ended is not trained again, what was stopped goes on.
+Every figure is the top-1 of the last epoch on the 2,000 test images, never that of the best one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from yacs.config import CfgNode
+
+from benchmarks.harness import chosen
+from configs import load_config
+from main_repmlp import parse, run_folder
+from utils import cli
+
+RECIPE = "configs/shapes.yaml"
+# Several processes share the cores, so that each is given one thread.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+REP, RES = "RepMLPNet-Shapes", "ResMLP-Shapes"
+
+
+class Variant(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        part: what it is about.
+        arch: the network.
+        name: of the variant; arch and name together are unique.
+        opts: keys and values that make it, as `--opts` takes them; none for the network as it is.
+        published: top-1 in % of the paper's CIFAR-100 network with the same branches, where there is one.
+    """
+
+    part: str
+    arch: str
+    name: str
+    opts: str = ""
+    published: float | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name among all."""
+        return f"{self.arch} {self.name}"
+
+
+VARIANTS = (
+    Variant("branches", REP, "none", "MODEL.BRANCHES []", 59.07),
+    Variant("branches", REP, "1x1", "MODEL.BRANCHES [1]", 60.73),
+    Variant("branches", REP, "3x3", "MODEL.BRANCHES [3]", 65.36),
+    Variant("branches", REP, "1x1 and 3x3", published=67.43),
+    Variant("branches", RES, "none", "MODEL.BRANCHES []", 55.58),
+    Variant("branches", RES, "1x1", "MODEL.BRANCHES [1]", 57.96),
+    Variant("branches", RES, "3x3", "MODEL.BRANCHES [3]", 63.76),
+    Variant("branches", RES, "1x1 and 3x3", "MODEL.BRANCHES [1,3]", 65.09),
+    # Against the network as it is: both branches, 4 and 16 sets, with Global Perceptron.
+    Variant("share-sets", REP, "1 and 1 sets", "MODEL.SHARE_SETS [1,1]"),
+    Variant("share-sets", REP, "16 and 48 sets", "MODEL.SHARE_SETS [16,48]"),
+    Variant("share-sets", REP, "a set a channel", "MODEL.SHARE_SETS [48,96]"),
+    Variant("Global Perceptron", REP, "without", "MODEL.GLOBAL_PERCEPTRON False"),
+)
+
+
+class Run(NamedTuple):
+    """One training of a variant: the seed, its arguments for `main_repmlp.py`, and the configuration they stand for."""
+
+    variant: Variant
+    seed: int
+    arguments: list[str]
+    cfg: CfgNode
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that a training writes last."""
+        return run_folder(self.cfg) / f"ckpt_epoch_{self.cfg.TRAIN.EPOCHS - 1}.pth"
+
+    def top1(self) -> float | None:
+        """Returns the accuracy after the last epoch, in %; None where the training has not come to its end.
+
+        Raises:
+            ValueError: what was trained there had another configuration.
+        """
+        folder = run_folder(self.cfg)
+        if (folder / "config.yaml").exists() and load_config(folder / "config.yaml") != self.cfg:
+            raise ValueError(f"{folder} holds a training with other settings: give another --output")
+        if not self.checkpoint.exists():
+            return None
+        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        last = {"kind": "eval", "epoch": self.cfg.TRAIN.EPOCHS - 1}
+        return next(record["top1"] for record in records if last.items() <= record.items())
+
+
+def run_of(variant: Variant, seed: int, output: Path, opts: Sequence[str]) -> Run:
+    """Puts together the command line of a training; `opts` are further keys and values for all of them."""
+    tag = f"{variant.name.replace(' ', '_')}-seed{seed}"
+    arguments = ["--cfg", RECIPE, "--arch", variant.arch, "--output", str(output), "--tag", tag]
+    arguments += ["--opts", "SEED", str(seed), *variant.opts.split(), *opts]
+    return Run(variant, seed, arguments, parse(arguments).config)
+
+
+def call(*words: object) -> None:
+    """Runs one of the project's scripts with one thread.
+
+    Raises:
+        ValueError: it failed; with the last line that it printed.
+    """
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().rpartition("\n")[2]
+        raise ValueError(f"{' '.join(map(str, words))} ended with status {done.returncode}: {last}")
+
+
+def train(run: Run) -> None:
+    """Trains to the end and says so."""
+    call("main_repmlp.py", *run.arguments)
+    print(f"{run.variant.title}, seed {run.seed}: {run.top1():.2f} %", flush=True)
+
+
+def train_missing(runs: Sequence[Run], jobs: int) -> None:
+    """Trains what has not come to its end, so many at a time; the first failure keeps others from being started."""
+    missing = [run for run in runs if run.top1() is None]
+    print(f"{len(runs) - len(missing)} of {len(runs)} trainings are there", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for _ in pool.map(train, missing):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Row(NamedTuple):
+    """What came out for a variant: its accuracies in % by seed."""
+
+    variant: Variant
+    top1: dict[int, float]
+
+    def __str__(self) -> str:
+        part, arch, name, _, published = self.variant
+        values = list(self.top1.values())
+        figures = f"{mean(values):6.2f} {min(values):6.2f} {max(values):6.2f}" if values else f"{'not trained':>20}"
+        paper = f"{published:10.2f}" if published else f"{'-':>10}"
+        return f"{part:<18} {arch:<17} {name:<16} {len(values):>5} {figures} {paper}"
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        values = list(self.top1.values())
+        return {**self.variant._asdict(), "top1": self.top1, "mean": mean(values) if values else None}
+
+
+HEADER = f"{'part':<18} {'network':<17} {'variant':<16} {'seeds':>5} {'mean':>6} {'least':>6} {'most':>6} {'CIFAR-100':>10}"
+
+
+def table(runs: Sequence[Run]) -> list[Row]:
+    """Collects the accuracies of what has come to its end."""
+    rows = {run.variant: Row(run.variant, {}) for run in runs}
+    for run in runs:
+        top1 = run.top1()
+        if top1 is not None:
+            rows[run.variant].top1[run.seed] = top1
+    return list(rows.values())
+
+
+def conversions(runs: Sequence[Run]) -> Iterator[dict[str, object]]:
+    """Converts the first training of each network that has every branch, and compares both forms on the test images."""
+    full = {run.cfg.MODEL.ARCH: run for run in reversed(runs) if run.variant.name == "1x1 and 3x3" and run.top1()}
+    for arch, run in full.items():
+        deploy, figures = (run_folder(run.cfg) / name for name in ("deploy.pth", "check.json"))
+        size = run.cfg.DATA.IMG_SIZE
+        call("convert.py", run.checkpoint, deploy)
+        call("test.py", "shapes", "check", run.checkpoint, "-r", size, "-j", 0, "--json", figures)
+        check = json.loads(figures.read_text())
+        print(
+            f"{arch}, seed {run.seed}: {check['top1']:.2f} % before conversion, {check['injected']['top1']:.2f} % after, "
+            f"largest relative logit difference {check['difference']:.1e}"
+        )
+        yield {"arch": arch, "seed": run.seed, **check}
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draws the means as bars, every seed as a point, and the published accuracies of the same branches as crosses.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--figure needs matplotlib: pip install 'matplotlib>=3.8' (the extra `plot`)") from None
+    panels = {(row.variant.arch, row.variant.part) for row in rows if row.top1}
+    order = sorted(panels, key=lambda panel: (panel[1] != "branches", panel))
+    widths = [sum((r.variant.arch, r.variant.part) == panel for r in rows) for panel in order]
+    figure = Figure(figsize=(1.1 * sum(widths), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(order), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axis, (arch, part) in zip(axes, order, strict=True):
+        shown = [row for row in rows if row.top1 and (row.variant.arch, row.variant.part) == (arch, part)]
+        axis.set_title(f"{arch}\n{part}", fontsize=9)
+        axis.bar([row.variant.name for row in shown], [mean(row.top1.values()) for row in shown], color="#9ecae1")
+        for row in shown:
+            axis.plot([row.variant.name] * len(row.top1), [*row.top1.values()], "o", color="#08519c", markersize=4)
+            if row.variant.published:
+                axis.plot(row.variant.name, row.variant.published, "x", color="#d94801")
+        axis.tick_params(axis="x", labelsize=8, rotation=20)
+    axes[0].set_ylabel("top-1 (%)")
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains what is missing and prints the table."""
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows to take, such as 'ResMLP*' or '* none'")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of each row")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="further keys for every training")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at a time, of one thread each")
+    parser.add_argument("--report", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--output", type=Path, default=Path("output/ablation"), metavar="DIR", help="for the trainings")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw them there")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}: at least one training at a time is needed")
+    names = chosen((variant.title for variant in VARIANTS), args.only)
+    variants = [variant for variant in VARIANTS if variant.title in names]
+    runs = [run_of(variant, seed, args.output, args.opts) for variant in variants for seed in args.seeds]
+    if not args.report:
+        train_missing(runs, args.jobs)
+    rows = table(runs)
+    print("\n" + "\n".join([HEADER, *map(str, rows)]) + "\n")
+    checks = list(conversions(runs))
+    if args.json:
+        figures = {"rows": [row.as_dict() for row in rows], "conversions": checks}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if args.figure:
+        draw(rows, args.figure)
+
+
+if __name__ == "__main__":
+    cli.run(main)
