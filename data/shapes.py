@@ -1,4 +1,4 @@
-"""Ten geometric shapes, rendered as they are needed: a data set for which what is next to what decides, without files."""
+"""Ten geometric shapes, rendered when they are needed: a data set without files, in which local structure decides."""
 
 from typing import NamedTuple
 

@@ -154,7 +154,9 @@ class Row(NamedTuple):
         return {**self.variant._asdict(), "top1": self.top1, "mean": mean(values) if values else None}
 
 
-HEADER = f"{'part':<18} {'network':<17} {'variant':<16} {'seeds':>5} {'mean':>6} {'least':>6} {'most':>6} {'CIFAR-100':>10}"
+HEADER = (
+    f"{'part':<18} {'network':<17} {'variant':<16} {'seeds':>5} {'mean':>6} {'least':>6} {'most':>6} {'CIFAR-100':>10}"
+)
 
 
 def table(runs: Sequence[Run]) -> list[Row]:
@@ -176,8 +178,9 @@ def conversions(runs: Sequence[Run]) -> Iterator[dict[str, object]]:
         call("convert.py", run.checkpoint, deploy)
         call("test.py", "shapes", "check", run.checkpoint, "-r", size, "-j", 0, "--json", figures)
         check = json.loads(figures.read_text())
+        before, after = check["top1"], check["injected"]["top1"]
         print(
-            f"{arch}, seed {run.seed}: {check['top1']:.2f} % before conversion, {check['injected']['top1']:.2f} % after, "
+            f"{arch}, seed {run.seed}: {before:.2f} % before conversion, {after:.2f} % after, "
             f"largest relative logit difference {check['difference']:.1e}"
         )
         yield {"arch": arch, "seed": run.seed, **check}
@@ -227,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--jobs is {args.jobs}: at least one training at a time is needed")
     names = chosen((variant.title for variant in VARIANTS), args.only)
     variants = [variant for variant in VARIANTS if variant.title in names]
-    runs = [run_of(variant, seed, args.output, args.opts) for variant in variants for seed in args.seeds]
+    runs = [run_of(variant, seed, args.output, args.opts) for seed in args.seeds for variant in variants]
     if not args.report:
         train_missing(runs, args.jobs)
     rows = table(runs)

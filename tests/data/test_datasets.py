@@ -140,7 +140,7 @@ class TestShapes:
         first = coverage(triangle, centre, 8.0, 0.0)
         assert np.allclose(coverage(triangle, centre, 8.0, 2 * np.pi / 3), first, atol=0.3)
         assert abs(coverage(triangle, centre, 8.0, np.pi) - first).max() == 1
-        assert (coverage(triangle, centre + [3, 5], 8.0, 0.0)[5:, 3:] == first[:-5, :-3]).all()
+        assert (coverage(triangle, centre + np.array([3, 5]), 8.0, 0.0)[5:, 3:] == first[:-5, :-3]).all()
         assert coverage(triangle, centre, 4.0, 0.0).sum() == pytest.approx(first.sum() / 4, rel=0.1)
 
 
