@@ -1,10 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart ablation test lint clean
 
 quickstart: .venv/ready  ## train, evaluate, convert and check a small RepMLPNet on the embedded digits
 	$(BIN)/python -m tools.quickstart
+
+ablation: .venv/ready  ## what branches, share-sets and Global Perceptron bring, on rendered shapes; goes on where it was
+	$(BIN)/python -m tools.ablation
 
 test: .venv/ready-dev lint  ## linter, type checker and the whole test suite, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -14,7 +14,7 @@ from tools.ablation import VARIANTS, Row, Variant, run_of
 
 ROOT = Path(__file__).parents[2]
 ROWS = ("RepMLPNet-Shapes none", "RepMLPNet-Shapes 1x1 and 3x3")
-TINY = "DATA.IMG_SIZE 16 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
+TINY = "DATA.IMG_SIZE 8 DATA.BATCH_SIZE 500 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
 
 
 @pytest.fixture(scope="module")
