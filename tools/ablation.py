@@ -63,7 +63,7 @@ VARIANTS = (
     Variant("share-sets", REP, "1 and 1 sets", "MODEL.SHARE_SETS [1,1]"),
     Variant("share-sets", REP, "16 and 48 sets", "MODEL.SHARE_SETS [16,48]"),
     Variant("share-sets", REP, "a set a channel", "MODEL.SHARE_SETS [48,96]"),
-    Variant("Global Perceptron", REP, "without", "MODEL.GLOBAL_PERCEPTRON False"),
+    Variant("Global Perceptron", REP, "no Global Perceptron", "MODEL.GLOBAL_PERCEPTRON False"),
 )
 
 
@@ -135,6 +135,12 @@ def train_missing(runs: Sequence[Run], jobs: int) -> None:
             pool.shutdown(cancel_futures=True)
 
 
+def line(*cells: str) -> str:
+    """Lays out a line of the table, which is Markdown."""
+    part, arch, name, *figures = cells
+    return f"| {part:<17} | {arch:<16} | {name:<20} | {' | '.join(f'{cell:>9}' for cell in figures)} |"
+
+
 class Row(NamedTuple):
     """What came out for a variant: its accuracies in % by seed."""
 
@@ -143,20 +149,19 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         part, arch, name, _, published = self.variant
-        values = list(self.top1.values())
-        figures = f"{mean(values):6.2f} {min(values):6.2f} {max(values):6.2f}" if values else f"{'not trained':>20}"
-        paper = f"{published:10.2f}" if published else f"{'-':>10}"
-        return f"{part:<18} {arch:<17} {name:<16} {len(values):>5} {figures} {paper}"
+        values = self.top1.values()
+        figures = [f"{of(values):.2f}" for of in (mean, min, max)] if values else ["-"] * 3
+        return line(part, arch, name, str(len(values)), *figures, f"{published:.2f}" if published else "-")
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        values = list(self.top1.values())
-        return {**self.variant._asdict(), "top1": self.top1, "mean": mean(values) if values else None}
+        return {**self.variant._asdict(), "top1": self.top1, "mean": mean(self.top1.values()) if self.top1 else None}
 
 
-HEADER = (
-    f"{'part':<18} {'network':<17} {'variant':<16} {'seeds':>5} {'mean':>6} {'least':>6} {'most':>6} {'CIFAR-100':>10}"
-)
+HEADER = [
+    line("part", "network", "variant", "seeds", "mean", "least", "most", "CIFAR-100"),
+    "|---|---|---|---|---|---|---|---|",
+]
 
 
 def table(runs: Sequence[Run]) -> list[Row]:
@@ -190,27 +195,32 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draws the means as bars, every seed as a point, and the published accuracies of the same branches as crosses.
 
     Raises:
-        ValueError: matplotlib is missing.
+        ValueError: matplotlib is missing, or there is nothing to draw.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--figure needs matplotlib: pip install 'matplotlib>=3.8' (the extra `plot`)") from None
-    panels = {(row.variant.arch, row.variant.part) for row in rows if row.top1}
-    order = sorted(panels, key=lambda panel: (panel[1] != "branches", panel))
-    widths = [sum((r.variant.arch, r.variant.part) == panel for r in rows) for panel in order]
-    figure = Figure(figsize=(1.1 * sum(widths), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(order), sharey=True, squeeze=False, width_ratios=widths)[0]
-    for axis, (arch, part) in zip(axes, order, strict=True):
-        shown = [row for row in rows if row.top1 and (row.variant.arch, row.variant.part) == (arch, part)]
-        axis.set_title(f"{arch}\n{part}", fontsize=9)
-        axis.bar([row.variant.name for row in shown], [mean(row.top1.values()) for row in shown], color="#9ecae1")
-        for row in shown:
-            axis.plot([row.variant.name] * len(row.top1), [*row.top1.values()], "o", color="#08519c", markersize=4)
-            if row.variant.published:
-                axis.plot(row.variant.name, row.variant.published, "x", color="#d94801")
+    shown = {arch: [row for row in rows if row.top1 and row.variant.arch == arch] for arch in (REP, RES)}
+    shown = {arch: of_arch for arch, of_arch in shown.items() if of_arch}
+    if not shown:
+        raise ValueError("--figure: there is nothing to draw, no training has come to its end")
+    seen = {"marker": "o", "color": "#08519c", "markersize": 4, "label": "shapes, each seed"}
+    paper = {"marker": "x", "color": "#d94801", "label": "CIFAR-100, published"}
+    widths = [len(of_arch) for of_arch in shown.values()]
+    figure = Figure(figsize=(2 + 0.9 * sum(widths), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axis, (arch, of_arch) in zip(axes, shown.items(), strict=True):
+        names = [row.variant.name for row in of_arch]
+        axis.bar(names, [mean(row.top1.values()) for row in of_arch], color="#9ecae1", label="shapes, mean")
+        seeds = [(row.variant.name, top1) for row in of_arch for top1 in row.top1.values()]
+        published = [(row.variant.name, row.variant.published) for row in of_arch if row.variant.published]
+        for points, style in ((seeds, seen), (published, paper)):
+            axis.plot([name for name, _ in points], [top1 for _, top1 in points], linestyle="", **style)
+        axis.set_title(arch, fontsize=10)
         axis.tick_params(axis="x", labelsize=8, rotation=20)
     axes[0].set_ylabel("top-1 (%)")
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=100)
 
 
@@ -234,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.report:
         train_missing(runs, args.jobs)
     rows = table(runs)
-    print("\n" + "\n".join([HEADER, *map(str, rows)]) + "\n")
+    print("\n" + "\n".join([*HEADER, *map(str, rows)]) + "\n")
     checks = list(conversions(runs))
     if args.json:
         figures = {"rows": [row.as_dict() for row in rows], "conversions": checks}
