@@ -185,7 +185,7 @@ def conversions(runs: Sequence[Run]) -> Iterator[dict[str, object]]:
         check = json.loads(figures.read_text())
         before, after = check["top1"], check["injected"]["top1"]
         print(
-            f"{arch}, seed {run.seed}: {before:.2f} % before conversion, {after:.2f} % after, "
+            f"{arch}, seed {run.seed}, in float32: {before:.2f} % before conversion, {after:.2f} % after, "
             f"largest relative logit difference {check['difference']:.1e}"
         )
         yield {"arch": arch, "seed": run.seed, **check}
