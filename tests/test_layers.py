@@ -36,7 +36,7 @@ class Import(NamedTuple):
 def project_files() -> dict[str, Path]:
     """Returns every module of the project, tests apart, by its dotted name."""
     folders = [ROOT / name for name in (*LAYERS, *SCRIPT_FOLDERS)]
-    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    paths = sorted([*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))])
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
