@@ -166,7 +166,8 @@ def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list
     """Loads weights to start a training from.
 
     A head for another number of classes stays as it was initialised. So do the branches of `LocalityLinear` layers
-    where the weights have none at all, as those of timm's ResMLP: new branches change no answer until they are trained.
+    where the weights have none at all, as those of timm's ResMLP, but for the scale of their BatchNorms, which becomes
+    0: new branches change no answer until they are trained.
 
     Returns:
         The names that were not loaded: none, those of the head, those of the branches.
@@ -181,7 +182,7 @@ def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list
     branches = branch_names(model)
     if not any(k in checkpoint.state_dict for k in branches):
         fresh = fresh + branches
-    kept = {k: own[k] for k in fresh}
+    kept = {k: torch.zeros_like(own[k]) if k in branches and k.endswith("bn.weight") else own[k] for k in fresh}
     load_weights(model, Checkpoint(checkpoint.path, checkpoint.state_dict | kept, checkpoint.form))
     return fresh
 

@@ -30,18 +30,20 @@ class LocalityLinear(nn.Linear, Reparameterizable):
     """A linear layer over the positions of a map, with local branches beside it.
 
     Weight and bias are those of the layer that it replaces, of the same names; `local_inject` leaves nothing else.
-    The BatchNorms of new branches begin with scale 0, so that at first the layer answers as it did without them.
 
     Args:
         linear: from h * w positions to as many, with a bias, which takes the branches' shift. Its parameters are used.
         size: (h, w) of the map, whose positions are counted row by row.
         branches: odd kernel sizes, at least one.
+        scale: of the branches' BatchNorms at first; with 0 the layer answers as it did without them.
 
     Raises:
         ValueError: the layer or the branches are others.
     """
 
-    def __init__(self, linear: nn.Linear, size: int | tuple[int, int], branches: Sequence[int] = (1, 3)) -> None:
+    def __init__(
+        self, linear: nn.Linear, size: int | tuple[int, int], branches: Sequence[int] = (1, 3), scale: float = 0.0
+    ) -> None:
         h, w = to_2tuple(size)
         mergeable = (
             f"local branches merge only into an nn.Linear from the {h * w} positions of a {h}x{w} map to the same"
@@ -60,7 +62,7 @@ class LocalityLinear(nn.Linear, Reparameterizable):
         self.size, self.branches, self.deploy = (h, w), tuple(branches), False
         for k in self.branches:
             branch = ConvNorm(ShareSetConv(1, k))
-            nn.init.zeros_(branch.bn.weight)
+            nn.init.constant_(branch.bn.weight, scale)
             self.add_module(f"repconv{k}", branch.to(linear.weight))
         self.train(linear.training)
 
@@ -105,10 +107,11 @@ def add_local_branches(
     size: int | tuple[int, int],
     branches: Sequence[int] = (1, 3),
     names: Sequence[str] | None = None,
+    scale: float = 0.0,
 ) -> list[str]:
     """Puts local branches beside the layers of a network that mix tokens, in place.
 
-    The network answers as before until it is trained on, takes the weights that it took before except for those of
+    The network takes the weights that it took before except for those of
     the branches, and has its old names again after `to_deploy`.
 
     Args:
@@ -116,6 +119,8 @@ def add_local_branches(
         size: (h, w) of its maps of tokens.
         branches: odd kernel sizes.
         names: patterns of the layers' names, as `blocks.*.token_fc`; None finds those of timm's ResMLP and gMLP.
+        scale: of the branches' BatchNorms at first. With 0 a trained network answers as before until it is trained on;
+            one that is trained from scratch learns more with 1.
 
     Returns:
         The names of the layers.
@@ -129,7 +134,7 @@ def add_local_branches(
     for name in found:
         linear = cast(nn.Linear, modules[name])
         try:
-            layers[linear] = layers.get(linear) or LocalityLinear(linear, size, branches)
+            layers[linear] = layers.get(linear) or LocalityLinear(linear, size, branches, scale)
         except ValueError as error:
             raise ValueError(f"{name} of {type(model).__name__} can't take local branches: {error}") from error
     for name in found:

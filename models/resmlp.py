@@ -89,7 +89,7 @@ class ResMLP(ReparameterizableNetwork, MlpMixer):
         )
         self.spec, self.img_size = spec, (height, width)
         if spec.branches and not deploy:
-            add_local_branches(self, (height // patch, width // patch), spec.branches)
+            add_local_branches(self, (height // patch, width // patch), spec.branches, scale=1.0)
 
     @staticmethod
     def built_for(weights: Mapping[str, Tensor], spec: ResMLPSpec, img_size: tuple[int, int]) -> dict[str, Any]:
