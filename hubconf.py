@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from models import create_model, list_models
+from models.build import timm_name
 from models.checkpoints import build_from, read_checkpoint
 
 dependencies = ["torch", "timm"]
@@ -18,4 +19,4 @@ def load_checkpoint(path: str, arch: str | None = None) -> nn.Module:
     return build_from(read_checkpoint(path), arch).model
 
 
-globals().update({name.lower().replace("-", "_"): partial(create_model, name) for name in list_models()})
+globals().update({timm_name(name): partial(create_model, name) for name in list_models()})

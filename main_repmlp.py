@@ -27,7 +27,7 @@ from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.sync_batch_norm import synchronise_batch_norms
 from engine.throughput import throughput
-from engine.train import Trainer, autocast, data_parallel
+from engine.train import PRECISIONS, Trainer, autocast, data_parallel
 from models.build import changeable
 from models.checkpoints import describe, is_deploy, load_pretrained, load_weights, read_checkpoint
 from models.fusion import fuse_verified
@@ -194,9 +194,8 @@ def prepare(options: Options, process: Process) -> Task:
     train_size = to_2tuple(cfg.DATA.IMG_SIZE or models.default_image_size(cfg.MODEL.ARCH))
     test_size = to_2tuple(cfg.DATA.TEST_SIZE or train_size)
     amp = ("bf16" if process.device.type == "cuda" else "off") if cfg.AMP == "auto" else cfg.AMP
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     logger.info(f"{process.world_size} process(es) on {process.device.type}, amp {amp}, output in {folder}")
-    return Task(cfg, process, logger, folder, train_size, test_size, dtype)
+    return Task(cfg, process, logger, folder, train_size, test_size, PRECISIONS[amp])
 
 
 def evaluate_only(task: Task) -> None:
@@ -355,11 +354,10 @@ def start_or_resume(task: Task, trainer: Trainer, checkpoints: CheckpointFolder)
     cfg, start = task.cfg, None
 
     def newest() -> Path | None:
+        if cfg.TRAIN.AUTO_RESUME:
+            return checkpoints.start(task.logger)
         checkpoints.clear_leftovers()
-        path = checkpoints.newest(task.logger) if cfg.TRAIN.AUTO_RESUME else None
-        if path is not None:
-            checkpoints.complete(path)
-        return path
+        return None
 
     # All processes go on from what rank 0 found: the folder must be one that all of them see.
     start = distributed.from_main(newest)

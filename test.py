@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import data
 from engine.evaluate import Comparison, compare, evaluate
-from engine.train import autocast
+from engine.train import PRECISIONS, autocast
 from models.checkpoints import Network, build_from, read_checkpoint
 from models.fusion import fuse_verified
 from models.reparam import to_deploy
@@ -42,7 +42,7 @@ def parser() -> cli.Parser:
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
     result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
     result.add_argument("--ema", action="store_true", default=False, help="use the averaged weights")
-    result.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="precision of the forward pass")
+    result.add_argument("--amp", choices=list(PRECISIONS), default="off", help="precision of the forward pass")
     result.add_argument("--tolerance", type=float, default=1e-4, help="of mode check, on the relative logit difference")
     result.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return result
@@ -100,7 +100,7 @@ def main() -> int:
     model = network.model.float().to(device)
     loader = batches(args, to_2tuple(args.resolution or network.image_size), network.num_classes)
     spec = data.DATASETS[data.resolve_name(args.dataset, args.data)]
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    dtype = PRECISIONS[args.amp]
     if args.mode == "check":
         if args.fuse and dtype:
             raise ValueError("mode check compares in full precision what --fuse makes: leave --amp away")

@@ -61,6 +61,8 @@ def draw_pairs(labels: np.ndarray, count: int, seed: int = 0) -> Pairs:
     Raises:
         ValueError: fewer than two classes, or none of two images.
     """
+    if count < 2:
+        raise ValueError(f"{count} pairs can't be drawn: one of a kind and one of two are the least")
     sizes = np.bincount(labels)
     if (sizes > 0).sum() < 2 or sizes.max() < 2:
         raise ValueError("pairs need two classes at least, one of them with two images")

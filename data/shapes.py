@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
 
 ROUND = 64  # corners that make a circle at this resolution
-SHAPES = {
+CLASSES = {
     "disc": Shape(ROUND),
     "triangle": Shape(3),
     "square": Shape(4),
@@ -78,9 +78,9 @@ class ShapesSource(ImageSource):
 
     def __init__(self, split: str) -> None:
         assert split in SPLITS
-        self.classes = list(SHAPES)
-        self.labels = np.arange(COUNTS[split], dtype=np.int64) % len(SHAPES)
-        shapes = [SHAPES[self.classes[label]] for label in self.labels]
+        self.classes = list(CLASSES)
+        self.labels = np.arange(COUNTS[split], dtype=np.int64) % len(CLASSES)
+        shapes = [CLASSES[self.classes[label]] for label in self.labels]
         seed = SPLITS.index(split)
         self._images = np.stack([render(shape, np.random.default_rng((seed, i))) for i, shape in enumerate(shapes)])
         self._name = f"shapes {split}"

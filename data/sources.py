@@ -86,8 +86,8 @@ class FolderSource(ImageSource):
         self.classes = _class_names(self.folder)
         if not self.classes:
             raise ValueError(
-                f"no class folders at {self.folder}: a data path holds train/<class>/* and val/<class>/*; "
-                f"the words `{DIGITS}` and `{SHAPES}` as data path need no folder"
+                f"no class folders at {self.folder}: a data path holds train/<class>/* and val/<class>/*"
+                + f"; the words `{DIGITS}` and `{SHAPES}` as data path need no folder" * same_classes
             )
         if same_classes:
             _check_same_classes(self.folder, self.folder.with_name("val" if split == "train" else "train"))

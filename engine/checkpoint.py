@@ -31,7 +31,7 @@ class CheckpointFolder:
         folder: of the run.
         keep: how many numbered ones stay; older ones are deleted.
         meta: goes into every file.
-        config: the configuration as YAML, goes into every file.
+        config: the settings of the run as text, goes into every file.
     """
 
     def __init__(self, folder: Path, *, keep: int, meta: dict[str, Any], config: str) -> None:
@@ -83,6 +83,14 @@ class CheckpointFolder:
         """Deletes the temporary files of a run that was killed while it wrote."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
+
+    def start(self, logger: logging.Logger) -> Path | None:
+        """Puts the folder in order after a run that was killed, and returns what `newest` does."""
+        self.clear_leftovers()
+        path = self.newest(logger)
+        if path is not None:
+            self.complete(path)
+        return path
 
     def newest(self, logger: logging.Logger) -> Path | None:
         """Returns the file of the newest whole state, judged by the updates that it names, or None in a fresh folder.
@@ -199,8 +207,7 @@ def resume(trainer: Trainer, path: Path) -> int:
     load_weights(trainer.network, checkpoint)
     if trainer.ema is not None:
         load_weights(trainer.ema.module, read_checkpoint(path, ema=True) if "ema" in payload else checkpoint)
-    if "criterion" in payload:
-        trainer.criterion.load_state_dict(payload["criterion"])
+    _load_criterion(trainer, payload.get("criterion", {}), path)
     _load_optimizer(trainer, payload["optimizer"], path)
     if payload.get("scaler"):
         trainer.scaler.load_state_dict(payload["scaler"])
@@ -209,6 +216,14 @@ def resume(trainer: Trainer, path: Path) -> int:
     _load_statistics(trainer, payload.get("rank_statistics", []), same_networks="ema" in payload or trainer.ema is None)
     trainer.unreadable = set(payload.get("unreadable", ()))
     return _load_progress(trainer, payload, path)
+
+
+def _load_criterion(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    """Loads what the loss learns, if it does."""
+    own = {name: value.shape for name, value in trainer.criterion.state_dict().items()}
+    if own != {name: value.shape for name, value in state.items()}:
+        raise ValueError(f"{path} is of a run with another loss or other classes: give this run another --tag")
+    trainer.criterion.load_state_dict(state)
 
 
 def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None:

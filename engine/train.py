@@ -36,6 +36,10 @@ class Progress:
     skipped: int = 0  # updates left out because a number was not finite
 
 
+# Mixed precision by the words that users have for it.
+PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     """Returns the precision of a forward pass: that of the weights for None, else mixed with `dtype`."""
     return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()

@@ -69,7 +69,10 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
 
 def changeable(name: str) -> list[str]:
     """Returns the parts of an architecture's structure that `create_model` takes in place of its own; timm's: none."""
-    return [f.name for f in fields(OWN[name].specs[name]) if f.name != "image_size"] if name in OWN else []
+    if name not in OWN:
+        _timm_cfg(name)
+        return []
+    return [f.name for f in fields(OWN[name].specs[name]) if f.name != "image_size"]
 
 
 def own_spec(name: str, changes: Mapping[str, Any]) -> Any:

@@ -119,6 +119,8 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
     Raises:
         ValueError: no architecture is known for the weights, or they do not fit the one that was asked for.
     """
+    if "task" in checkpoint.meta:
+        raise ValueError(f"{checkpoint.path} is of a {checkpoint.meta['task']} network, not of a classifier")
     weights = checkpoint.state_dict
     arch = arch or checkpoint.meta.get("arch") or next(iter(fitting_architectures(weights)), None)
     if arch is None:

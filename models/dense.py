@@ -1,37 +1,24 @@
-"""Maps of several levels for dense prediction, from any of our networks that has levels, at any image size.
+"""Maps of several levels for dense prediction, from any of our networks that has levels.
 
 Source: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVPR 2022, the section on semantic
 segmentation: the same partitions on a larger image, and embeddings that exchange information across their borders.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.models._features import FeatureGetterNet, FeatureInfo
+from timm.models._features import FeatureGetterNet, FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
 from .layers import ConvNorm
 from .repmlpnet import RepMLPNet
+from .stages import StagedNetwork
 
 # By name, the side of the depth-wise kernels that `dense_backbone` puts into the place of the 2x2 embeddings.
 DOWNSAMPLINGS = {"conv3": 3, "conv5": 5}
 FULL_RANK = 4  # of a 2x2 kernel, looked at as a matrix (input channel, tap) for each output channel
-
-
-@runtime_checkable
-class HierarchicalNetwork(Protocol):
-    """What a network needs in order to be a backbone, with timm's meaning; `img_size` is what its maps are made for."""
-
-    feature_info: list[dict[str, Any]]
-    img_size: tuple[int, int]
-
-    def forward_intermediates(self, x: Tensor) -> Any:
-        """Returns the maps of all levels."""
-
-    def prune_intermediate_layers(self, indices: int | list[int] = 1) -> list[int]:
-        """Removes what some of the levels do not need."""
 
 
 class DenseBackbone(FeatureGetterNet):
@@ -39,29 +26,34 @@ class DenseBackbone(FeatureGetterNet):
 
     Args:
         network: cut down, in place, to what the levels need.
-        out_indices: the levels.
-        pad: take images of any size.
+        out_indices: the levels, ascending.
+        pad: take images of other sizes than the network.
     """
 
     feature_info: FeatureInfo
     out_indices: tuple[int, ...]
 
-    def __init__(self, network: nn.Module, out_indices: Sequence[int], pad: bool) -> None:
+    def __init__(self, network: StagedNetwork, out_indices: Sequence[int], pad: bool) -> None:
         super().__init__(network, tuple(out_indices))
         self.pad = pad
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image (N, in_chans, H, W) -> for each level a map (N, C_i, H / stride_i, W / stride_i), rounded up.
 
-        With `pad`, zeros to the right of and below the image make it a multiple of what the partitions are made for;
-        the maps are then cut to the image. The Global Perceptron and BatchNorm's batch statistics see the zeros.
+        With `pad`, zeros to the right of and below the image make it a size that the network takes; the maps are then
+        cut to the image. The Global Perceptron and BatchNorm's batch statistics see the zeros. A RepMLPNet takes all
+        multiples of its `img_size`, so that images may be of any size; a RepMLP-ResNet takes no more than that size.
 
         Raises:
-            ValueError: an image of another size, without `pad`.
+            ValueError: an image of another size, without `pad`, or one that is too large.
         """
         height, width = x.shape[-2:]
         if self.pad:
-            h, w = cast(HierarchicalNetwork, self.model).img_size
+            h, w = cast(StagedNetwork, self.model).img_size
+            if not isinstance(self.model, RepMLPNet) and (height > h or width > w):
+                raise ValueError(
+                    f"an image of {height}x{width} is larger than the {h}x{w} that the backbone is made for"
+                )
             x = F.pad(x, (0, -width % w, 0, -height % h))
         levels = cast(list[Tensor], super().forward(x))
         strides = self.feature_info.reduction()
@@ -73,7 +65,7 @@ class DenseBackbone(FeatureGetterNet):
 
 def dense_backbone(
     network: nn.Module,
-    out_indices: Sequence[int] | None = None,
+    out_indices: int | Sequence[int] | None = None,
     downsample: str | None = None,
     rank: int = FULL_RANK,
     pad: bool = True,
@@ -81,26 +73,27 @@ def dense_backbone(
     """Turns a network into a feature extractor for segmentation or detection, as timm's `features_only=True` does.
 
     Args:
-        network: one with `forward_intermediates`; it is taken over and changed in place, with the weights that it has.
-        out_indices: the levels to return, negative ones counted from the end; None for all. What only others need is
-            removed.
+        network: a `StagedNetwork`; it is taken over and changed in place, with the weights that it has.
+        out_indices: the levels to return, negative ones counted from the end; a number n stands for the last n, None
+            for all. They are returned in the order of the network. What only others need is removed.
         downsample: replace the 2x2 embeddings of a RepMLPNet: `conv3` or `conv5`; None keeps them.
         rank: of the replacement, see `Downsampling`.
-        pad: take images of any size, see `DenseBackbone.forward`.
+        pad: take images of other sizes than the network, see `DenseBackbone.forward`.
 
     Raises:
         ValueError: a network without levels, or without one that is asked for; an unknown `downsample`, or one for a
             network without 2x2 embeddings; a `rank` that is out of range.
     """
-    if not isinstance(network, HierarchicalNetwork):
+    if not isinstance(network, StagedNetwork):
         raise ValueError(f"a {type(network).__name__} has no maps of several levels: it can't be a backbone")
     if downsample is not None:
         _replace_embeddings(network, downsample, rank)
     count = len(network.feature_info)
-    levels = range(count) if out_indices is None else out_indices
-    if not all(-count <= level < count for level in levels):
-        raise ValueError(f"out_indices {tuple(levels)}: this {type(network).__name__} has the levels 0 to {count - 1}")
-    return DenseBackbone(network, levels, pad)
+    levels = out_indices if isinstance(out_indices, int | None) else list(out_indices)
+    asked = [levels - 1] if isinstance(levels, int) else levels or []
+    if not all(-count <= level < count for level in asked):
+        raise ValueError(f"out_indices {out_indices}: this {type(network).__name__} has the levels 0 to {count - 1}")
+    return DenseBackbone(network, sorted(feature_take_indices(count, levels)[0]), pad)
 
 
 def _replace_embeddings(network: nn.Module, downsample: str, rank: int) -> None:

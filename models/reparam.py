@@ -231,9 +231,11 @@ def to_deploy(model: nn.Module) -> nn.Module:
 
 
 def relative_difference(expected: Tensor, actual: Tensor) -> float:
-    """Returns max |actual - expected| / max |expected| (infinite where anything is not finite)."""
-    difference = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
-    return float(torch.nan_to_num(difference, nan=torch.inf, posinf=torch.inf))
+    """Returns max |actual - expected| / max |expected|: 0 where they are equal, infinite where one is not finite."""
+    difference = (actual.double() - expected.double()).abs().max()
+    if difference == 0:  # perhaps of zeros
+        return 0.0
+    return float(torch.nan_to_num(difference / expected.double().abs().max(), nan=torch.inf, posinf=torch.inf))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from yacs.config import CfgNode
 
 from benchmarks.harness import chosen
-from configs import load_config
+from configs import flatten, load_config
 from main_repmlp import parse, run_folder
 from utils import cli
 
@@ -67,6 +67,11 @@ VARIANTS = (
 )
 
 
+def _settings(cfg: CfgNode) -> dict[str, object]:
+    """Returns all that a training depends on, which is everything but its place."""
+    return {key: value for key, value in flatten(cfg).items() if key != "OUTPUT"}
+
+
 class Run(NamedTuple):
     """One training of a variant: the seed, its arguments for `main_repmlp.py`, and the configuration they stand for."""
 
@@ -87,7 +92,7 @@ class Run(NamedTuple):
             ValueError: what was trained there had another configuration.
         """
         folder = run_folder(self.cfg)
-        if (folder / "config.yaml").exists() and load_config(folder / "config.yaml") != self.cfg:
+        if (folder / "config.yaml").exists() and _settings(load_config(folder / "config.yaml")) != _settings(self.cfg):
             raise ValueError(f"{folder} holds a training with other settings: give another --output")
         if not self.checkpoint.exists():
             return None
@@ -231,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of each row")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="further keys for every training")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at a time, of one thread each")
-    parser.add_argument("--report", action="store_true", help="train nothing, print what is there")
+    parser.add_argument("--report", action="store_true", help="train nothing; convert, compare and print what is there")
     parser.add_argument("--output", type=Path, default=Path("output/ablation"), metavar="DIR", help="for the trainings")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw them there")

@@ -91,11 +91,12 @@ def main() -> None:
     results = probabilities(
         model, args.images, transform, data.Normalize(spec.mean, spec.std).to(device), args.batch_size
     )
-    figures = {}
+    figures: dict[str, list[tuple[str, float]]] = {}
     for path, values in zip(args.images, results, strict=True):
         best = values.topk(min(args.top, len(names)))
-        figures[str(path)] = {names[i]: p for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)}
-        print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)].items()))
+        labels = [names[i] for i in best.indices.tolist()]
+        figures[str(path)] = list(zip(labels, best.values.tolist(), strict=True))
+        print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)]))
     if args.json:
         args.json.write_text(json.dumps(figures) + "\n")
 

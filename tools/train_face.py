@@ -23,12 +23,15 @@ from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.train import Trainer
 from engine.verification import Verification, deal_folds, embed, verify
+from models.build import changeable
 from models.checkpoints import build_from, describe, read_checkpoint
+from models.reparam import is_reparameterizable
 from utils import cli, distributed
 from utils.distributed import Process
 from utils.lock import folder_lock
 from utils.log import MetricsWriter, create_logger
 from utils.seed import seed_everything
+from utils.signals import Stopped, StopRequest
 
 MEAN = STD = (0.5, 0.5, 0.5)  # pixels between -1 and 1, as is the custom for faces
 MARGINS = {"arcface": 28.6, "cosface": 0.35}  # in degrees and as a cosine, as their papers set them
@@ -38,7 +41,7 @@ def parser() -> cli.Parser:
     """Describes the command line."""
     result = cli.Parser(description=__doc__, argument_default=None)
     result.add_argument("data", metavar="DATA", help="folder with train/<person>/* and val/<person>/*")
-    result.add_argument("-a", "--arch", default="RepMLP-FaceRes", metavar="ARCH", help="architecture")
+    result.add_argument("-a", "--arch", metavar="ARCH", help="RepMLP-FaceRes, or what --eval holds")
     result.add_argument("--embedding", type=int, default=512, metavar="N", help="numbers in an embedding")
     result.add_argument("--channels", type=int, nargs="+", metavar="N", help="of each stage; else the architecture's")
     result.add_argument("--blocks", type=int, nargs="+", metavar="N", help="of each stage; else the architecture's")
@@ -103,8 +106,11 @@ class Verifier:
 
 def build_model(args: Namespace) -> nn.Module:
     """Builds the network with fresh weights."""
-    parts = {"channels": args.channels, "blocks": args.blocks}
-    return models.create_model(args.arch, args.embedding, **{k: v for k, v in parts.items() if v is not None})
+    given = {"channels": args.channels, "blocks": args.blocks}
+    parts = {part: value for part, value in given.items() if value is not None}
+    for part in parts.keys() - set(changeable(args.arch)):
+        raise ValueError(f"--{part}: {args.arch} has no {part} to change")
+    return models.create_model(args.arch, args.embedding, **parts)
 
 
 def build_trainer(args: Namespace, source: data.ImageSource, process: Process, **parts: Any) -> Trainer:
@@ -138,6 +144,8 @@ def build_trainer(args: Namespace, source: data.ImageSource, process: Process, *
         updates_per_epoch=updates,
         global_batch=args.batch_size,
         seed=args.seed,
+        max_unreadable=10,  # both as by default in configs/
+        max_skipped=20,
         locate=source.locate,
         **parts,
     )
@@ -158,16 +166,19 @@ def train(args: Namespace, process: Process, folder: Path) -> None:
     )
     verifier = Verifier(args, size, process.device)
     trainer = build_trainer(args, source, process, logger=logger, metrics=MetricsWriter(None))
-    meta = describe(args.arch, trainer.network, size, "train")
+    form = "train" if is_reparameterizable(trainer.network) else None
+    meta = describe(args.arch, trainer.network, size, form)
     checkpoints = CheckpointFolder(folder, keep=1, meta=meta, config=json.dumps(vars(args), default=str))
-    start = checkpoints.newest(logger)
+    start, stop = checkpoints.start(logger), StopRequest()
     recorded = resume(trainer, start) if start is not None else 0
     progress, sampler = trainer.progress, cast(data.TrainSampler, loader.sampler)
     trainer.metrics = MetricsWriter(folder, recorded, progress.epoch)
     logger.info(f"{len(source)} images of {len(source.classes)} people; {args.arch}, {args.loss}, output in {folder}")
     for epoch in range(progress.epoch, args.epochs):
         sampler.set_position(epoch, progress.consumed)
-        trainer.train_epoch(loader)
+        if not trainer.train_epoch(loader, lambda: bool(stop.agreed())):
+            checkpoints.save(trainer)
+            raise Stopped(stop.number)
         result, before = verifier(trainer.network), progress.best_top1
         progress.best_top1 = max(before, result.accuracy)
         logger.info(f"Epoch {epoch} eval: {result}")
@@ -179,7 +190,7 @@ def train(args: Namespace, process: Process, folder: Path) -> None:
 
 def evaluate(args: Namespace, device: torch.device) -> None:
     """Evaluates the weights that `--eval` names."""
-    network = build_from(read_checkpoint(args.eval))
+    network = build_from(read_checkpoint(args.eval), args.arch)
     model = network.model.float().to(device)
     result = Verifier(args, to_2tuple(network.image_size), device)(model)
     print(f" * {result}")
@@ -190,6 +201,8 @@ def evaluate(args: Namespace, device: torch.device) -> None:
 def main() -> None:
     """Trains, or evaluates with `--eval`."""
     args = parser().parse_args()
+    if args.json and not args.eval:
+        raise ValueError("--json belongs to --eval: give both")
     if min(args.epochs, args.batch_size, args.embedding) < 1 or args.workers < 0:
         raise ValueError("--epochs, --batch-size and --embedding must be at least 1, --workers at least 0")
     process = distributed.init()
@@ -199,6 +212,7 @@ def main() -> None:
         if args.eval:
             evaluate(args, process.device)
             return
+        args.arch = args.arch or "RepMLP-FaceRes"
         folder = args.output / args.arch / args.tag
         with folder_lock(folder):
             train(args, process, folder)

@@ -1,12 +1,12 @@
 """Semantic segmentation on Cityscapes: `train`, `eval`, and `convert` to the deploy structure, verified."""
 
+import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.utils import distribute_bn
 from torch import nn
 from torch.utils.data import DataLoader
@@ -25,8 +25,8 @@ from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.segmentation import SegmentationEvaluation, evaluate_segmentation
 from engine.sync_batch_norm import synchronise_batch_norms
-from engine.train import Trainer, autocast, data_parallel
-from models.build import default_image_size, structure_changes
+from engine.train import PRECISIONS, Trainer, autocast, data_parallel
+from models.build import OWN, default_image_size, structure_changes
 from models.checkpoints import build_from, read_checkpoint, write_checkpoint
 from models.dense import DOWNSAMPLINGS, FULL_RANK
 from models.reparam import is_reparameterizable, to_deploy
@@ -38,7 +38,6 @@ from utils.log import MetricsWriter, create_logger
 from utils.seed import seed_everything
 from utils.signals import Stopped, StopRequest
 
-PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIOU_TOLERANCE = 0.01  # percent: what rounding may change where two classes are equally likely
 
 
@@ -71,6 +70,9 @@ def _add_network_options(mode: ArgumentParser) -> None:
     group = mode.add_argument_group("network")
     group.add_argument("-a", "--arch", metavar="ARCH", help="backbone; RepMLPNet-D256, or what --pretrained holds")
     group.add_argument("--pretrained", type=Path, metavar="FILE", help="classifier to start the backbone from")
+    group.add_argument(
+        "--img-size", type=int, nargs=2, metavar=("H", "W"), help="that a backbone of one size is made for"
+    )
     group.add_argument("--decoder", choices=list(DECODERS), default="upernet", help="what reads the backbone's levels")
     group.add_argument("--width", type=int, default=512, metavar="C", help="channels of the decoder")
     group.add_argument("--downsample", choices=list(DOWNSAMPLINGS), help="replace the 2x2 embeddings of the backbone")
@@ -93,6 +95,20 @@ def _add_training_options(mode: ArgumentParser) -> None:
     group.add_argument("--output", type=Path, default=Path("output/segmentation"), metavar="DIR", help="run's folder")
 
 
+def check(args: Namespace) -> None:
+    """Raises ValueError for options of a training that make no sense."""
+    if args.batch_size < 2:
+        raise ValueError("--batch-size must be at least 2: the decoders normalise over the images of a batch")
+    if min(args.epochs, args.eval_epochs, args.width, *args.crop) < 1:
+        raise ValueError("--epochs, --eval-epochs, --width and --crop must be at least 1")
+    if not 0 <= args.warmup_epochs < args.epochs or not 0 <= args.drop_path < 1:
+        raise ValueError("--warmup-epochs must be at least 0 and below --epochs, --drop-path at least 0 and below 1")
+    if args.rank != FULL_RANK and not args.downsample:
+        raise ValueError("--rank belongs to --downsample: give both")
+    if args.img_size and args.pretrained:
+        raise ValueError("--pretrained weights are made for one image size: leave --img-size away")
+
+
 def build_network(args: Namespace) -> SegmentationNetwork:
     """Builds the network, the backbone with fresh or with pretrained weights and in the structure that these have.
 
@@ -101,7 +117,11 @@ def build_network(args: Namespace) -> SegmentationNetwork:
     """
     trained = build_from(read_checkpoint(args.pretrained), args.arch) if args.pretrained else None
     arch = trained.arch if trained else args.arch or "RepMLPNet-D256"
+    if arch not in OWN and (trained or args.downsample or args.img_size):
+        raise ValueError(f"--pretrained, --downsample and --img-size are for our own architectures, not for {arch}")
     options: dict[str, Any] = {"drop_path_rate": args.drop_path} if args.drop_path else {}
+    if args.img_size:
+        options["img_size"] = tuple(args.img_size)
     if args.downsample:
         options |= {"downsample": args.downsample, "rank": args.rank}
     if trained:
@@ -171,6 +191,8 @@ def build_trainer(args: Namespace, process: Process, network: nn.Module, loader:
         metrics=MetricsWriter(None),
         dtype=PRECISIONS[args.amp],
         seed=args.seed,
+        max_unreadable=10,  # both as by default in configs/
+        max_skipped=20,
         locate=dataset.source.locate,
     )
 
@@ -194,27 +216,26 @@ def train_batches(args: Namespace, process: Process) -> tuple[DataLoader, data.T
 
 def start(trainer: Trainer, checkpoints: CheckpointFolder) -> int:
     """Goes on from the run's newest checkpoint, if there is one; returns the updates that are recorded."""
-
-    def newest() -> Path | None:
-        checkpoints.clear_leftovers()
-        return checkpoints.newest(trainer.logger)
-
-    path = distributed.from_main(newest)
+    path = distributed.from_main(lambda: checkpoints.start(trainer.logger))
     return resume(trainer, path) if path else 0
 
 
 def train(args: Namespace, process: Process) -> None:
-    """Trains, evaluates, saves and logs, epoch by epoch; started again, goes on."""
-    if args.batch_size < 2:
-        raise ValueError("--batch-size must be at least 2: the decoders normalise over the images of a batch")
+    """Trains, evaluates, saves and logs, epoch by epoch; started again, goes on.
+
+    Raises:
+        ValueError: an option that makes no sense.
+    """
+    check(args)
     (loader, sampler), val_loader = train_batches(args, process), eval_batches(args, process)
     network: nn.Module = build_network(args).to(process.device)
     form = "train" if is_reparameterizable(network) else None
     meta = describe_segmentation(network, form)
     if args.sync_bn and process.world_size > 1:
         network = synchronise_batch_norms(network)
+    settings = {name: value for name, value in vars(args).items() if name != "run"}
     stop, trainer = StopRequest(), build_trainer(args, process, network, loader)
-    checkpoints = CheckpointFolder(args.output, keep=0, meta=meta, config="")
+    checkpoints = CheckpointFolder(args.output, keep=0, meta=meta, config=json.dumps(settings, default=str))
     recorded, progress = start(trainer, checkpoints), trainer.progress
     if process.is_main:
         trainer.metrics = MetricsWriter(args.output, recorded, progress.epoch)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data import DATASETS, build_eval_loader, build_train_loader, eval_transform, open_source, resolve_name
-from data.shapes import SHAPES, ShapesSource, coverage, render
+from data.shapes import CLASSES, ShapesSource, coverage, render
 from data.sources import DigitsSource, FolderSource
 from data.zipped import ZipSource
 
@@ -116,7 +116,7 @@ class TestShapes:
     def test_an_image_depends_on_split_and_number_alone(self):
         source = ShapesSource("val")
         for index in (1999, 3):
-            expected = render(list(SHAPES.values())[index % 10], np.random.default_rng((1, index)))
+            expected = render(list(CLASSES.values())[index % 10], np.random.default_rng((1, index)))
             assert (np.asarray(source.load(index)[0]) == expected).all()
 
     def test_statistics(self):
@@ -125,9 +125,9 @@ class TestShapes:
         np.testing.assert_allclose(pixels.mean((0, 1, 2)), DATASETS["shapes"].mean, atol=1e-4)
         np.testing.assert_allclose(pixels.std((0, 1, 2)), DATASETS["shapes"].std, atol=1e-4)
 
-    @pytest.mark.parametrize("name", SHAPES)
+    @pytest.mark.parametrize("name", CLASSES)
     def test_a_shape_covers_the_area_that_geometry_gives_it(self, name):
-        shape, centre, radius = SHAPES[name], np.array([17.0, 15.0]), 12.0
+        shape, centre, radius = CLASSES[name], np.array([17.0, 15.0]), 12.0
         waist = shape.waist or np.cos(np.pi / shape.corners)  # the middle of a straight side is that far out
         area = shape.corners * np.sin(np.pi / shape.corners) * waist * radius**2 * (1 - shape.hole**2)
         for angle in (0.0, 0.3):
@@ -136,7 +136,7 @@ class TestShapes:
             assert covered[15, 17] == (shape.hole == 0)
 
     def test_shapes_are_turned_moved_and_scaled(self):
-        centre, triangle = np.array([16.0, 16.0]), SHAPES["triangle"]
+        centre, triangle = np.array([16.0, 16.0]), CLASSES["triangle"]
         first = coverage(triangle, centre, 8.0, 0.0)
         assert np.allclose(coverage(triangle, centre, 8.0, 2 * np.pi / 3), first, atol=0.3)
         assert abs(coverage(triangle, centre, 8.0, np.pi) - first).max() == 1

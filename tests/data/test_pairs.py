@@ -76,3 +76,9 @@ def test_where_there_are_fewer_pairs_all_of_them_come_as_many_of_each_kind() -> 
 def test_labels_without_pairs_of_both_kinds_are_refused(labels: list[int]) -> None:
     with pytest.raises(ValueError, match="two classes at least, one of them with two images"):
         draw_pairs(np.array(labels), 10)
+
+
+@pytest.mark.parametrize("count", [0, 1, -2])
+def test_too_few_pairs_to_draw(count: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} pairs can't be drawn"):
+        draw_pairs(np.array([0, 0, 1]), count)

@@ -301,3 +301,23 @@ def test_an_optimizer_of_other_groups_is_refused(tmp_path, run_of):
 def test_an_absent_file(tmp_path, run_of):
     with pytest.raises(ValueError, match=r"no checkpoint at .*absent\.pth: no such file"):
         resume(run_of(1), tmp_path / "absent.pth")
+
+
+def test_a_run_that_was_killed_while_it_saved_gets_its_best_checkpoint(tmp_path, run_of):
+    folder = CheckpointFolder(tmp_path, keep=1, meta={}, config="")
+    folder.save(run_of(1), best=True)
+    (tmp_path / "best_ckpt.pth").unlink()
+    (tmp_path / ".latest.pth.abc.tmp").touch()
+    assert folder.start(logging.getLogger()) == tmp_path / "latest.pth"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_ckpt.pth", "latest.pth"]
+
+
+def test_what_another_loss_has_learned_is_refused(tmp_path, run_of):
+    run = run_of(1)
+    run.criterion = torch.nn.Linear(2, 3)
+    CheckpointFolder(tmp_path, keep=1, meta={}, config="").save(run)
+    for other in (torch.nn.Linear(2, 4), torch.nn.CrossEntropyLoss()):
+        again = run_of(1)
+        again.criterion = other
+        with pytest.raises(ValueError, match="another loss or other classes: give this run another --tag"):
+            resume(again, tmp_path / "latest.pth")

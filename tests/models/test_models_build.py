@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 from models import SPECS, RepMLPNet, create_model, default_image_size, list_models
-from models.build import OWN, classifier_name, structure_changes
+from models.build import OWN, changeable, classifier_name, structure_changes
 from models.checkpoints import describe, write_checkpoint
 
 ROOT = Path(models.__file__).parents[1]
@@ -239,3 +239,8 @@ def test_the_public_names_are_there() -> None:
         2,
         2,
     )
+
+
+def test_the_parts_of_an_unknown_architecture_are_not_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"'RepMLPNet-Shape'; did you mean RepMLPNet-Shapes\?"):
+        changeable("RepMLPNet-Shape")

@@ -251,3 +251,18 @@ def test_wrong_options_are_refused(options: dict, message: str) -> None:
 def test_a_network_without_levels_is_refused() -> None:
     with pytest.raises(ValueError, match="a Linear has no maps of several levels"):
         dense_backbone(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("asked", "taken"), [((1, 0), [0, 1]), ((-1, 0), [0, 3]), (2, [2, 3]), ([2], [2])], ids=str)
+def test_levels_come_in_the_order_of_the_network(asked: int | tuple[int, ...], taken: list[int]) -> None:
+    backbone, x = dense_backbone(network(), out_indices=asked), random_tensor(1, 3, 17, 16)
+    maps = backbone(x)
+    assert backbone.feature_info.channels() == [CHANNELS[i] for i in taken]
+    assert [m.shape[1:] for m in maps] == [(CHANNELS[i], -(-17 // STRIDES[i]), 16 // STRIDES[i]) for i in taken]
+
+
+def test_an_image_that_is_too_large_for_the_global_perceptrons_is_refused() -> None:
+    spec = RepMLPResNetSpec("light", (0, 2, 4, 0), 2, 2, (64, 96), (8, 16, 32, 64), (1, 2, 2, 1))
+    backbone = dense_backbone(RepMLPResNet(spec))
+    with pytest.raises(ValueError, match="an image of 65x96 is larger than the 64x96 that the backbone is made for"):
+        backbone(torch.zeros(1, 3, 65, 96))

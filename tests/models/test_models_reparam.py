@@ -329,3 +329,10 @@ def test_injection_error_measures_a_copy() -> None:
     assert model.training
     assert is_reparameterizable(model)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_equal_zeros_do_not_differ() -> None:
+    zeros = torch.zeros(2, 3)
+    assert relative_difference(zeros, zeros) == 0
+    assert relative_difference(zeros, zeros + 1e-9) == float("inf")
+    assert relative_difference(zeros, torch.full((2, 3), float("nan"))) == float("inf")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Result
 
 from models import create_model
 from models.checkpoints import describe, read_checkpoint, write_checkpoint
 from models.segmentation import segmentation_from
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = "tools/train_segmentation.py"
 STRUCTURE = {"channels": [8, 16, 16, 32], "blocks": [1, 1, 1, 1], "share_sets": [1, 2, 4, 8]}
 SHORT = "--epochs 24 --warmup-epochs 1 --eval-epochs 12 --lr 0.01 --batch-size 4 --crop 64 64 --width 16 -j 0"
@@ -40,7 +40,7 @@ def segmenter(user, classifier: Path, cityscapes_folder: Path, tmp_path_factory:
     return folder
 
 
-def miou(result: Result, what: str = "") -> float:
+def miou(result, what: str = "") -> float:
     assert result.status == 0, result.err
     found = re.search(rf"{what}.*mIoU ([\d.]+)", result.out)
     assert found is not None, result.out
@@ -126,3 +126,24 @@ def test_mistakes_end_in_one_line(script, classifier: Path, cityscapes_folder: P
         assert result.status == 2
         assert message in result.err
         assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--epochs 0", "must be at least 1"),
+        ("--eval-epochs 0", "must be at least 1"),
+        ("--crop 0 64", "must be at least 1"),
+        ("--epochs 2 --warmup-epochs 2", "--warmup-epochs must be at least 0 and below --epochs"),
+        ("--drop-path 2", "--drop-path at least 0 and below 1"),
+        ("--rank 1", "--rank belongs to --downsample"),
+        ("-a resnet18 --downsample conv3", "are for our own architectures, not for resnet18"),
+    ],
+)
+def test_options_that_make_no_sense(
+    script, cityscapes_folder: Path, tmp_path: Path, options: str, message: str
+) -> None:
+    result = script(SCRIPT, "train", cityscapes_folder, *options.split(), "-j", 0, "--output", tmp_path)
+    assert result.status == 2, result.err
+    assert message in result.err
+    assert "Traceback" not in result.err

@@ -59,7 +59,7 @@ def test_predict_gives_the_probabilities_of_the_network(form, fuse, trained, dep
     assert (status, err) == (0, "")
     found = json.loads((tmp_path / "p.json").read_text())
     assert list(found) == list(map(str, scans))
-    rows = torch.tensor([[found[str(path)][str(label)] for label in range(10)] for path in scans])
+    rows = torch.tensor([[dict(found[str(path)])[str(label)] for label in range(10)] for path in scans])
     torch.testing.assert_close(rows, expected(weights, scans), rtol=1e-4, atol=1e-6)
     assert len(out.splitlines()) == len(scans)
 
