@@ -381,7 +381,7 @@ class RepMLPResNet(StagedNetwork):
         return nn.Linear(self.num_features, outputs)
 
     def _check_size(self, x: Tensor) -> None:
-        if x.shape[-2:] != self.img_size:
+        if self.spec.global_perceptron and x.shape[-2:] != self.img_size:
             (height, width), (h, w) = x.shape[-2:], self.img_size
             raise ValueError(
                 f"an input of {height}x{width} does not fit a network whose Global Perceptrons are made for {h}x{w}: "

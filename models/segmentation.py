@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .build import OWN, timm_name
@@ -65,7 +66,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
         stride = backbone.feature_info.reduction()[-1]
         given = {"arch": arch, "num_classes": num_classes, "decoder": decoder, "width": width, "in_chans": in_chans}
         self.arguments: dict[str, Any] = given | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
-        self.num_classes = num_classes
+        self.num_classes, self._stride = num_classes, stride
         self.model: Any = getattr(library, kind.network)(
             encoder_name=f"tu-{name}",
             encoder_weights=None,
@@ -79,8 +80,10 @@ class SegmentationNetwork(ReparameterizableNetwork):
         self.model.requires_divisible_input_shape = False  # the backbone and the cut below see to that
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image (N, in_chans, H, W) of any size -> logits (N, K, H, W)."""
-        return self.model(x)[..., : x.shape[2], : x.shape[3]]
+        """Image (N, in_chans, H, W), of any size that the backbone takes -> logits (N, K, H, W)."""
+        height, width = x.shape[-2:]
+        whole = F.pad(x, (0, -width % self._stride, 0, -height % self._stride))
+        return self.model(whole)[..., :height, :width]
 
     @property
     def backbone(self) -> nn.Module:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -200,12 +201,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draws the means as bars, every seed as a point, and the published accuracies of the same branches as crosses.
 
     Raises:
-        ValueError: matplotlib is missing, or there is nothing to draw.
+        ValueError: there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--figure needs matplotlib: pip install 'matplotlib>=3.8' (the extra `plot`)") from None
+    from matplotlib.figure import Figure
+
     shown = {arch: [row for row in rows if row.top1 and row.variant.arch == arch] for arch in (REP, RES)}
     shown = {arch: of_arch for arch, of_arch in shown.items() if of_arch}
     if not shown:
@@ -243,6 +242,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}: at least one training at a time is needed")
+    if args.figure and find_spec("matplotlib") is None:
+        raise ValueError("--figure needs matplotlib: pip install 'matplotlib>=3.8' (the extra `plot`)")
     names = chosen((variant.title for variant in VARIANTS), args.only)
     variants = [variant for variant in VARIANTS if variant.title in names]
     runs = [run_of(variant, seed, args.output, args.opts) for seed in args.seeds for variant in variants]

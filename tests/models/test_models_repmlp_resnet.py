@@ -1,6 +1,7 @@
 """The first RepMLP and RepMLP-ResNet-50: the block against its definition, conversion, sizes, counts, options."""
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -306,3 +307,10 @@ def test_the_image_size_is_read_off_the_weights(form: str, tmp_path: Path) -> No
     images = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
         assert torch.equal(network.model(images), model(images))
+
+
+def test_without_global_perceptrons_any_size_that_the_partitions_divide_will_do() -> None:
+    spec = replace(TINY["light"], global_perceptron=False)
+    model = randomised(RepMLPResNet(spec, num_classes=5)).eval()
+    x = random_tensor(1, 3, 128, 64)
+    assert largest_difference(model(x), to_deploy(model)(x)) < EXACT

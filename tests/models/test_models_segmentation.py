@@ -143,3 +143,11 @@ def test_repmlp_resnet_as_the_backbone(arch: str, decoder: str) -> None:
         logits = model(x)
         assert logits.shape == (1, 5, *size)
         assert largest_difference(logits, deploy(x)) < 1e-12
+
+
+@pytest.mark.parametrize("decoder", ["upernet", "pspnet"])
+def test_a_backbone_of_timm_at_a_size_that_its_strides_do_not_divide(decoder: str) -> None:
+    torch.manual_seed(0)
+    model = SegmentationNetwork("convnext_atto", 5, decoder, width=8).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 70, 90)).shape == (1, 5, 70, 90)
