@@ -84,7 +84,11 @@ def test_two_processes_train_and_count_as_one(
     alone, together = script(SCRIPT, "eval", *best), user(*launcher, "eval", *best, folder=ROOT)
     assert together.out.count("mIoU") == 1
     assert miou(together) == miou(alone)
-    words = SHORT.replace("--epochs 24", "--epochs 1").replace("--batch-size 4", "--batch-size 2 --sync-bn").split()
+    words = (
+        SHORT.replace("--epochs 24 --warmup-epochs 1", "--epochs 1 --warmup-epochs 0")
+        .replace("--batch-size 4", "--batch-size 2 --sync-bn")
+        .split()
+    )
     trained = user(
         *launcher, "train", cityscapes_folder, *words, "--pretrained", classifier, "--output", tmp_path, folder=ROOT
     )
@@ -98,7 +102,11 @@ def test_a_run_starts_from_the_classifier_and_goes_on_where_it_was(
     script, classifier: Path, segmenter: Path, cityscapes_folder: Path, tmp_path: Path
 ) -> None:
     """With a learning rate of 0, one epoch changes running statistics alone."""
-    words = SHORT.replace("--lr 0.01", "--lr 0").replace("--epochs 24", "--epochs 1").split()
+    words = (
+        SHORT.replace("--lr 0.01", "--lr 0")
+        .replace("--epochs 24 --warmup-epochs 1", "--epochs 1 --warmup-epochs 0")
+        .split()
+    )
     command = (SCRIPT, "train", cityscapes_folder, *words, "--pretrained", classifier, "--output", tmp_path)
     assert script(*command).status == 0
     weights = segmentation_from(read_checkpoint(tmp_path / "latest.pth")).backbone.model.state_dict()
