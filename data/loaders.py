@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from .samplers import Draw, EvalSampler, TrainSampler
 from .sources import Source
 
 MAX_TRIES = 16  # more unreadable images in a row than this mean that the storage is gone
+DEATH_S = 2.0  # a worker that dies has ended so long after its connections
 
 
 class Sample(NamedTuple):
@@ -134,15 +136,19 @@ class BatchLoader(DataLoader[Sample]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         at_death = signal.getsignal(signal.SIGCHLD)
+        workers: list[multiprocessing.process.BaseProcess] = []
         try:
             batches = super().__iter__()
+            workers = multiprocessing.active_children()
             if threading.current_thread() is threading.main_thread():
                 # torch's handler would raise wherever the run happens to be, in the middle of an update too; without
                 # it the loader finds a death out by itself, within seconds, when it waits for a batch.
                 signal.signal(signal.SIGCHLD, at_death or signal.SIG_DFL)
             yield from batches
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # torch reports the processes that have ended; one that is about to has closed its connections before.
+            reported = str(error).startswith("DataLoader worker (pid")
+            if not reported and not connection.wait([worker.sentinel for worker in workers], timeout=DEATH_S):
                 raise
             raise OSError(
                 f"a data loading process was killed, probably for want of memory: lower DATA.NUM_WORKERS ({error})"

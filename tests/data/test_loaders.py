@@ -1,4 +1,6 @@
+import multiprocessing
 import os
+import threading
 
 import pytest
 import torch
@@ -145,6 +147,53 @@ def threads_in_use(_image: Image.Image) -> torch.Tensor:
 def test_workers_have_one_thread():
     loader = build_eval_loader(DigitsSource("val"), threads_in_use, batch_size=1, num_workers=1)
     assert next(iter(loader)).images.tolist() == [[1]]
+
+
+def connection_lost() -> None:
+    raise ConnectionResetError("the worker's end is closed")
+
+
+class Undeliverable(str):
+    """Cannot be read from the process that has sent it."""
+
+    def __reduce__(self):
+        return connection_lost, ()
+
+
+class DyingDataset(TransformedDataset):
+    """Its process closes its connections and ends a little later, as one does that the system kills."""
+
+    def __getitem__(self, draw):
+        threading.Timer(0.3, os._exit, [1]).start()
+        return super().__getitem__(draw)._replace(unreadable=[Undeliverable()])
+
+
+def test_a_worker_that_dies_while_it_sends_a_batch():
+    loader = train_loader(1, dataset=DyingDataset)
+    with pytest.raises(OSError, match=r"^a data loading process was killed, .* lower DATA\.NUM_WORKERS \(the worker's"):
+        next(iter(loader))
+
+
+def test_a_worker_that_is_killed_between_two_epochs():
+    loader = train_loader(1)
+    assert len(fingerprint(loader)) == len(loader)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    with pytest.raises(OSError, match=f"^a data loading process was killed, .*{worker.pid}"):
+        next(iter(loader))
+
+
+class FailingDataset(TransformedDataset):
+    def __getitem__(self, draw):
+        raise RuntimeError("a fault of the transform")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_in_a_worker_is_not_taken_for_its_death(num_workers):
+    loader = train_loader(num_workers, dataset=FailingDataset)
+    with pytest.raises(RuntimeError, match="a fault of the transform"):
+        next(iter(loader))
 
 
 def test_training_loader_has_a_training_sampler():
