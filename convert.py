@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.checkpoints import build_from, describe, read_checkpoint, write_checkpoint
-from models.reparam import injection_error, relative_difference, to_deploy
+from models.reparam import injection_error, input_channels, relative_difference, to_deploy
 from utils import cli
 
 ALGEBRA_TOLERANCE = 1e-9  # of the conversion itself, in float64
@@ -40,8 +40,8 @@ def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> 
         ValueError: a difference beyond `ALGEBRA_TOLERANCE` or `ROUNDING_TOLERANCE`.
     """
     weight = next(model.parameters())
-    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
-    images = torch.randn(2, channels, *image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, input_channels(model), *image_size, generator=generator, dtype=torch.float64)
     randomised = injection_error(model, images, randomize=True)
     if not randomised <= ALGEBRA_TOLERANCE:
         raise ValueError(

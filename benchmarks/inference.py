@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 from typing import Any, cast
 
@@ -130,17 +131,19 @@ def build(family: Family, wanted: set[str], args: argparse.Namespace) -> Iterato
     Raises:
         ValueError: a row is wrong.
     """
+    rows = [row for row in rows_of(family, args) if row[0] in wanted]
+    if not rows:
+        return
     images = torch.randn(args.batch_size, 3, *family.size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = deepcopy(family.forms[family.reference]).double()(images.double())
-    for name, form, dtype, mode in rows_of(family, args):
-        if name in wanted:
-            model = family.forms[form]
-            run = Runner(model, images, dtype, args.device, mode)
-            flops = roofline.count_flops(model, tuple(images.shape))
-            difference = relative_difference(expected, run().cpu())
-            harness.check(name, difference, TOLERANCES["tf32" if args.tf32 and dtype == "fp32" else dtype])
-            yield Variant(name, run, flops, family.bytes[dtype], dtype), difference
+    for name, form, dtype, mode in rows:
+        model = family.forms[form]
+        run = Runner(model, images, dtype, args.device, mode)
+        flops = roofline.count_flops(model, tuple(images.shape))
+        difference = relative_difference(expected, run().cpu())
+        harness.check(name, difference, TOLERANCES["tf32" if args.tf32 and dtype == "fp32" else dtype])
+        yield Variant(name, run, flops, family.bytes[dtype], dtype), difference
 
 
 def compare_with_best(rows: Sequence[dict[str, Any]], own: set[str]) -> None:
@@ -160,21 +163,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     peers = [] if args.peers is None else args.peers or list(PEERS)
     for name in peers:
         models.default_image_size(name)  # an unknown one is to fail at once
-    variants, differences, own = [], {}, set()
-    for arch in (args.arch, *peers):
-        family = own_family(arch, args.batch_size) if arch == args.arch else peer_family(arch, args.batch_size)
-        names = [name for name, *_ in rows_of(family, args)]
-        wanted = names if arch != args.arch else harness.chosen(names, args.only, BASELINE)
-        own |= set(wanted) if arch == args.arch else set()
-        for variant, difference in build(family, set(wanted), args):
-            variants.append(variant)
-            differences[variant.name] = difference
+    families = [own_family(args.arch, args.batch_size), *(peer_family(name, args.batch_size) for name in peers)]
+    names = [[name for name, *_ in rows_of(family, args)] for family in families]
+    wanted = set(harness.chosen(chain(*names), args.only, BASELINE))
+    built = [row for family in families for row in build(family, wanted, args)]
+    variants, differences = [variant for variant, _ in built], {variant.name: value for variant, value in built}
     dtypes = {dtype: DTYPES[dtype] for dtype in DTYPES if any(v.dtype == dtype for v in variants)}
     limits = roofline.measure(args.device, dtypes, clock.now, args.min_seconds)
     times = harness.interleave(variants, clock, rounds=args.rounds, min_seconds=args.min_seconds)
     limits = limits.best(roofline.measure(args.device, dtypes, clock.now, args.min_seconds))
     rows = harness.summarise(variants, times, BASELINE, limits)
-    compare_with_best(rows, own)
+    compare_with_best(rows, wanted & set(names[0]))
     for row in rows:
         row |= {"difference": differences[row["name"]], "images_per_second": args.batch_size / row["median"]}
         row |= {"milliseconds": 1e3 * row["median"], "gflop": row["flops"] / 1e9, "megabytes": row["bytes"] / 1e6}

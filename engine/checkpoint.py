@@ -228,10 +228,8 @@ def _load_criterion(trainer: Trainer, state: dict[str, Any], path: Path) -> None
 
 def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     own = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
-    # torch takes in the state of any optimizer whose groups are as long; these names tell AdamW from SGD.
-    if any(
-        ("betas" in group) != ("betas" in settings) for group, settings in zip(state["param_groups"], own, strict=False)
-    ):
+    # torch takes in the state of any optimizer whose groups are as long; this setting tells AdamW from SGD.
+    if {"betas" in group for group in state["param_groups"]} != {"betas" in group for group in own}:
         raise ValueError(
             f"the optimizer's state in {path} is that of another one than {type(trainer.optimizer).__name__}"
         )

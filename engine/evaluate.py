@@ -1,6 +1,6 @@
 """Evaluation: exact sums over every image of every process, reduced once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch
+from models.reparam import relative
 from utils import distributed
 
 
@@ -35,6 +36,33 @@ def correct_within(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     return (best == labels[:, None]).any(1)
 
 
+def outputs(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    normalize: nn.Module,
+    device: torch.device,
+    autocast: AbstractContextManager,
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Yields what a network in evaluation mode makes of each batch, with the batch; arguments as of `evaluate`.
+
+    The network is left in the mode that it was in.
+    """
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        with autocast:
+            output = model(normalize(batch.images.to(device, non_blocking=True)))
+        yield output, batch
+    model.train(was_training)
+
+
+def refuse_unreadable(count: int, known: list[str], figure: str) -> None:
+    """Raises ValueError where images, some of them `known` by name in this process, would be missing in a figure."""
+    if count:
+        example = known[0] if known else "another process has their names"
+        raise ValueError(f"{count} images can't be read, so the {figure} would be wrong: {example}")
+
+
 class Counter:
     """Sums over the images of this process, kept on the device until `compute` reduces them over all processes."""
 
@@ -59,9 +87,7 @@ class Counter:
         sums = torch.stack((self._correct1, self._correct5, self._loss))
         counts = sums.new_tensor([self._images, len(self._unreadable)])
         correct1, correct5, loss, images, failures = distributed.all_reduce_sum(torch.cat((sums, counts))).tolist()
-        if failures:
-            example = self._unreadable[0] if self._unreadable else "another process has their names"
-            raise ValueError(f"{failures:.0f} images can't be read, so the accuracy would be wrong: {example}")
+        refuse_unreadable(int(failures), self._unreadable, "accuracy")
         if not images:
             raise ValueError("there are no images to evaluate")
         return Evaluation(100 * correct1 / images, 100 * correct5 / images, loss / images, int(images))
@@ -87,15 +113,9 @@ def evaluate(
     Raises:
         ValueError: an image could not be read, or there are none.
     """
-    was_training = model.training
-    model.eval()
     counter = Counter(device)
-    for batch in batches:
-        labels = batch.labels.to(device, non_blocking=True)
-        with autocast:
-            logits = model(normalize(batch.images.to(device, non_blocking=True)))
-        counter.add(logits, labels, batch.unreadable)
-    model.train(was_training)
+    for logits, batch in outputs(model, batches, normalize, device, autocast):
+        counter.add(logits, batch.labels.to(device, non_blocking=True), batch.unreadable)
     return counter.compute()
 
 
@@ -137,6 +157,4 @@ def compare(
         scale = scale.maximum(expected.double().abs().max())
     evaluation1, evaluation2 = (counter.compute() for counter in counters)
     agreement = 100 * float(same) / evaluation1.images
-    return Comparison(
-        evaluation1, evaluation2, agreement, float(torch.nan_to_num(largest / scale, nan=torch.inf, posinf=torch.inf))
-    )
+    return Comparison(evaluation1, evaluation2, agreement, relative(largest, scale))

@@ -12,6 +12,8 @@ from data import Batch
 from data.segmentation import IGNORED
 from utils import distributed
 
+from .evaluate import outputs, refuse_unreadable
+
 
 @dataclass(frozen=True)
 class SegmentationEvaluation:
@@ -92,19 +94,12 @@ def evaluate_segmentation(
     Raises:
         ValueError: an image could not be read, or there are no labelled pixels.
     """
-    was_training = model.training
-    model.eval()
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     images, unreadable = 0, list[str]()
-    for batch in batches:
-        with autocast:
-            logits = model(normalize(batch.images.to(device, non_blocking=True)))
+    for logits, batch in outputs(model, batches, normalize, device, autocast):
         labels = batch.labels.to(device, non_blocking=True)
         confusion += confusion_matrix(labels, logits.argmax(1), classes)
         images, unreadable = images + len(labels), unreadable + batch.unreadable
-    model.train(was_training)
     counts = distributed.all_reduce_sum(torch.tensor([images, len(unreadable)], device=device)).tolist()
-    if counts[1]:
-        example = unreadable[0] if unreadable else "another process has their names"
-        raise ValueError(f"{counts[1]} images can't be read, so the figures would be wrong: {example}")
+    refuse_unreadable(counts[1], unreadable, "figures")
     return summarise(distributed.all_reduce_sum(confusion), counts[0])

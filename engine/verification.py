@@ -1,6 +1,7 @@
 """Verification: do two images show the same person? Accuracy at the best threshold, as LFW counts it, and ROC AUC."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Batch
+
+from .evaluate import outputs, refuse_unreadable
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,11 @@ def embed(model: nn.Module, batches: Iterable[Batch], normalize: nn.Module, devi
     Raises:
         ValueError: an image could not be read, or there are none.
     """
-    was_training = model.training
-    model.eval()
     embeddings, unreadable = list[Tensor](), list[str]()
-    for batch in batches:
+    for output, batch in outputs(model, batches, normalize, device, nullcontext()):
         unreadable += batch.unreadable
-        embeddings.append(model(normalize(batch.images.to(device, non_blocking=True))).double().cpu())
-    model.train(was_training)
-    if unreadable:
-        raise ValueError(f"{len(unreadable)} images can't be read, so the accuracy would be wrong: {unreadable[0]}")
+        embeddings.append(output.double().cpu())
+    refuse_unreadable(len(unreadable), unreadable, "accuracy")
     if not embeddings:
         raise ValueError("there are no images to evaluate")
     return torch.cat(embeddings)

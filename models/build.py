@@ -19,7 +19,10 @@ class Family(NamedTuple):
     """Architectures of one kind.
 
     Attributes:
-        network: the class; called as `network(spec, num_classes=, deploy=, in_chans=, img_size=, drop_path_rate=)`.
+        network: the class; called as `network(spec, num_classes=, deploy=, in_chans=, img_size=, drop_path_rate=)`. Its
+            `built_for(weights, spec, img_size)` returns the `in_chans` and `img_size` that weights, by name and in
+            either form, were made with: the size (height, width) that is given where it fits; of others only square
+            ones can be told.
         specs: by name, the shapes that it is built in: frozen dataclasses with an `image_size`.
         classifier: the name of the head within the network.
     """
@@ -78,6 +81,13 @@ def changeable(name: str) -> list[str]:
 def own_spec(name: str, changes: Mapping[str, Any]) -> Any:
     """Returns the shape of one of our own architectures, with parts of it changed; lists stand for tuples."""
     return replace(OWN[name].specs[name], **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+
+
+def check_changeable(name: str, parts: Mapping[str, str]) -> None:
+    """Raises ValueError where an architecture lacks a part of `parts`, which are given by how the user spells them."""
+    for spelling, part in parts.items():
+        if part not in changeable(name):
+            raise ValueError(f"{spelling}: {name} has no {part} to change")
 
 
 def structure_changes(name: str, model: nn.Module) -> dict[str, Any]:

@@ -207,6 +207,11 @@ class ReparameterizableNetwork(nn.Module):
         self.locality_injection()
 
 
+def input_channels(model: nn.Module) -> int:
+    """Returns how many channels the images have that a network takes: those of its first convolution."""
+    return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+
+
 def is_reparameterizable(model: nn.Module) -> bool:
     """Says whether Locality Injection has anything left to replace in a network."""
     return any(isinstance(m, Reparameterizable) and not m.deploy for m in model.modules())
@@ -232,10 +237,14 @@ def to_deploy(model: nn.Module) -> nn.Module:
 
 def relative_difference(expected: Tensor, actual: Tensor) -> float:
     """Returns max |actual - expected| / max |expected|: 0 where they are equal, infinite where one is not finite."""
-    difference = (actual.double() - expected.double()).abs().max()
-    if difference == 0:  # perhaps of zeros
+    return relative((actual.double() - expected.double()).abs().max(), expected.double().abs().max())
+
+
+def relative(difference: Tensor, scale: Tensor) -> float:
+    """Returns difference / scale, both scalars of at least 0: 0 for 0 / 0, infinite where one is not finite."""
+    if difference == 0 and scale.isfinite():  # perhaps of zeros
         return 0.0
-    return float(torch.nan_to_num(difference / expected.double().abs().max(), nan=torch.inf, posinf=torch.inf))
+    return float(torch.nan_to_num(difference / scale, nan=torch.inf, posinf=torch.inf))
 
 
 @torch.no_grad()

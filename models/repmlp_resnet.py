@@ -345,13 +345,7 @@ class RepMLPResNet(StagedNetwork):
 
     @staticmethod
     def built_for(weights: Mapping[str, Tensor], spec: RepMLPResNetSpec, img_size: tuple[int, int]) -> dict[str, Any]:
-        """Returns the `in_chans` and `img_size` that weights were made with.
-
-        Args:
-            weights: by name, in either form.
-            spec: their network's.
-            img_size: (height, width) to prefer where it fits; of others, only square ones can be told from the weights.
-        """
+        """Returns the `in_chans` and `img_size` that weights were made with, as a `Family` wants it."""
         stem = weights.get("stage0.0.conv.weight", torch.empty(0, 3))
         fc1 = next((name for name in weights if name.endswith(".fc1_fc2.fc1.weight")), None)
         if fc1 is not None:

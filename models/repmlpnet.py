@@ -220,13 +220,7 @@ class RepMLPNet(StagedNetwork):
 
     @staticmethod
     def built_for(weights: Mapping[str, Tensor], spec: RepMLPNetSpec, img_size: tuple[int, int]) -> dict[str, Any]:
-        """Returns the `in_chans` and `img_size` that weights were made with.
-
-        Args:
-            weights: by name, in either form.
-            spec: their network's.
-            img_size: (height, width) to prefer where it fits; of others, only square ones can be told from the weights.
-        """
+        """Returns the `in_chans` and `img_size` that weights were made with, as a `Family` wants it."""
         names = "conv_embedding.conv.weight", "stages.0.0.repmlp_block.fc3.weight"
         return input_of(weights, *names, spec.patch_size, img_size)
 

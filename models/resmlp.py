@@ -93,13 +93,7 @@ class ResMLP(ReparameterizableNetwork, MlpMixer):
 
     @staticmethod
     def built_for(weights: Mapping[str, Tensor], spec: ResMLPSpec, img_size: tuple[int, int]) -> dict[str, Any]:
-        """Returns the `in_chans` and `img_size` that weights were made with.
-
-        Args:
-            weights: by name, in either form.
-            spec: their network's.
-            img_size: (height, width) to prefer where it fits; of others, only square ones can be told from the weights.
-        """
+        """Returns the `in_chans` and `img_size` that weights were made with, as a `Family` wants it."""
         names = "stem.proj.weight", "blocks.0.linear_tokens.weight"
         return input_of(weights, *names, spec.patch_size, img_size)
 

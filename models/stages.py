@@ -1,5 +1,6 @@
 """What networks of several stages have in common: the forward pass, maps of every level, checkpointing."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .reparam import ReparameterizableNetwork
 
 
-class StagedNetwork(ReparameterizableNetwork):
+class StagedNetwork(ReparameterizableNetwork, ABC):
     """Stages that each halve the maps, a norm, pooling, a linear head; what timm's users expect of such a network.
 
     A subclass sets the attributes, and says how a stage is applied (`_stage`) and removed (`_keep`), which input
@@ -32,25 +33,25 @@ class StagedNetwork(ReparameterizableNetwork):
     head_norm: nn.Module
     grad_checkpointing = False
 
+    @abstractmethod
     def _check_size(self, x: Tensor) -> None:
         """Raises ValueError for an image (N, in_chans, H, W) of a size that does not fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Applies one stage to what the stage before gave, or to the image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _keep(self, stages: int) -> None:
         """Removes all but the first stages."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_classifier(self) -> nn.Module:
         """Returns the head."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset_classifier(self, num_classes: int) -> None:
         """Puts in a new head of `num_classes` outputs; 0 leaves the pooled features."""
-        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes every block in the backward pass instead of keeping its activations."""

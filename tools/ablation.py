@@ -19,7 +19,8 @@ from yacs.config import CfgNode
 
 from benchmarks.harness import chosen
 from configs import flatten, load_config
-from main_repmlp import parse, run_folder
+from configs.command_line import parse
+from main_repmlp import run_folder
 from utils import cli
 
 RECIPE = "configs/shapes.yaml"

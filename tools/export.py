@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.checkpoints import build_from, read_checkpoint, write_atomically
 from models.fusion import fuse_verified
-from models.reparam import is_reparameterizable, relative_difference, to_deploy
+from models.reparam import input_channels, is_reparameterizable, relative_difference, to_deploy
 from utils import cli
 
 Program = Callable[[Tensor], Tensor]
@@ -88,8 +88,7 @@ def main() -> None:
     model = network.model.float()
     model = to_deploy(model) if is_reparameterizable(model) else model
     model = fuse_verified(model) if args.fuse else model
-    channels = next(m for m in network.model.modules() if isinstance(m, nn.Conv2d)).in_channels
-    traced, checked = (torch.randn(n, channels, *network.image_size) for n in BATCH_SIZES)
+    traced, checked = (torch.randn(n, input_channels(network.model), *network.image_size) for n in BATCH_SIZES)
     content, program = FORMATS[args.save.suffix](model, traced)
     difference = relative_difference(model(checked), program(checked))
     if not difference <= args.tolerance:

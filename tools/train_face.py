@@ -23,7 +23,7 @@ from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.train import Trainer
 from engine.verification import Verification, deal_folds, embed, verify
-from models.build import changeable
+from models.build import check_changeable
 from models.checkpoints import build_from, describe, read_checkpoint
 from models.reparam import is_reparameterizable
 from utils import cli, distributed
@@ -108,8 +108,7 @@ def build_model(args: Namespace) -> nn.Module:
     """Builds the network with fresh weights."""
     given = {"channels": args.channels, "blocks": args.blocks}
     parts = {part: value for part, value in given.items() if value is not None}
-    for part in parts.keys() - set(changeable(args.arch)):
-        raise ValueError(f"--{part}: {args.arch} has no {part} to change")
+    check_changeable(args.arch, {f"--{part}": part for part in parts})
     return models.create_model(args.arch, args.embedding, **parts)
 
 

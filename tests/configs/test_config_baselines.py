@@ -7,8 +7,8 @@ import pytest
 import torch
 from timm.layers import to_2tuple
 
-import main_repmlp
 import models
+from configs import command_line
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Recipe, architecture, image size, and millions of parameters as its authors give them, some of them rounded to one.
@@ -32,7 +32,7 @@ def test_a_baseline_is_built_by_its_recipe(recipe, arch, side, millions):
     size = to_2tuple(side)
     given = [] if models.default_image_size(arch) == size else ["--opts", "DATA.IMG_SIZE", str(side)]
     assert not given or f"{' '.join(given)}, {arch}" in header
-    cfg = main_repmlp.parse(["--cfg", str(path), "--arch", arch, *given]).config
+    cfg = command_line.parse(["--cfg", str(path), "--arch", arch, *given]).config
     with torch.device("meta"):
         model = models.create_model(cfg.MODEL.ARCH, 1000, img_size=size).eval()
         assert model(torch.empty(2, 3, *size)).shape == (2, 1000)
@@ -40,7 +40,7 @@ def test_a_baseline_is_built_by_its_recipe(recipe, arch, side, millions):
 
 
 def test_the_plain_recipe():
-    cfg = main_repmlp.parse(["--cfg", str(CONFIGS / "imagenet_120ep.yaml")]).config
+    cfg = command_line.parse(["--cfg", str(CONFIGS / "imagenet_120ep.yaml")]).config
     assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS, cfg.TRAIN.BASE_LR, cfg.TRAIN.WEIGHT_DECAY) == (120, 0, 0.1, 1e-4)
     assert (cfg.TRAIN.OPTIMIZER.NAME, cfg.TRAIN.OPTIMIZER.MOMENTUM, cfg.TRAIN.LR_SCHEDULER.NAME) == (
         "sgd",

@@ -14,6 +14,7 @@ import configs
 import data
 import main_repmlp
 import models
+from configs import command_line
 from configs.rules import RULES
 from data.mixing import ERASING_MODES, MIXUP_MODES
 from data.transforms import INTERPOLATIONS
@@ -140,13 +141,13 @@ def test_only_scripts_read_the_configuration(folder):
 
 
 def test_every_flag_sets_a_key_that_exists():
-    assert {key for key, _ in main_repmlp.FLAGS.values()} <= KEYS
-    assert len({key for key, _ in main_repmlp.FLAGS.values()}) == len(main_repmlp.FLAGS)
+    assert {key for key, _ in command_line.FLAGS.values()} <= KEYS
+    assert len({key for key, _ in command_line.FLAGS.values()}) == len(command_line.FLAGS)
 
 
 def test_the_flags_are_these_and_help_explains_each(capsys):
     with pytest.raises(SystemExit) as stop:
-        main_repmlp.parse(["--help"])
+        command_line.parse(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     body = text[text.index("options:") :]
@@ -184,7 +185,7 @@ def test_the_flags_are_these_and_help_explains_each(capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_a_flag_sets(argv, key, value):
-    found = configs.flatten(main_repmlp.parse(argv).config)
+    found = configs.flatten(command_line.parse(argv).config)
     assert found[key] == value
     given = {key, "MODEL.RESUME"} if "--eval" in argv else {key}
     assert {k: v for k, v in found.items() if k not in given} == {
@@ -194,12 +195,12 @@ def test_what_a_flag_sets(argv, key, value):
 
 @pytest.mark.parametrize("spelling", ["--local-rank", "--local_rank"])
 def test_both_spellings_of_the_local_rank(spelling):
-    assert main_repmlp.parse([f"{spelling}=3"]).local_rank == 3
-    assert main_repmlp.parse([]).local_rank is None
+    assert command_line.parse([f"{spelling}=3"]).local_rank == 3
+    assert command_line.parse([]).local_rank is None
 
 
 def test_nothing_given_is_nothing_set():
-    parsed = main_repmlp.parse([])
+    parsed = command_line.parse([])
     assert configs.flatten(parsed.config) == configs.flatten(configs.load_config())
     assert parsed.notices == []
 
@@ -213,13 +214,13 @@ def test_a_part_that_a_network_does_not_have_is_refused():
 
 
 def test_an_old_flag_is_announced():
-    (notice,) = main_repmlp.parse(["--amp-opt-level", "O1"]).notices
+    (notice,) = command_line.parse(["--amp-opt-level", "O1"]).notices
     assert notice == "--amp-opt-level O1 is the old name of --amp fp16"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_parses_and_its_network_fits(recipe):
-    cfg = main_repmlp.parse(["--cfg", str(recipe)]).config
+    cfg = command_line.parse(["--cfg", str(recipe)]).config
     size = to_2tuple(cfg.DATA.IMG_SIZE or models.default_image_size(cfg.MODEL.ARCH))
     classes = cfg.MODEL.NUM_CLASSES or {"imagenet": 1000, "cf100": 100, "digits": 10, "shapes": 10}[cfg.DATA.DATASET]
     with torch.device("meta"):
@@ -236,7 +237,7 @@ def test_a_recipe_parses_and_its_network_fits(recipe):
 
 
 def test_there_is_a_recipe_of_each_published_network():
-    named = {main_repmlp.parse(["--cfg", str(recipe)]).config.MODEL.ARCH for recipe in RECIPES}
+    named = {command_line.parse(["--cfg", str(recipe)]).config.MODEL.ARCH for recipe in RECIPES}
     assert named >= {f"RepMLPNet-{size}" for size in ("T224", "B224", "T256", "B256", "D256", "L256")}
     assert named >= {f"RepMLP-Res50-{style}-224" for style in ("light", "bottleneck")}
 
@@ -258,10 +259,10 @@ def test_the_words_of_the_rules_are_those_of_the_code(key, registry):
 
 
 def test_the_words_of_the_flags_are_those_of_the_rules():
-    for key, settings in main_repmlp.FLAGS.values():
+    for key, settings in command_line.FLAGS.values():
         if "choices" in settings:
             assert set(settings["choices"]) == choices(key)
-    assert set(main_repmlp.APEX_LEVELS.values()) <= choices("AMP")
+    assert set(command_line.APEX_LEVELS.values()) <= choices("AMP")
 
 
 def test_the_defaults_of_the_library_are_those_of_the_schema():

@@ -11,7 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import configs
-import main_repmlp
+from configs import command_line
 
 ARCH = "RepMLPNet-Digits"
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_the_log_tells_the_accuracy(trained):
 
 def test_the_written_configuration_is_the_one_that_ran(trained):
     again = configs.load_config(trained.folder / "config.yaml")
-    ran = main_repmlp.parse(
+    ran = command_line.parse(
         [*SHORT.split(), "TAG", "first", "OUTPUT", str(trained.output)],
     ).config
     assert configs.flatten(again) == configs.flatten(ran)

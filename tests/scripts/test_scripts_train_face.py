@@ -16,7 +16,6 @@ from PIL import Image
 
 from models.checkpoints import read_checkpoint
 
-pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning, which has the losses, is not installed")
 ROOT = Path(__file__).parents[2]
 TINY = "--channels 32 64 128 256 --blocks 1 2 2 1 --embedding 16 -b 16 -j 0 --lr 0.02 --num-pairs 200 --epochs 3"
 IMAGES = 8
