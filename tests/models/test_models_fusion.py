@@ -78,7 +78,7 @@ def test_pieces_of_the_ffn_are_as_good_as_the_whole(monkeypatch):
     model = network("sets of every kind")
     fused, x = fuse_batch_norms(model), images(model)
     expected = fused(x)
-    monkeypatch.setattr(models.fusion, "CACHED_ELEMENTS", 100)
+    monkeypatch.setattr(models.fusion, "FFN_COLUMNS", 7)
     assert relative_difference(expected, fused(x)) < 1e-14
 
 
