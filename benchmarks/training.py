@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ COLUMNS = (
     ("GFLOP", "gflop", ".2f"),
     ("MB", "megabytes", ".1f"),
     ("of limit", "fraction", ".2f"),
-    ("peak MiB", "peak_mib", ".0f"),
     ("difference", "difference", ".1e"),
 )
 
@@ -72,7 +71,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tf32", action="store_true", help="let a GPU round the factors of fp32 products to TF32")
     parser.add_argument("--compile", action="store_true", help="add compiled rows")
     parser.add_argument(
-        "--memory", action="store_true", help="add the peak memory of each row, in a process of its own"
+        "--memory",
+        type=harness.positive,
+        nargs="*",
+        metavar="N",
+        help="add each row's peak memory with N images, each in a process of its own; without N those of a step",
     )
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows to keep, beside the baseline; 'ours *'")
     return parser.parse_args(argv)
@@ -169,6 +172,14 @@ def peak_memory(arch: str, form: Form, batch_size: int, device: str, threads: in
     return memory.peak(device) - before
 
 
+def weigh(form: Form, batch_sizes: Sequence[int], args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the entries of a row for its peak memory: `peak_bytes` by batch size, and `peak_mib_N` for the table."""
+    peaks = {
+        n: memory.in_fresh_process(peak_memory, args.arch, form, n, args.device, args.threads) for n in batch_sizes
+    }
+    return {"peak_bytes": peaks} | {f"peak_mib_{n}": peak / 2**20 for n, peak in peaks.items()}
+
+
 def build(names: Sequence[str], model: models.RepMLPNet, args: argparse.Namespace) -> dict[Variant, float]:
     """Returns the rows, each with its difference from the float64 gradient of the naive formulation.
 
@@ -195,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     clock = harness.start(args)
     harness.settle_precision(args.tf32)
+    weighed = [] if args.memory is None else args.memory or [args.batch_size]
     names = harness.chosen(FORMS | (COMPILED if args.compile else {}), args.only, BASELINE)
     model = build_model(args.arch)
     exact = check_formulations(model, *batch(args.arch, args.batch_size), args.device)
@@ -209,12 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row, variant in zip(rows, variants, strict=True):
         row |= {"difference": differences[variant], "images_per_second": args.batch_size / row["median"]}
         row |= {"milliseconds": 1e3 * row["median"], "gflop": row["flops"] / 1e9, "megabytes": row["bytes"] / 1e6}
-        if args.memory:
-            form = (FORMS | COMPILED)[variant.name]
-            settings = (args.arch, form, args.batch_size, args.device, args.threads)
-            row["peak_bytes"] = memory.in_fresh_process(peak_memory, *settings)
-            row["peak_mib"] = row["peak_bytes"] / 2**20
-    harness.report(args, rows, COLUMNS, clock, limits)
+        row |= weigh((FORMS | COMPILED)[variant.name], weighed, args)
+    memory_columns = [(f"MiB at {n}", f"peak_mib_{n}", ".0f") for n in weighed]
+    harness.report(args, rows, (*COLUMNS, *memory_columns), clock, limits)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,16 @@ def test_a_wrong_form_stops_inference(spoil) -> None:
         list(inference.build(inference.own_family(ARCH, 2), {"naive deploy fp32", "fused fp32"}, args))
 
 
+def test_memory_of_training_by_batch_size(tmp_path) -> None:
+    file = tmp_path / "result.json"
+    options = ["--batch-size", "2", "--rounds", "1", "--min-seconds", "0", "--only", "ours fp32", "--memory", "1", "17"]
+    training.main(["--arch", ARCH, *options, "--json", str(file)])
+    for row in json.loads(file.read_text())["rows"]:
+        peaks = {int(n): peak / 2**20 for n, peak in row["peak_bytes"].items()}
+        assert peaks == {1: row["peak_mib_1"], 17: row["peak_mib_17"]}
+        assert 0 < peaks[1] < peaks[17]
+
+
 def test_a_wrong_gradient_stops_training(spoil) -> None:
     spoil(training, "naive")
     args = training.parse(["--arch", ARCH, "--batch-size", "2"])
