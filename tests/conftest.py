@@ -1,11 +1,13 @@
 """What holds for all tests."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from processes import Process, Zygote
 
 # A busy machine is no reason to fail: how long an example takes is not what these tests are about.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -46,3 +48,11 @@ def cityscapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(4):
         write_street(root, "val", "lindau", number)
     return root
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
+    """Returns a function that starts a script in a new process; what still runs in the end is killed."""
+    zygote = Zygote(tmp_path_factory.mktemp("processes"))
+    yield zygote.start
+    zygote.close()

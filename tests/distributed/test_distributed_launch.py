@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_ranks import free_port
+from processes import clean_environment
 
 from tools import soak
 
@@ -20,7 +21,6 @@ OPTIONS = (
     f"--cfg {soak.ROOT}/configs/quickstart.yaml --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 1 EVAL_FREQ 2 SAVE_FREQ 1"
 )
 SCRIPT = f"{soak.ROOT}/main_repmlp.py"
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONWARNINGS")
 
 
 class Launch:
@@ -33,12 +33,11 @@ class Launch:
 
     def start(self, command: str, *, options: str = OPTIONS, **variables: object) -> subprocess.Popen[bytes]:
         """Starts `python <command>` in an environment without any launcher but `variables`."""
-        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith("SLURM_")}
         words = [sys.executable, *shlex.split(command), "--output", str(self.output), *shlex.split(options)]
         with (self.output / f"console{len(self.processes)}.txt").open("w") as console:
             process = subprocess.Popen(
                 words,
-                env=environment | soak.ENVIRONMENT | {k: str(v) for k, v in variables.items()},
+                env=clean_environment() | {k: str(v) for k, v in variables.items()},
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import in_launcher
 from torch import nn
 
 from data import Batch, Normalize
@@ -17,8 +18,6 @@ from utils import distributed
 from utils.distributed import Process
 from utils.log import MetricsWriter
 from utils.seed import seed_everything
-
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ def launcher() -> Iterator[Callable[..., None]]:
     before = dict(os.environ)
 
     def prepare(**variables: str) -> None:
-        for name in [n for n in os.environ if n in LAUNCHER or n.startswith("SLURM_")]:
+        for name in filter(in_launcher, list(os.environ)):
             del os.environ[name]
         os.environ.update(variables)
 

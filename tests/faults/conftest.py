@@ -1,74 +1,13 @@
 """Runs to be disturbed, each a process of its own, and the undisturbed run that they are compared with."""
 
-import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_runs import HERE, Process, Run
+from fault_runs import Run
 from PIL import Image
-
-from tools import soak
-
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "REPMLP_TRACEBACK", "PYTHONWARNINGS")
-
-
-def clean_environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith("SLURM_")}
-    return kept | soak.ENVIRONMENT
-
-
-@pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
-    """Returns a function that starts a script in a new process."""
-    work = tmp_path_factory.mktemp("work")
-    zygote = subprocess.Popen(
-        [sys.executable, str(HERE / "fault_zygote.py")],
-        env=clean_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    )
-    assert zygote.stdin is not None
-    assert zygote.stdout is not None
-    assert zygote.stdout.readline() == "ready\n"
-    started: list[Process] = []
-
-    def ask(order: dict) -> object:
-        zygote.stdin.write(json.dumps(order) + "\n")
-        return json.loads(zygote.stdout.readline())
-
-    def begin(script: str, *words: object, environment: dict | None = None, largest_file: int = 0) -> Process:
-        console = work / f"console{len(started)}"
-        order = {
-            "script": str(soak.ROOT / script),
-            "arguments": list(map(str, words)),
-            "folder": str(work),
-            "environment": environment or {},
-            "largest_file": largest_file,
-            "out": f"{console}.out",
-            "err": f"{console}.err",
-        }
-        for name in ("out", "err"):
-            Path(order[name]).touch()
-        started.append(Process(ask, order))
-        return started[-1]
-
-    yield begin
-    for process in started:
-        if process.alive():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    zygote.stdin.close()
-    zygote.wait()
-    zygote.stdout.close()
 
 
 @pytest.fixture

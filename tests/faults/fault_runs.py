@@ -1,56 +1,17 @@
-"""A script in a process of its own, and a training that may take several of them."""
+"""A training that may take several processes."""
 
 import json
 import os
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from processes import Process
 
 from tools import soak
 
-HERE = Path(__file__).parent
-DRIVER = HERE / "fault_driver.py"
-
-
-class Process:
-    """A script that runs in a process of its own, and in a process group of that number."""
-
-    def __init__(self, ask: Callable[[dict], object], order: dict) -> None:
-        self._ask, self._out, self._err = ask, Path(order["out"]), Path(order["err"])
-        self.pid = int(str(ask(order)))
-        self.status: int | None = None  # as `Popen.returncode`: -9 for SIGKILL
-
-    @property
-    def out(self) -> str:
-        return self._out.read_text()
-
-    @property
-    def err(self) -> str:
-        return self._err.read_text()
-
-    def alive(self) -> bool:
-        if self.status is None:
-            self.status = self._ask({"poll": self.pid})  # type: ignore[assignment]
-        return self.status is None
-
-    def wait(self, timeout: float = 240) -> int:
-        until = time.monotonic() + timeout
-        while self.alive():
-            assert time.monotonic() < until, f"still running after {timeout} s\n{self.out}\n{self.err}"
-            time.sleep(0.01)
-        assert self.status is not None
-        return self.status
-
-    def until(self, text: str, count: int = 1, timeout: float = 120) -> None:
-        """Waits until the console shows a text so many times."""
-        until = time.monotonic() + timeout
-        while self.out.count(text) < count:
-            assert self.alive(), f"ended with {self.status} before {text!r}\n{self.out}\n{self.err}"
-            assert time.monotonic() < until, f"no {text!r} after {timeout} s\n{self.out}\n{self.err}"
-            time.sleep(0.005)
+DRIVER = Path(__file__).with_name("fault_driver.py")
 
 
 class Run:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -17,19 +17,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Process, clean_environment
 
 import models
 from models.checkpoints import read_checkpoint
 from models.reparam import to_deploy
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 ARCH = "RepMLPNet-Digits"
 # Two epochs, so that there is a warm-up; a numbered checkpoint after each.
 SHORT = f"--cfg {ROOT}/configs/quickstart.yaml --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 1 SAVE_FREQ 1"
-# Threads decide in which order numbers are added, so one is what makes runs comparable.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "REPMLP_TRACEBACK", "PYTHONWARNINGS")
 
 
 class Result(NamedTuple):
@@ -55,11 +52,6 @@ class Run(NamedTuple):
     def weights(self, name: str = "latest.pth", key: str = "model") -> dict[str, torch.Tensor]:
         """The weights in one of its checkpoints."""
         return torch.load(self.folder / name, weights_only=True)[key]
-
-
-def clean_environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith("SLURM_")}
-    return kept | ENVIRONMENT
 
 
 def as_user(command: Sequence[str], folder: Path, timeout: float = 300) -> Result:
@@ -91,38 +83,15 @@ def user() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Result]]:
-    """Returns a function that runs a script in its own process, forked from one that has its imports done."""
-    work = tmp_path_factory.mktemp("script")
-    zygote = subprocess.Popen(
-        [sys.executable, str(HERE / "zygote.py")],
-        env=clean_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    )
-    assert zygote.stdin is not None
-    assert zygote.stdout is not None
-    assert zygote.stdout.readline() == "ready\n"
+def script(start: Callable[..., Process]) -> Callable[..., Result]:
+    """Returns a function that runs a script in a process of its own, without the time that its imports take."""
 
-    def run(name: str, *arguments: object, folder: Path = work, environment: dict[str, str] | None = None) -> Result:
-        request = {
-            "script": name,
-            "arguments": list(map(str, arguments)),
-            "folder": str(folder),
-            "environment": environment or {},
-            "out": str(work / "out"),
-            "err": str(work / "err"),
-        }
-        zygote.stdin.write(json.dumps(request) + "\n")
-        status = int(zygote.stdout.readline())
-        return Result(status, (work / "out").read_text(), (work / "err").read_text())
+    def run(*arguments: object, **options: object) -> Result:
+        process = start(*arguments, **options)
+        status = process.wait()
+        return Result(status, process.out, process.err)
 
-    yield run
-    zygote.stdin.close()
-    zygote.wait()
-    zygote.stdout.close()
+    return run
 
 
 @pytest.fixture(scope="session")
