@@ -225,7 +225,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.set_title(arch, fontsize=10)
         axis.tick_params(axis="x", labelsize=8, rotation=20)
     axes[0].set_ylabel("top-1 (%)")
-    axes[0].legend(fontsize=8, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
 
 
