@@ -87,7 +87,7 @@ def check_changeable(name: str, parts: Mapping[str, str]) -> None:
     """Raises ValueError where an architecture lacks a part of `parts`, which are given by how the user spells them."""
     for spelling, part in parts.items():
         if part not in changeable(name):
-            raise ValueError(f"{spelling}: {name} has no {part} to change")
+            raise ValueError(f"{spelling}: {name} has no {part} to change; leave it out")
 
 
 def structure_changes(name: str, model: nn.Module) -> dict[str, Any]:
