@@ -52,6 +52,11 @@ class Task(NamedTuple):
     test_size: tuple[int, int]
     dtype: torch.dtype | None
 
+    @property
+    def dataset(self) -> str:
+        """The name of the data set, a key of `data.DATASETS`."""
+        return data.resolve_name(self.cfg.DATA.DATASET, self.cfg.DATA.DATA_PATH)
+
     def source(self, split: str) -> data.ImageSource:
         """Opens the images of `train` or `val`."""
         cfg, process = self.cfg.DATA, self.process
@@ -68,7 +73,7 @@ class Task(NamedTuple):
 
     def normalize(self) -> data.Normalize:
         """Builds what turns uint8 images into the network's input, on the device."""
-        spec = data.DATASETS[data.resolve_name(self.cfg.DATA.DATASET, self.cfg.DATA.DATA_PATH)]
+        spec = data.DATASETS[self.dataset]
         return data.Normalize(spec.mean, spec.std).to(self.process.device)
 
     def eval_batches(self, source: data.ImageSource) -> DataLoader:
@@ -354,7 +359,8 @@ def train(task: Task) -> None:
     if cfg.TRAIN.SYNC_BN and process.world_size > 1:
         model = synchronise_batch_norms(model)
     stop = StopRequest()
-    meta = describe(cfg.MODEL.ARCH, model, task.train_size, "train" if is_reparameterizable(model) else None)
+    form = "train" if is_reparameterizable(model) else None
+    meta = describe(cfg.MODEL.ARCH, model, task.train_size, form, task.dataset)
     checkpoints = CheckpointFolder(task.folder, keep=cfg.KEEP_CHECKPOINTS, meta=meta, config=cfg.dump())
     trainer = build_trainer(task, model, derived, train_source)
     recorded = start_or_resume(task, trainer, checkpoints)

@@ -62,8 +62,10 @@ class Checkpoint:
     payload: dict[str, Any] = field(default_factory=dict)
 
 
-def describe(arch: str, model: nn.Module, image_size: tuple[int, int], form: str | None) -> dict[str, Any]:
-    """Returns the metadata that goes with a network's weights."""
+def describe(
+    arch: str, model: nn.Module, image_size: tuple[int, int], form: str | None, dataset: str | None = None
+) -> dict[str, Any]:
+    """Returns the metadata that goes with a network's weights; `dataset` says how its images are normalised."""
     return {
         "arch": arch,
         "num_classes": model.num_classes,
@@ -71,7 +73,7 @@ def describe(arch: str, model: nn.Module, image_size: tuple[int, int], form: str
         "form": form,
         "structure": structure_changes(arch, model),
         "versions": versions(),
-    }
+    } | ({} if dataset is None else {"dataset": dataset})
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Classifies image files: prints the likeliest classes of each, most probable first.
 
-python -m tools.predict output/RepMLPNet-Digits/quickstart/deploy.pth IMAGE... --dataset digits
+python -m tools.predict output/RepMLPNet-Digits/quickstart/deploy.pth IMAGE...
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import data
 from data.sources import decode_rgb
 from data.transforms import Transform
-from models.checkpoints import build_from, read_checkpoint
+from models.checkpoints import Checkpoint, build_from, read_checkpoint
 from models.fusion import fuse_verified
 from utils import cli
 
@@ -30,7 +30,9 @@ def parser() -> cli.Parser:
     result.add_argument("-k", "--top", type=int, default=5, metavar="N", help="how many classes to name")
     result.add_argument("-r", "--resolution", type=int, metavar="R", help="image size; the network's own if absent")
     result.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line; numbers if absent")
-    result.add_argument("--dataset", choices=list(data.DATASETS), default="imagenet", help="that it was trained on")
+    result.add_argument(
+        "--dataset", choices=list(data.DATASETS), help="trained on; what the checkpoint tells, or imagenet, if absent"
+    )
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
     result.add_argument("--ema", action="store_true", default=False, help="use the averaged weights")
     result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
@@ -50,6 +52,18 @@ def class_names(path: Path | None, count: int) -> list[str]:
     if len(names) != count:
         raise ValueError(f"{path} names {len(names)} classes, the network has {count}")
     return names
+
+
+def normalization(dataset: str | None, checkpoint: Checkpoint) -> data.Normalize:
+    """Returns that of the data set which the user names, or else the checkpoint; of ImageNet where neither does.
+
+    Raises:
+        ValueError: the checkpoint names an unknown one.
+    """
+    name = dataset or checkpoint.meta.get("dataset") or "imagenet"
+    if name not in data.DATASETS:
+        raise ValueError(f"{checkpoint.path} was trained on {name!r}, which is unknown here: say --dataset")
+    return data.Normalize(data.DATASETS[name].mean, data.DATASETS[name].std)
 
 
 @torch.inference_mode()
@@ -81,16 +95,14 @@ def main() -> None:
     if args.batch_size < 1 or args.top < 1:
         raise ValueError("-b and -k must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = build_from(read_checkpoint(args.weights, ema=args.ema), args.arch)
+    checkpoint = read_checkpoint(args.weights, ema=args.ema)
+    network, normalize = build_from(checkpoint, args.arch), normalization(args.dataset, checkpoint).to(device)
     names = class_names(args.classes, network.num_classes)
     model = network.model.float().to(device)
     model = fuse_verified(model) if args.fuse else model
-    spec = data.DATASETS[args.dataset]
     size = to_2tuple(args.resolution or network.image_size)
     transform = data.eval_transform(size, crop=args.crop)
-    results = probabilities(
-        model, args.images, transform, data.Normalize(spec.mean, spec.std).to(device), args.batch_size
-    )
+    results = probabilities(model, args.images, transform, normalize, args.batch_size)
     figures: dict[str, list[tuple[str, float]]] = {}
     for path, values in zip(args.images, results, strict=True):
         best = values.topk(min(args.top, len(names)))

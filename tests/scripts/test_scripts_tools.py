@@ -42,10 +42,10 @@ def scans(tmp_path_factory):
 
 
 @torch.no_grad()
-def expected(weights, paths):
-    """The probabilities (N, 10) of the network itself."""
+def expected(weights, paths, dataset="digits"):
+    """The probabilities (N, 10) of the network itself, the images normalised as those of a data set."""
     network = build_from(read_checkpoint(weights))
-    spec = data.DATASETS["digits"]
+    spec = data.DATASETS[dataset]
     images = torch.stack([data.eval_transform(network.image_size)(Image.open(path).convert("RGB")) for path in paths])
     return network.model(data.Normalize(spec.mean, spec.std)(images)).softmax(1)
 
@@ -54,7 +54,7 @@ def expected(weights, paths):
 @pytest.mark.parametrize("form", ["trained", "deployed"])
 def test_predict_gives_the_probabilities_of_the_network(form, fuse, trained, deployed, scans, tool, tmp_path):
     weights = trained.folder / "best_ckpt.pth" if form == "trained" else deployed
-    flags = ["--dataset", "digits", "-k", 10, "-b", 2, "--json", tmp_path / "p.json", *["--fuse"] * fuse]
+    flags = ["-k", 10, "-b", 2, "--json", tmp_path / "p.json", *["--fuse"] * fuse]
     status, out, err = tool("tools.predict", weights, *scans, *flags)
     assert (status, err) == (0, "")
     found = json.loads((tmp_path / "p.json").read_text())
@@ -68,11 +68,36 @@ def test_predict_names_the_likeliest_classes_first(trained, scans, tool, tmp_pat
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     (tmp_path / "names.txt").write_text("\n".join(names))
     weights, path = trained.folder / "best_ckpt.pth", next(iter(scans))
-    options = ["--dataset", "digits", "-k", 2, "--classes", tmp_path / "names.txt"]
+    options = ["-k", 2, "--classes", tmp_path / "names.txt"]
     status, out, _ = tool("tools.predict", weights, path, *options)
     best = expected(weights, [path])[0].topk(2)
     shown = ", ".join(f"{names[i]} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices, strict=True))
     assert (status, out) == (0, f"{path}: {shown}\n")
+
+
+@pytest.mark.parametrize("dataset", [None, "cf100"])
+def test_predict_normalises_as_the_user_says_else_as_the_checkpoint_else_for_imagenet(
+    dataset, trained, scans, tool, tmp_path
+):
+    checkpoint = torch.load(trained.folder / "best_ckpt.pth", weights_only=True)
+    assert checkpoint["meta"].pop("dataset") == "digits"
+    torch.save({"model": checkpoint["model"], "meta": checkpoint["meta"]}, tmp_path / "untold.pth")
+    for weights, otherwise in ((trained.folder / "best_ckpt.pth", "digits"), (tmp_path / "untold.pth", "imagenet")):
+        options = ["--dataset", dataset] * (dataset is not None)
+        status, _, _ = tool("tools.predict", weights, *scans, "-k", 10, "--json", tmp_path / "p.json", *options)
+        assert status == 0
+        found = json.loads((tmp_path / "p.json").read_text())
+        rows = torch.tensor([[dict(found[str(path)])[str(label)] for label in range(10)] for path in scans])
+        torch.testing.assert_close(rows, expected(weights, scans, dataset or otherwise), rtol=1e-4, atol=1e-6)
+
+
+def test_predict_refuses_a_data_set_that_only_the_checkpoint_knows(trained, scans, tool, tmp_path):
+    checkpoint = torch.load(trained.folder / "best_ckpt.pth", weights_only=True)
+    meta = checkpoint["meta"] | {"dataset": "birds"}
+    torch.save({"model": checkpoint["model"], "meta": meta}, tmp_path / "birds.pth")
+    status, out, err = tool("tools.predict", tmp_path / "birds.pth", *scans)
+    assert (status, out) == (2, "")
+    assert "trained on 'birds', which is unknown here: say --dataset" in err
 
 
 def test_predict_says_what_is_wrong(trained, scans, tool, tmp_path):
