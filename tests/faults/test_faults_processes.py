@@ -68,6 +68,21 @@ class Torchrun:
         return self._agent.wait(240)
 
 
+@pytest.mark.parametrize(("count", "accumulation"), [(3, 0), (4, 2)])
+def test_more_than_two_ranks_resume_exactly(start, run, tmp_path_factory, count, accumulation):
+    """Sums over three and more depend on the order of adding; killed within an epoch, and between two of them."""
+    options = ("DATA.BATCH_SIZE", 24, "TRAIN.ACCUMULATION_STEPS", accumulation, "SAVE_STEPS", 3)
+    whole = Run(start, tmp_path_factory.mktemp("whole"))
+    ended_well(whole.start_ranks(count, *options))
+    updates = whole.state()["progress"]["update"]
+    for update in (updates // 2 - 1, updates // 2):
+        ranks = run.start_ranks(count, *options, plan={"kill_at_update": update})
+        assert [process.wait() for process in ranks] == [-signal.SIGKILL] * count, [p.err for p in ranks]
+    ended_well(run.start_ranks(count, *options))
+    assert run.log.count("going on from") == 2
+    assert soak.differences(whole.folder, run.folder) == []
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_rank_of_two_is_killed(two, run, victim):
     """The other one ends too instead of waiting for ever, and both go on exactly where they had last saved."""
