@@ -30,8 +30,9 @@ from engine.sync_batch_norm import synchronise_batch_norms
 from engine.throughput import throughput
 from engine.train import PRECISIONS, Trainer, autocast, data_parallel
 from models.build import check_changeable
-from models.checkpoints import describe, is_deploy, load_pretrained, load_weights, read_checkpoint
+from models.checkpoints import describe, load_pretrained, load_weights, read_checkpoint
 from models.fusion import fuse_verified
+from models.identify import is_deploy
 from models.reparam import is_reparameterizable, to_deploy
 from utils import cli, distributed
 from utils.distributed import Process
