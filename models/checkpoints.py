@@ -130,6 +130,11 @@ def read_checkpoint(path: str | Path, ema: bool | None = None) -> Checkpoint:
         META("meta", _meta(payload))
     except ValueError as error:
         raise ValueError(f"{path} is damaged or of another program: {error}") from None
+    return take_weights(path, payload, ema)
+
+
+def take_weights(path: Path, payload: dict[str, Any], ema: bool | None) -> Checkpoint:
+    """Finds the weights, or their average, in what `read_checkpoint` has read; arguments and errors as there."""
     found, averaged = _find_weights(path, payload, ema)
     state_dict = {_strip_wrappers(name): value for name, value in found.items()}
     if any(name.startswith("backbone.") for name in state_dict):
@@ -297,10 +302,28 @@ def write_checkpoint(path: str | Path, payload: Mapping[str, Any]) -> None:
         write_atomically(path, lambda file: torch.save(dict(payload), file))
 
 
+def link_checkpoint(existing: Path, path: Path) -> None:
+    """Gives a checkpoint a second name; a file of that name is replaced at once.
+
+    Raises:
+        OSError: the file system knows no hard links, or takes no more.
+    """
+    temporary = _temporary(path)
+    os.link(existing, temporary)
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
             try:

@@ -1,4 +1,4 @@
-"""What weights are by their names and shapes: of which of our architectures, for which images and classes, which form."""
+"""What weights are by their names and shapes: which architecture, for which images and classes, in which form."""
 
 from collections.abc import Iterable, Mapping
 from functools import cache

@@ -45,6 +45,12 @@ def number(where: str, value: object) -> None:
     expect(type(value) in (int, float) and math.isfinite(value), where, value, "a finite number")  # type: ignore[arg-type]
 
 
+def positive(where: str, value: object) -> None:
+    """Checks for a finite number above 0."""
+    number(where, value)
+    expect(value > 0, where, value, "above 0")  # type: ignore[operator]
+
+
 def boolean(where: str, value: object) -> None:
     """Checks for true or false."""
     expect(isinstance(value, bool), where, value, "true or false")

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 import data
 import models
-from engine.checkpoint import CheckpointFolder, resume
+from engine.checkpoint import CheckpointFolder
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
+from engine.state import restore
 from engine.train import Trainer
 from engine.verification import Verification, deal_folds, embed, verify
 from models.build import check_changeable
@@ -169,7 +170,7 @@ def train(args: Namespace, process: Process, folder: Path) -> None:
     meta = describe(args.arch, trainer.network, size, form)
     checkpoints = CheckpointFolder(folder, keep=1, meta=meta, config=json.dumps(vars(args), default=str))
     start, stop = checkpoints.start(logger), StopRequest()
-    recorded = resume(trainer, start) if start is not None else 0
+    recorded = restore(trainer, start) if start is not None else 0
     progress, sampler = trainer.progress, cast(data.TrainSampler, loader.sampler)
     trainer.metrics = MetricsWriter(folder, recorded, progress.epoch)
     logger.info(f"{len(source)} images of {len(source.classes)} people; {args.arch}, {args.loss}, output in {folder}")
