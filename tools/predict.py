@@ -3,7 +3,6 @@
 python -m tools.predict output/RepMLPNet-Digits/quickstart/deploy.pth IMAGE...
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from data.transforms import Transform
 from models.checkpoints import Checkpoint, build_from, read_checkpoint
 from models.fusion import fuse_verified
 from utils import cli
+from utils.files import check_target, write_json
 
 
 def parser() -> cli.Parser:
@@ -94,6 +94,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.batch_size < 1 or args.top < 1:
         raise ValueError("-b and -k must be at least 1")
+    if args.json:
+        check_target(args.json, filter(None, [args.weights, *args.images, args.classes]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = read_checkpoint(args.weights, ema=args.ema)
     network, normalize = build_from(checkpoint, args.arch), normalization(args.dataset, checkpoint).to(device)
@@ -110,7 +112,7 @@ def main() -> None:
         figures[str(path)] = list(zip(labels, best.values.tolist(), strict=True))
         print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)]))
     if args.json:
-        args.json.write_text(json.dumps(figures) + "\n")
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,18 @@ from pathlib import Path
 from typing import Any
 
 
+def user_path(path: str | Path) -> Path:
+    """Returns a path with `~` or `~user` at its beginning replaced by that home folder.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such user; write ./~... for a name that begins with ~") from None
+
+
 def check_target(target: Path, inputs: Iterable[str | Path]) -> None:
     """Makes sure, before any work, that a file can be written and that writing it changes nothing that is read.
 
@@ -28,7 +40,7 @@ def check_target(target: Path, inputs: Iterable[str | Path]) -> None:
     folders = [folder for folder in Path(os.path.realpath(target)).parents if folder.exists()]
     if not folders[0].is_dir() or not os.access(folders[0], os.W_OK | os.X_OK):
         raise ValueError(f"{target} can't be written, {folders[0]} takes no files: give another name to write to")
-    for source in map(Path, inputs):
+    for source in map(user_path, inputs):
         if source.is_file() and target.exists() and target.samefile(source):
             raise ValueError(f"{target} is read, and would be replaced: give another name to write to")
         if source.is_dir() and any(folder.samefile(source) for folder in folders):

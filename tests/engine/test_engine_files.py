@@ -5,10 +5,13 @@ import json
 import os
 import resource
 import stat
+from pathlib import Path
 
 import pytest
 
-from utils.files import check_target, clear_about_space, write_json, write_text
+import data
+from data.segmentation import CityscapesSource
+from utils.files import check_target, clear_about_space, user_path, write_json, write_text
 
 
 @pytest.fixture
@@ -144,3 +147,24 @@ def test_a_full_disk_is_named():
 def test_other_refusals_stay_as_they_are(tmp_path):
     with pytest.raises(FileNotFoundError), clear_about_space(tmp_path):
         (tmp_path / "none").read_text()
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~") == tmp_path
+    assert user_path("~/a/~") == tmp_path / "a" / "~"
+    assert user_path("~root/a") == Path("/root/a")
+    assert user_path(Path("a/~root")) == Path("a/~root")
+    for path in ("~nosuchuser", "~nosuchuser/a", Path("~nosuchuser/a")):
+        with pytest.raises(ValueError, match=r"^~nosuchuser.*: there is no such user; write \./~"):
+            user_path(path)
+
+
+def test_a_data_path_of_nobody(tmp_path):
+    for dataset, zip_mode in (("imagenet", False), ("imagenet", True), ("cf100", False)):
+        with pytest.raises(ValueError, match="there is no such user"):
+            data.open_source(dataset, "~nosuchuser/images", "val", zip_mode=zip_mode)
+    with pytest.raises(ValueError, match="there is no such user"):
+        CityscapesSource("~nosuchuser/images", "val")
+    with pytest.raises(ValueError, match="there is no such user"):
+        check_target(tmp_path / "a.json", ["~nosuchuser/images"])
