@@ -4,6 +4,11 @@ Modes: `train` evaluates training weights, `deploy` evaluates converted ones, `c
 them in memory and compares both forms on every image.
 """
 
+if __name__ == "__main__":  # the imports below take seconds
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 from argparse import Namespace
 from pathlib import Path
 from typing import Any

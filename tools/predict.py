@@ -18,6 +18,7 @@ from models.checkpoints import Checkpoint, build_from, read_checkpoint
 from models.fusion import fuse_verified
 from utils import cli
 from utils.files import check_target, write_json
+from utils.text import printable
 
 
 def parser() -> cli.Parser:
@@ -48,7 +49,7 @@ def class_names(path: Path | None, count: int) -> list[str]:
     """
     if path is None:
         return [str(label) for label in range(count)]
-    names = path.read_text().splitlines()
+    names = path.read_text(encoding="utf-8").splitlines()
     if len(names) != count:
         raise ValueError(f"{path} names {len(names)} classes, the network has {count}")
     return names
@@ -110,7 +111,7 @@ def main() -> None:
         best = values.topk(min(args.top, len(names)))
         labels = [names[i] for i in best.indices.tolist()]
         figures[str(path)] = list(zip(labels, best.values.tolist(), strict=True))
-        print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)]))
+        print(printable(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)])))
     if args.json:
         write_json(args.json, figures)
 
