@@ -15,8 +15,10 @@ def user_path(path: str | Path) -> Path:
     """Returns a path with `~` or `~user` at its beginning replaced by that home folder.
 
     Raises:
-        ValueError: there is no such user.
+        ValueError: there is no such user, or a NUL character in the path.
     """
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r} has a NUL character in it, which no path can have")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Text of unknown origin on one line of a terminal or a log."""
+"""Text of unknown origin and length on one line of a terminal or a log."""
 
 
 def printable(text: object) -> str:
@@ -12,3 +12,8 @@ def printable(text: object) -> str:
     if plain.isprintable():
         return plain
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """Returns text with dots in its middle where it is longer than that; for what a user gave, within a message."""
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"

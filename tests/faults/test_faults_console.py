@@ -104,7 +104,7 @@ def test_a_console_of_few_characters(tmp_path):
     folder = tmp_path / "RepMLPNet-Digits" / name
     assert f"weights in {folder}" in (folder / "log_rank0.txt").read_text(encoding="utf-8")
     found = load_config(folder / "config.yaml")
-    assert found.TAG == name
+    assert name == found.TAG
 
 
 @pytest.mark.parametrize(
