@@ -1,5 +1,10 @@
 """Turns a training checkpoint into a deploy checkpoint by Locality Injection, and verifies it before it is written."""
 
+if __name__ == "__main__":  # the imports below take seconds
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 from copy import deepcopy
 from pathlib import Path
 

@@ -1,5 +1,10 @@
 """Trains, evaluates (`--eval`) or times (`--throughput`) a network; alone, or in many processes by torchrun or srun."""
 
+if __name__ == "__main__":  # the imports below take seconds
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 import errno
 import logging
 from collections.abc import Iterator
@@ -13,7 +18,6 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
 import data
@@ -378,11 +382,10 @@ def train(task: Task) -> None:
     progress = trainer.progress
     for epoch in range(progress.epoch, cfg.TRAIN.EPOCHS):
         train_sampler.set_position(epoch, progress.consumed)
-        with logging_redirect_tqdm([logger]) if process.is_main else nullcontext():
-            bar = tqdm(train_loader, f"epoch {epoch}", leave=False, disable=None if process.is_main else True)
-            if not trainer.train_epoch(bar, after_update):
-                logger.info(f"stopping on request, state saved after update {progress.update}")
-                raise Stopped(stop.number)
+        bar = tqdm(train_loader, f"epoch {epoch}", leave=False, disable=None if process.is_main else True)
+        if not trainer.train_epoch(bar, after_update):
+            logger.info(f"stopping on request, state saved after update {progress.update}")
+            raise Stopped(stop.number)
         if process.world_size > 1:
             for network in trainer.networks:
                 distribute_bn(network, process.world_size, reduce=True)

@@ -4,7 +4,11 @@ Modes: `train` evaluates training weights, `deploy` evaluates converted ones, `c
 them in memory and compares both forms on every image.
 """
 
-import json
+if __name__ == "__main__":  # the imports below take seconds
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from models.checkpoints import Network, build_from, read_checkpoint
 from models.fusion import fuse_verified
 from models.reparam import to_deploy
 from utils import cli
+from utils.files import check_target, write_json
 
 REMEDY = {
     "train": "evaluate them with mode deploy",
@@ -95,6 +100,8 @@ def main() -> int:
     args = parser().parse_args()
     if args.batch_size < 1 or args.workers < 0 or not args.tolerance > 0:
         raise ValueError("-b must be at least 1, -j at least 0 and --tolerance above 0")
+    if args.json:
+        check_target(args.json, [args.weights, args.data])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load(args.weights, args.mode, args.arch, args.ema)
     model = network.model.float().to(device)
@@ -116,7 +123,7 @@ def main() -> int:
         print(f" * {evaluation}")
         figures, status = evaluation.as_dict(), 0
     if args.json:
-        args.json.write_text(json.dumps(figures) + "\n")
+        write_json(args.json, figures)
     return status
 
 

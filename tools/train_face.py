@@ -29,6 +29,7 @@ from models.checkpoints import build_from, describe, read_checkpoint
 from models.reparam import is_reparameterizable
 from utils import cli, distributed
 from utils.distributed import Process
+from utils.files import check_target, write_json
 from utils.lock import folder_lock
 from utils.log import MetricsWriter, create_logger
 from utils.seed import seed_everything
@@ -195,7 +196,7 @@ def evaluate(args: Namespace, device: torch.device) -> None:
     result = Verifier(args, to_2tuple(network.image_size), device)(model)
     print(f" * {result}")
     if args.json:
-        args.json.write_text(json.dumps(result.as_dict()) + "\n")
+        write_json(args.json, result.as_dict())
 
 
 def main() -> None:
@@ -203,6 +204,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.json and not args.eval:
         raise ValueError("--json belongs to --eval: give both")
+    if args.json:
+        check_target(args.json, filter(None, [args.eval, args.data, args.pairs]))
     if min(args.epochs, args.batch_size, args.embedding) < 1 or args.workers < 0:
         raise ValueError("--epochs, --batch-size and --embedding must be at least 1, --workers at least 0")
     process = distributed.init()
