@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -63,6 +64,19 @@ def log_failure(logger: logging.Logger, error: Exception) -> None:
             handler.handle(record)
 
 
+def strict_json(value: Any) -> str:
+    """Returns plain values as JSON, which knows no numbers that are not finite: null stands for them."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and to TensorBoard; a no-op everywhere but on rank 0.
 
@@ -72,7 +86,7 @@ class MetricsWriter:
         folder: where both go; None writes nothing.
         start: the updates done so far. A run that resumes drops what an earlier one recorded after that many, because
             it will record that again.
-        epoch: the one to go on in; its evaluation is still to come, even where all of its updates are done.
+        epoch: the one to go on in; its mean and its evaluation are still to come, even where all updates are done.
     """
 
     def __init__(self, folder: Path | None, start: int = 0, epoch: int | None = None) -> None:
@@ -93,9 +107,9 @@ class MetricsWriter:
         """Records values under `kind` ("train", "eval", ...); those in `clock` go to TensorBoard alone."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"kind": kind, "update": update, **values}) + "\n")
+        self._file.write(strict_json({"kind": kind, "update": update, **values}) + "\n")
         for name, value in {**values, **(clock or {})}.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{kind}/{name}", value, update)
 
     def close(self) -> None:
@@ -112,5 +126,6 @@ def _lines(path: Path) -> list[str]:
 
 def _is_ahead(record: dict[str, Any], start: int, epoch: int | None) -> bool:
     """Returns whether a record is of what a run that goes on after `start` updates, in `epoch`, will do again."""
-    evaluated = record["kind"].startswith("eval") and epoch is not None and record.get("epoch", -1) >= epoch
-    return evaluated or record["update"] > start
+    ends_epoch = record["kind"] != "train"
+    ahead = ends_epoch and epoch is not None and record.get("epoch", -1) >= epoch
+    return ahead or record["update"] > start
