@@ -4,7 +4,6 @@ Modes: `train` evaluates training weights, `deploy` evaluates converted ones, `c
 them in memory and compares both forms on every image.
 """
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from timm.layers import to_2tuple
 from torch.utils.data import DataLoader
 
 import data
-from engine.evaluate import Comparison, compare, evaluate
+from engine.evaluate import Comparison, compare, evaluate, refuse_nonfinite
 from engine.train import PRECISIONS, autocast
 from models.checkpoints import Network, build_from, read_checkpoint
 from models.fusion import fuse_verified
 from models.reparam import to_deploy
 from utils import cli
+from utils.log import strict_json
 
 REMEDY = {
     "train": "evaluate them with mode deploy",
@@ -113,10 +113,11 @@ def main() -> int:
             model, dtype = fuse_verified(model).to(dtype or torch.float32), None
         normalize = data.Normalize(spec.mean, spec.std, dtype=next(model.parameters()).dtype).to(device)
         evaluation = evaluate(model, loader, normalize, device, autocast(device, dtype))
+        refuse_nonfinite(evaluation.nonfinite, evaluation.images)
         print(f" * {evaluation}")
         figures, status = evaluation.as_dict(), 0
     if args.json:
-        args.json.write_text(json.dumps(figures) + "\n")
+        args.json.write_text(strict_json(figures) + "\n")
     return status
 
 

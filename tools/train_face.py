@@ -22,14 +22,14 @@ from engine.checkpoint import CheckpointFolder, resume
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.train import Trainer
-from engine.verification import Verification, deal_folds, embed, verify
+from engine.verification import NotFinite, Verification, deal_folds, embed, verify
 from models.build import check_changeable
 from models.checkpoints import build_from, describe, read_checkpoint
 from models.reparam import is_reparameterizable
 from utils import cli, distributed
 from utils.distributed import Process
 from utils.lock import folder_lock
-from utils.log import MetricsWriter, create_logger
+from utils.log import MetricsWriter, create_logger, strict_json
 from utils.seed import seed_everything
 from utils.signals import Stopped, StopRequest
 
@@ -178,13 +178,25 @@ def train(args: Namespace, process: Process, folder: Path) -> None:
         if not trainer.train_epoch(loader, lambda: bool(stop.agreed())):
             checkpoints.save(trainer)
             raise Stopped(stop.number)
-        result, before = verifier(trainer.network), progress.best_top1
-        progress.best_top1 = max(before, result.accuracy)
-        logger.info(f"Epoch {epoch} eval: {result}")
-        trainer.metrics.write("eval", progress.update, {"epoch": epoch, **result.as_dict()})
-        checkpoints.save(trainer, best=result.accuracy > before)
+        checkpoints.save(trainer, best=evaluate_epoch(trainer, verifier))
     trainer.metrics.close()
     logger.info(f"Best accuracy {progress.best_top1:.3f}; weights in {folder}")
+
+
+def evaluate_epoch(trainer: Trainer, verifier: Verifier) -> bool:
+    """Evaluates the epoch that has ended; says whether it is the best so far."""
+    progress = trainer.progress
+    epoch, before = progress.epoch - 1, progress.best_top1
+    try:
+        result = verifier(trainer.network)
+    except NotFinite as error:
+        trainer.logger.warning(f"Epoch {epoch} eval: {error}")
+        trainer.metrics.write("eval", progress.update, {"epoch": epoch, "accuracy": None})
+        return False
+    progress.best_top1 = max(before, result.accuracy)
+    trainer.logger.info(f"Epoch {epoch} eval: {result}")
+    trainer.metrics.write("eval", progress.update, {"epoch": epoch, **result.as_dict()})
+    return result.accuracy > before
 
 
 def evaluate(args: Namespace, device: torch.device) -> None:
@@ -194,7 +206,7 @@ def evaluate(args: Namespace, device: torch.device) -> None:
     result = Verifier(args, to_2tuple(network.image_size), device)(model)
     print(f" * {result}")
     if args.json:
-        args.json.write_text(json.dumps(result.as_dict()) + "\n")
+        args.json.write_text(strict_json(result.as_dict()) + "\n")
 
 
 def main() -> None:
