@@ -96,7 +96,17 @@ class Breaking(Answers):
 def test_a_pixel_with_logits_that_are_not_finite_counts_as_wrong() -> None:
     labels = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 1, 1]], [[0, 0, 1, X]]])
     answers = torch.tensor([[[0, BROKEN, 1, 1]], [[0, 0, 1, 1]], [[0, 0, BROKEN, BROKEN]]])
-    result = evaluated(batch(LABELS[None], broken), network=Breaking)
+    result = evaluated(batch(labels, answers), network=Breaking)
+    # Missed, and answered with no other class: 5 of 6 pixels of class 0, 4 of 5 of class 1.
+    assert result.iou == pytest.approx([100 * 5 / 6, 100 * 4 / 5, None])
+    assert result.pixel_accuracy == pytest.approx(100 * 9 / 11)
+    assert (result.images, result.nonfinite) == (3, 2)
+    assert str(result).endswith("on 3 images, 2 of them with answers that are not finite")
+    assert "nonfinite" not in result.as_dict()
+
+
+def test_a_network_without_any_finite_logit_is_as_bad_as_can_be() -> None:
+    result = evaluated(batch(LABELS[None], torch.full((1, 2, 4), BROKEN)), network=Breaking)
     assert (result.miou, result.pixel_accuracy, result.nonfinite) == (0.0, 0.0, 1)
 
 
