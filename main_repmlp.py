@@ -26,7 +26,7 @@ from configs import Derived, derive, dump_config
 from configs.command_line import Options, parse
 from engine.checkpoint import CheckpointFolder, resume
 from engine.ema import ModelEma
-from engine.evaluate import evaluate
+from engine.evaluate import evaluate, refuse_nonfinite
 from engine.loss import build_loss
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
@@ -159,6 +159,7 @@ def evaluate_only(task: Task) -> None:
     task.logger.info(f"{form}weights from {checkpoint.path}, {len(source)} images of {len(source.classes)} classes")
     precision = autocast(task.process.device, task.dtype)
     result = evaluate(model, task.eval_batches(source), task.normalize(), task.process.device, precision)
+    refuse_nonfinite(result.nonfinite, result.images)
     task.logger.info(f"* {result}")
 
 
@@ -332,7 +333,8 @@ def evaluate_epoch(task: Task, trainer: Trainer, batches: DataLoader) -> tuple[b
     def top1(network: nn.Module, kind: str) -> float:
         precision = autocast(task.process.device, task.dtype)
         result = evaluate(network, batches, trainer.normalize, task.process.device, precision)
-        task.logger.info(f"Epoch {progress.epoch - 1} {kind}: {result}")
+        level = logging.WARNING if result.nonfinite and task.process.is_main else logging.INFO
+        task.logger.log(level, f"Epoch {progress.epoch - 1} {kind}: {result}")
         trainer.metrics.write(kind, progress.update, {"epoch": progress.epoch - 1, **result.as_dict()})
         return result.top1
 

@@ -18,7 +18,7 @@ from timm.layers import to_2tuple
 from torch.utils.data import DataLoader
 
 import data
-from engine.evaluate import Comparison, compare, evaluate
+from engine.evaluate import Comparison, compare, evaluate, refuse_nonfinite
 from engine.train import PRECISIONS, autocast
 from models.checkpoints import Network, build_from, read_checkpoint
 from models.fusion import fuse_verified
@@ -120,6 +120,7 @@ def main() -> int:
             model, dtype = fuse_verified(model).to(dtype or torch.float32), None
         normalize = data.Normalize(spec.mean, spec.std, dtype=next(model.parameters()).dtype).to(device)
         evaluation = evaluate(model, loader, normalize, device, autocast(device, dtype))
+        refuse_nonfinite(evaluation.nonfinite, evaluation.images)
         print(f" * {evaluation}")
         figures, status = evaluation.as_dict(), 0
     if args.json:

@@ -1,8 +1,9 @@
 """Evaluation: exact sums over every image of every process, reduced once."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +16,38 @@ from utils import distributed
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies in percent, the mean cross-entropy, and how many images they were counted over."""
+    """Accuracies in percent, the mean cross-entropy, and how many images they were counted over.
+
+    An image with a logit that is not finite counts as wrong, and leaves no mean loss but nan.
+    """
 
     top1: float
     top5: float
     loss: float
     images: int
+    nonfinite: int = 0  # images with such a logit
 
     def as_dict(self) -> dict[str, float]:
         """Returns the figures by name."""
-        return asdict(self)
+        return {"top1": self.top1, "top5": self.top5, "loss": self.loss, "images": self.images}
 
     def __str__(self) -> str:
-        return f"Acc@1 {self.top1:.3f} Acc@5 {self.top5:.3f} loss {self.loss:.4f} on {self.images} images"
+        figures = f"Acc@1 {self.top1:.3f} Acc@5 {self.top5:.3f} loss {self.loss:.4f}"
+        return f"{figures} {on_images(self.images, self.nonfinite)}"
+
+
+def on_images(images: int, nonfinite: int) -> str:
+    """Returns in words what was counted over, and how many of the images had answers that are not finite."""
+    return f"on {images} images" + (f", {nonfinite} of them with answers that are not finite" if nonfinite else "")
+
+
+def refuse_nonfinite(nonfinite: int, images: int) -> None:
+    """Raises ValueError where a network had no finite answers to some images, so that its figures mean nothing."""
+    if nonfinite:
+        raise ValueError(
+            f"the network's answers to {nonfinite} of {images} images are not finite numbers: its weights are broken, "
+            "or too large for half precision (--amp off shows which)"
+        )
 
 
 def correct_within(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -67,13 +87,15 @@ class Counter:
     """Sums over the images of this process, kept on the device until `compute` reduces them over all processes."""
 
     def __init__(self, device: torch.device) -> None:
-        self._correct1, self._correct5, self._loss = torch.zeros(3, dtype=torch.float64, device=device)
+        self._correct1, self._correct5, self._loss, self._nonfinite = torch.zeros(4, dtype=torch.float64, device=device)
         self._images, self._unreadable = 0, list[str]()
 
     def add(self, logits: Tensor, labels: Tensor, unreadable: list[str]) -> None:
         """Takes in logits (N, K), labels (N,), and the images among them that could not be read."""
-        self._correct1 += correct_within(logits, labels, 1).sum()
-        self._correct5 += correct_within(logits, labels, 5).sum()
+        finite = logits.isfinite().all(1)
+        self._correct1 += (correct_within(logits, labels, 1) & finite).sum()
+        self._correct5 += (correct_within(logits, labels, 5) & finite).sum()
+        self._nonfinite += (~finite).sum()
         self._loss += F.cross_entropy(logits.double(), labels, reduction="sum")
         self._images += len(labels)
         self._unreadable += unreadable
@@ -84,13 +106,15 @@ class Counter:
         Raises:
             ValueError: an image could not be read (its count would be wrong), or there are none.
         """
-        sums = torch.stack((self._correct1, self._correct5, self._loss))
+        sums = torch.stack((self._correct1, self._correct5, self._loss, self._nonfinite))
         counts = sums.new_tensor([self._images, len(self._unreadable)])
-        correct1, correct5, loss, images, failures = distributed.all_reduce_sum(torch.cat((sums, counts))).tolist()
+        total = distributed.all_reduce_sum(torch.cat((sums, counts))).tolist()
+        correct1, correct5, loss, nonfinite, images, failures = total
         refuse_unreadable(int(failures), self._unreadable, "accuracy")
         if not images:
             raise ValueError("there are no images to evaluate")
-        return Evaluation(100 * correct1 / images, 100 * correct5 / images, loss / images, int(images))
+        mean = math.nan if nonfinite else loss / images
+        return Evaluation(100 * correct1 / images, 100 * correct5 / images, mean, int(images), int(nonfinite))
 
 
 @torch.inference_mode()
@@ -125,8 +149,8 @@ class Comparison:
 
     first: Evaluation
     second: Evaluation
-    agreement: float  # percent of the images to which both give the same class
-    difference: float  # max |second - first| / max |first| over all logits
+    agreement: float  # percent of the images to which both give the same class, in finite logits
+    difference: float  # max |second - first| / max |first| over all logits, infinite where one of them is not finite
 
 
 @torch.inference_mode()
@@ -152,7 +176,8 @@ def compare(
             expected, actual = first(images), second(images)
         for counter, logits in zip(counters, (expected, actual), strict=True):
             counter.add(logits, labels, batch.unreadable)
-        same += (expected.argmax(1) == actual.argmax(1)).sum()
+        finite = expected.isfinite().all(1) & actual.isfinite().all(1)
+        same += ((expected.argmax(1) == actual.argmax(1)) & finite).sum()
         largest = largest.maximum((actual.double() - expected.double()).abs().max())
         scale = scale.maximum(expected.double().abs().max())
     evaluation1, evaluation2 = (counter.compute() for counter in counters)

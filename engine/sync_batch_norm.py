@@ -1,6 +1,6 @@
 """BatchNorm over the images of all processes."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,24 +29,42 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     """What torch's SyncBatchNorm does on GPUs alone, for CPUs: two sums over all processes, differentiated through."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, ...) -> (N, C, ...); every process gives the same number of elements."""
+        """(N, C, H, W) -> the same shape and dtype; N may differ between processes.
+
+        Raises:
+            ValueError: all processes together have fewer than two values per channel.
+        """
         if not self.training or not dist.is_initialized():
             return super().forward(input)
-        dims = [d for d in range(input.dim()) if d != 1]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        count = input.numel() / input.shape[1] * dist.get_world_size()
-        mean = _SumOverProcesses.apply(input.sum(dims)) / count
-        centred = input - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().sum(dims)) / count
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            assert self.num_batches_tracked is not None
-            with torch.no_grad():
-                momentum = 0.1 if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * count / (count - 1), momentum)
-                self.num_batches_tracked.add_(1)
-        out = centred * (variance + self.eps).rsqrt().view(shape)
-        return out * self.weight.view(shape) + self.bias.view(shape)
+        self._check_input_dim(input)
+        # As torch's BatchNorm does, it adds up half precision in single precision.
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        sums = _over_processes(torch.cat((x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]]))))
+        count = sums[-1].detach()
+        if count < 2:
+            raise ValueError(f"BatchNorm in training needs more than one value per channel, not {int(count)}")
+        mean = sums[:-1] / count
+        centred = x - mean.view(1, -1, 1, 1)
+        variance = _over_processes(centred.square().sum((0, 2, 3))) / count
+        self._track(mean, variance * (count / (count - 1)))
+        out = centred * (variance + self.eps).rsqrt().view(1, -1, 1, 1)
+        if self.affine:
+            out = out * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return out.to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Takes a batch's mean and unbiased variance (C,) into the running statistics, where there are some."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+
+
+def _over_processes(tensor: Tensor) -> Tensor:
+    return cast(Tensor, _SumOverProcesses.apply(tensor))
 
 
 def synchronise_batch_norms(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Batch, Mixing
 from utils.distributed import Process
 from utils.log import MetricsWriter
-from utils.meters import Mean, Stopwatch
+from utils.meters import Mean, Pace
 from utils.seed import seed_everything
 
 from .ema import ModelEma
@@ -117,8 +117,9 @@ class Trainer:
         )
         self.unreadable: set[str] = set()  # paths, with the reason
         self._buckets_ordered = not isinstance(self.forward, DistributedDataParallel)
-        self._watch, self._images = Stopwatch(), 0
-        self.meters = {name: Mean(self.process.device) for name in ("loss", "grad_norm")}
+        # Two since the last report, and one for the whole epoch; checkpoints keep them.
+        self.meters = {name: Mean(self.process.device) for name in ("loss", "grad_norm", "epoch_loss")}
+        self._lap, self._epoch = Pace(), Pace()  # likewise, of this process's life
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -140,14 +141,15 @@ class Trainer:
         """
         self.forward.train()
         self.optimizer.zero_grad(set_to_none=True)
-        self._watch.lap()
+        self._start_watches()
         for group in _groups(batches, self.accumulation):
             self._update(group)
             if self.progress.update % self.print_freq == 0:
                 self._report()
             if after_update():
                 return False
-        self.look()
+            self._start_watches()
+        self._report_epoch()
         self.progress.epoch, self.progress.consumed = self.progress.epoch + 1, 0
         return True
 
@@ -171,9 +173,11 @@ class Trainer:
             self.ema.update(self.network, progress.update)
         images = sum(len(batch.labels) for batch in group)
         progress.consumed += images * self.process.world_size
-        self.meters["loss"].add(loss, images)
+        for name in ("loss", "epoch_loss"):
+            self.meters[name].add(loss, images)
         self.meters["grad_norm"].add(grad_norm)
-        self._images += images * self.process.world_size
+        for pace in (self._lap, self._epoch):
+            pace.add(images * self.process.world_size)
 
     def _backward(self, batch: Batch, index: int, size: int) -> Tensor:
         """Adds the gradient of batch `index` of a group of `size`; returns its loss, on the device."""
@@ -220,29 +224,50 @@ class Trainer:
             )
 
     def look(self) -> None:
-        """Counts the updates that were skipped since the last look; waits for the device, raises as `train_epoch`."""
+        """Counts the updates that were skipped since the last look; waits for the device, raises as `train_epoch`.
+
+        What comes after it, a report, an evaluation or a checkpoint, takes none of the time that is measured.
+        """
         self.progress.skipped = self.guard.look(self.progress.skipped)
+        for pace in (self._lap, self._epoch):
+            pace.stop()
+
+    def _start_watches(self) -> None:
+        """Goes on with measuring time, where `look` has stopped it."""
+        for pace in (self._lap, self._epoch):
+            pace.start()
 
     def _report(self) -> None:
-        """Logs what came together since the last report; the only place of an epoch that waits for the device."""
+        """Logs what came together since the last report; in an epoch, only this and checkpoints wait for the device."""
         self.look()
-        progress, device = self.progress, self.process.device
-        loss, grad_norm = (self.meters[name].compute() for name in ("loss", "grad_norm"))
-        seconds = self._watch.lap()
-        rate = self._images / seconds
-        left = (self.epochs * self.updates_per_epoch - progress.update) * seconds / self.print_freq
+        progress, lap = self.progress, self._lap
+        loss, grad_norm = self._take("loss"), self._take("grad_norm")
+        left = (self.epochs * self.updates_per_epoch - progress.update) * lap.seconds_per_update
         lr = self.optimizer.param_groups[0]["lr"]
         self.logger.info(
             f"Train: [{progress.epoch}/{self.epochs}]"
             f"[{progress.update - progress.epoch * self.updates_per_epoch}/{self.updates_per_epoch}]  "
             f"eta {datetime.timedelta(seconds=int(left))}  lr {lr:.6g}  loss {loss:.4f}  grad_norm {grad_norm:.4f}  "
-            f"{rate:.1f} img/s  mem {_peak_memory(device):.0f} MiB"
+            f"{lap.images_per_second:.1f} img/s  mem {_peak_memory(self.process.device):.0f} MiB"
         )
         values = {"epoch": progress.epoch, "lr": lr, "loss": loss, "grad_norm": grad_norm}
-        self.metrics.write("train", progress.update, values, {"images_per_second": rate})
-        for mean in self.meters.values():
-            mean.reset()
-        self._images = 0
+        self.metrics.write("train", progress.update, values, {"images_per_second": lap.images_per_second})
+        lap.reset()
+
+    def _report_epoch(self) -> None:
+        """Logs what came together in the epoch that has ended."""
+        self.look()
+        progress, loss, rate = self.progress, self._take("epoch_loss"), self._epoch.images_per_second
+        self.logger.info(f"Epoch {progress.epoch} train: loss {loss:.4f}  {rate:.1f} img/s")
+        values = {"epoch": progress.epoch, "loss": loss}
+        self.metrics.write("train_epoch", progress.update, values, {"images_per_second": rate})
+        self._epoch.reset()
+
+    def _take(self, name: str) -> float:
+        """Returns a mean, which begins anew."""
+        mean = self.meters[name].compute()
+        self.meters[name].reset()
+        return mean
 
 
 def _peak_memory(device: torch.device) -> float:

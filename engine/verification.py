@@ -13,6 +13,10 @@ from data import Batch
 from .evaluate import outputs, refuse_unreadable
 
 
+class NotFinite(ValueError):
+    """A network has no finite answers, so that nothing can be said of how good it is."""
+
+
 @dataclass(frozen=True)
 class Verification:
     """How well scores tell pairs of one class from pairs of two.
@@ -72,8 +76,15 @@ def verify(embeddings: Tensor, first: Tensor, second: Tensor, same: Tensor, fold
         folds: as `deal_folds` takes it.
 
     Raises:
+        NotFinite: an embedding of a pair is not.
         ValueError: as `deal_folds`.
     """
+    broken = ~embeddings.isfinite().all(1)
+    if count := int(broken[torch.cat((first, second)).unique()].sum()):
+        raise NotFinite(
+            f"the embeddings of {count} images are not finite numbers, so the accuracy would be wrong: the weights are "
+            "broken"
+        )
     scores = F.cosine_similarity(embeddings[first], embeddings[second])
     accuracies = k_fold_accuracies(scores, same, folds)
     return Verification(

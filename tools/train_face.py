@@ -23,7 +23,7 @@ from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.state import restore
 from engine.train import Trainer
-from engine.verification import Verification, deal_folds, embed, verify
+from engine.verification import NotFinite, Verification, deal_folds, embed, verify
 from models.build import check_changeable
 from models.checkpoints import build_from, describe, read_checkpoint
 from models.reparam import is_reparameterizable
@@ -180,13 +180,25 @@ def train(args: Namespace, process: Process, folder: Path) -> None:
         if not trainer.train_epoch(loader, lambda: bool(stop.agreed())):
             checkpoints.save(trainer)
             raise Stopped(stop.number)
-        result, before = verifier(trainer.network), progress.best_top1
-        progress.best_top1 = max(before, result.accuracy)
-        logger.info(f"Epoch {epoch} eval: {result}")
-        trainer.metrics.write("eval", progress.update, {"epoch": epoch, **result.as_dict()})
-        checkpoints.save(trainer, best=result.accuracy > before)
+        checkpoints.save(trainer, best=evaluate_epoch(trainer, verifier))
     trainer.metrics.close()
     logger.info(f"Best accuracy {progress.best_top1:.3f}; weights in {folder}")
+
+
+def evaluate_epoch(trainer: Trainer, verifier: Verifier) -> bool:
+    """Evaluates the epoch that has ended; says whether it is the best so far."""
+    progress = trainer.progress
+    epoch, before = progress.epoch - 1, progress.best_top1
+    try:
+        result = verifier(trainer.network)
+    except NotFinite as error:
+        trainer.logger.warning(f"Epoch {epoch} eval: {error}")
+        trainer.metrics.write("eval", progress.update, {"epoch": epoch, "accuracy": None})
+        return False
+    progress.best_top1 = max(before, result.accuracy)
+    trainer.logger.info(f"Epoch {epoch} eval: {result}")
+    trainer.metrics.write("eval", progress.update, {"epoch": epoch, **result.as_dict()})
+    return result.accuracy > before
 
 
 def evaluate(args: Namespace, device: torch.device) -> None:

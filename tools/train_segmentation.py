@@ -1,6 +1,7 @@
 """Semantic segmentation on Cityscapes: `train`, `eval`, and `convert` to the deploy structure, verified."""
 
 import json
+import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from data.segmentation import (
     segmentation_train_transform,
 )
 from engine.checkpoint import CheckpointFolder
+from engine.evaluate import refuse_nonfinite
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.segmentation import SegmentationEvaluation, evaluate_segmentation
@@ -258,7 +260,8 @@ def evaluate_epoch(args: Namespace, trainer: Trainer, batches: DataLoader) -> bo
     """Evaluates the epoch that has ended; says whether it is the best so far."""
     progress = trainer.progress
     result = evaluate(trainer.network, args, trainer.process, batches)
-    trainer.logger.info(f"Epoch {progress.epoch - 1}: {result}")
+    level = logging.WARNING if result.nonfinite and trainer.process.is_main else logging.INFO
+    trainer.logger.log(level, f"Epoch {progress.epoch - 1}: {result}")
     trainer.metrics.write("eval", progress.update, {"epoch": progress.epoch - 1, **result.as_dict()})
     # What a run calls its best top-1 is the figure that it selects by: here the mIoU.
     best = result.miou > progress.best_top1
@@ -270,6 +273,7 @@ def evaluate_only(args: Namespace, process: Process) -> None:
     """Evaluates weights of either form, and prints the figure of every class."""
     network = segmentation_from(read_checkpoint(args.weights)).to(process.device)
     result = evaluate(network, args, process, eval_batches(args, process))
+    refuse_nonfinite(result.nonfinite, result.images)
     if process.is_main:
         print(f" * {result}")
         for name, iou in zip(data.segmentation.CITYSCAPES, result.iou, strict=True):
@@ -292,6 +296,7 @@ def convert(args: Namespace, process: Process) -> None:
     difference = verify(network, deploy, tuple(options.get("img_size") or default_image_size(options["arch"])))
     batches = eval_batches(args, process)
     before, after = (evaluate(n.to(process.device), args, process, batches) for n in (network, deploy))
+    refuse_nonfinite(before.nonfinite + after.nonfinite, before.images + after.images)
     print(f" * training structure  {before}\n * deploy structure    {after}")
     if not abs(after.miou - before.miou) <= MIOU_TOLERANCE:
         raise ValueError(f"the mIoU has changed from {before.miou:.3f} to {after.miou:.3f}, and nothing was written")

@@ -50,12 +50,17 @@ def check_target(target: Path, inputs: Iterable[str | Path]) -> None:
 
 
 def write_json(path: Path, figures: object) -> None:
-    """Writes figures as JSON, atomically; numbers that are not finite, for which JSON has no word, become null.
+    """Writes figures as JSON, atomically.
 
     Raises:
         OSError: the disk is full or the folder can't be written; an older file of that name is intact.
     """
-    write_text(path, json.dumps(_without_nan(figures), indent=1, allow_nan=False) + "\n")
+    write_text(path, strict_json(figures, indent=1) + "\n")
+
+
+def strict_json(value: object, indent: int | None = None) -> str:
+    """Returns plain values as JSON, which knows no numbers that are not finite: null stands for them."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ from termcolor import colored
 from tqdm import tqdm
 
 from . import console
-from .files import write_text
+from .files import strict_json, write_text
 from .text import printable
 
 NAME = "repmlpnet"  # of the project's logger
@@ -102,7 +103,7 @@ class MetricsWriter:
         folder: where both go; None writes nothing.
         start: the updates done so far. A run that resumes drops what an earlier one recorded after that many, because
             it will record that again.
-        epoch: the one to go on in; its evaluation is still to come, even where all of its updates are done.
+        epoch: the one to go on in; its mean and its evaluation are still to come, even where all updates are done.
     """
 
     def __init__(self, folder: Path | None, start: int = 0, epoch: int | None = None) -> None:
@@ -118,9 +119,9 @@ class MetricsWriter:
         """Records values under `kind` ("train", "eval", ...); those in `clock` go to TensorBoard alone."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"kind": kind, "update": update, **values}) + "\n")
+        self._file.write(strict_json({"kind": kind, "update": update, **values}) + "\n")
         numbers = {name: value for name, value in {**values, **(clock or {})}.items() if isinstance(value, int | float)}
-        self._board.add(kind, update, numbers)
+        self._board.add(kind, update, {name: value for name, value in numbers.items() if math.isfinite(value)})
 
     def close(self) -> None:
         """Flushes and closes both."""
@@ -192,5 +193,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 def _is_ahead(record: dict[str, Any], start: int, epoch: int | None) -> bool:
     """Returns whether a record is of what a run that goes on after `start` updates, in `epoch`, will do again."""
-    evaluated = record["kind"].startswith("eval") and epoch is not None and record.get("epoch", -1) >= epoch
-    return evaluated or record["update"] > start
+    ends_epoch = record["kind"] != "train"
+    ahead = ends_epoch and epoch is not None and record.get("epoch", -1) >= epoch
+    return ahead or record["update"] > start

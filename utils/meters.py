@@ -1,11 +1,12 @@
-"""Sums that stay on the device, so that a training step never waits for it."""
+"""What comes together over many updates: sums that stay on the device, which no step waits for, and the pace."""
 
+import math
 import time
 
 import torch
 from torch import Tensor
 
-from .distributed import all_reduce_sum, rank
+from .distributed import all_reduce_sum, gather_objects, rank, world_size
 
 
 class Mean:
@@ -21,31 +22,59 @@ class Mean:
         self._sums += torch.stack((value.where(finite, 0.0), finite.to(torch.float64))) * weight
 
     def compute(self) -> float:
-        """Returns the mean (0.0 of nothing); all processes must ask, and it waits for them and for the device."""
+        """Returns the mean (nan of nothing); all processes must ask, and it waits for them and for the device."""
         total, count = all_reduce_sum(self._sums.clone()).tolist()
-        return total / count if count else 0.0
+        return total / count if count else math.nan
 
     def reset(self) -> None:
         """Starts anew."""
         self._sums.zero_()
 
     def state(self) -> list[float]:
-        """Returns the sums over all processes, for a checkpoint; all processes must ask."""
-        return all_reduce_sum(self._sums.clone()).tolist()
+        """Returns the sums of every process, one after the other, for a checkpoint; all processes must ask."""
+        return [number for sums in gather_objects(self._sums.tolist()) for number in sums]
 
     def load_state(self, sums: list[float]) -> None:
-        """Goes on from `state`; one process takes it up for all."""
-        self._sums.copy_(torch.tensor(sums if rank() == 0 else [0.0, 0.0], dtype=torch.float64))
+        """Goes on from `state`: each process from its own sums; one from all of them where their number has changed."""
+        rows = torch.tensor(sums, dtype=torch.float64).view(-1, 2)
+        if len(rows) != world_size():
+            rows = torch.cat((rows.sum(0, keepdim=True), rows.new_zeros(world_size() - 1, 2)))
+        self._sums.copy_(rows[rank()])
 
 
-class Stopwatch:
-    """Seconds since the last look."""
+class Pace:
+    """Updates and images, and the seconds that they took: those between `start` and `stop`, and no others."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
+        self.reset()
 
-    def lap(self) -> float:
-        """Returns the seconds since the last lap and starts the next one."""
-        now = time.perf_counter()
-        seconds, self._start = now - self._start, now
-        return seconds
+    def reset(self) -> None:
+        """Stops, and forgets everything."""
+        self.updates = self.images = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    def add(self, images: int) -> None:
+        """Takes in an update on so many images of all processes."""
+        self.updates += 1
+        self.images += images
+
+    def start(self) -> None:
+        """Lets the seconds count from now on, unless they do already."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Lets the seconds count no longer. The device must have finished what was counted."""
+        if self._since is not None:
+            self._seconds, self._since = self._seconds + time.perf_counter() - self._since, None
+
+    @property
+    def images_per_second(self) -> float:
+        """The rate until `stop`; nan of nothing."""
+        return self.images / self._seconds if self._seconds else math.nan
+
+    @property
+    def seconds_per_update(self) -> float:
+        """The mean until `stop`; nan of nothing."""
+        return self._seconds / self.updates if self.updates else math.nan

@@ -1,5 +1,6 @@
 """Accuracies and losses against a count in NumPy, and two networks side by side."""
 
+import math
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 import data
 import models
 from data import Batch, Normalize
-from engine.evaluate import Evaluation, compare, correct_within, evaluate
+from engine.evaluate import Evaluation, compare, correct_within, evaluate, refuse_nonfinite
 from engine.train import autocast
 from models.reparam import randomize_statistics, to_deploy
 
@@ -103,6 +104,44 @@ def test_an_evaluation_in_words_and_as_numbers():
     assert evaluation.as_dict() == {"top1": 12.34567, "top5": 50.0, "loss": 1.23456, "images": 359}
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+def table_of(*rows: list[float]) -> "tuple[Table, Batch]":
+    """A network with these answers, and a batch whose labels are all 0."""
+    count = len(rows)
+    images, labels = torch.zeros(count, 3, 2, 2, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
+    return Table(list(rows)), Batch(images, labels, torch.arange(count), [])
+
+
+@pytest.mark.parametrize("broken", [[NAN, NAN], [NAN, 0.0], [0.0, NAN], [INF, 0.0], [0.0, -INF], [INF, INF]])
+def test_an_image_with_answers_that_are_not_finite_counts_as_wrong(broken):
+    model, batch = table_of([1.0, 0.0], broken, [0.0, 1.0], [2.0, 0.0])
+    result = evaluate(model, [batch], NORMALIZE, CPU, nullcontext())
+    assert (result.top1, result.top5, result.images, result.nonfinite) == (50.0, 75.0, 4, 1)
+    assert math.isnan(result.loss)
+    assert str(result) == ("Acc@1 50.000 Acc@5 75.000 loss nan on 4 images, 1 of them with answers that are not finite")
+    with pytest.raises(ValueError, match="answers to 1 of 4 images are not finite numbers: its weights are broken"):
+        refuse_nonfinite(result.nonfinite, result.images)
+
+
+def test_finite_answers_are_not_refused():
+    model, batch = table_of([3e38, 0.0], [0.0, -3e38])
+    result = evaluate(model, [batch], NORMALIZE, CPU, nullcontext())
+    assert (result.top1, result.nonfinite) == (100.0, 0)
+    refuse_nonfinite(result.nonfinite, result.images)
+
+
+def test_an_overflow_of_half_precision_is_noticed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+    nn.init.constant_(model[1].weight, 1e4)
+    whole = evaluate(model, batches(6, 6, 3), NORMALIZE, CPU, nullcontext())
+    half = evaluate(model, batches(6, 6, 3), NORMALIZE, CPU, autocast(CPU, torch.float16))
+    assert whole.nonfinite == 0
+    assert half.nonfinite > 0
+
+
 def test_no_images_are_no_accuracy():
     with pytest.raises(ValueError, match="there are no images to evaluate"):
         evaluate(network(3), [], NORMALIZE, CPU, nullcontext())
@@ -155,10 +194,18 @@ def test_agreement_and_difference_by_hand():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_answers_that_are_no_numbers_never_agree(value):
-    first, second = Table([[4.0, 0.0]]), Table([[value, 0.0]])
-    batch = Batch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([0]), torch.arange(1), [])
-    assert compare(first, second, [batch], NORMALIZE, CPU, nullcontext()).difference > 1e300
+@pytest.mark.parametrize("which", ["first", "second", "both"])
+def test_answers_that_are_no_numbers_never_agree(value, which):
+    rows = [[4.0, 0.0], [value, 0.0]]
+    first, second = (Table([rows[which in (name, "both")], [1.0, 0.0]]) for name in ("first", "second"))
+    batch = Batch(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 0]), torch.arange(2), [])
+    # In batches of one, too: what comes after does not make it good.
+    for cut in ([batch], [Batch(*(part[i : i + 1] for part in batch[:3]), []) for i in range(2)]):
+        first.seen = second.seen = 0
+        result = compare(first, second, cut, NORMALIZE, CPU, nullcontext())
+        assert result.difference == float("inf")
+        assert result.agreement == 50.0
+        assert (result.first.nonfinite, result.second.nonfinite) == (which != "second", which != "first")
 
 
 def test_a_conversion_that_forgets_the_statistics_is_found_out():

@@ -144,7 +144,15 @@ def test_a_run_that_stops_within_an_epoch_goes_on_there(trainer_of, batch_of, tm
     assert resumed.progress == straight.progress
     first, second = ([json.loads(li) for li in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
     assert first == second
-    assert [record["update"] for record in first] == [2, 4, 6, 8, 10]
+    assert [(record["kind"], record["update"]) for record in first] == [
+        ("train", 2),
+        ("train", 4),
+        ("train_epoch", 5),
+        ("train", 6),
+        ("train", 8),
+        ("train", 10),
+        ("train_epoch", 10),
+    ]
 
 
 @pytest.mark.parametrize("change", [{"seed": 7}, {"images": 48}])

@@ -119,6 +119,40 @@ def test_records_have_no_clock_and_the_curves_have(tmp_path):
     }
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_null_in_the_records_and_no_points_of_the_curves(tmp_path, value):
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is no JSON")
+
+    writer = MetricsWriter(tmp_path)
+    writer.write("eval", 1, {"loss": value, "top1": 2.0, "iou": [1.0, value], "more": {"x": value}}, {"rate": value})
+    writer.close()
+    (record,) = [
+        json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert record == {
+        "kind": "eval",
+        "update": 1,
+        "loss": None,
+        "top1": 2.0,
+        "iou": [1.0, None],
+        "more": {"x": None},
+    }
+    assert curves(tmp_path) == {"eval/top1": [(1, 2.0)]}
+
+
+@pytest.mark.parametrize("kind", ["eval", "eval_ema", "train_epoch"])
+@pytest.mark.parametrize(("epoch", "kept"), [(0, [10]), (1, [10, 20])])
+def test_what_ends_an_epoch_is_dropped_where_the_epoch_is_still_to_end(tmp_path, kind, epoch, kept):
+    """The run was saved after the last update of epoch 0, or after the epoch."""
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", 10, {"epoch": 0})
+    writer.write(kind, 20, {"epoch": 0})
+    writer.close()
+    MetricsWriter(tmp_path, start=20, epoch=epoch).close()
+    assert [record["update"] for record in records(tmp_path)] == kept
+
+
 def test_numbers_keep_all_their_digits(tmp_path):
     writer = MetricsWriter(tmp_path)
     value = 0.1 + 0.2

@@ -1,5 +1,6 @@
-"""Sums on the device, seeds by key, and a stopwatch."""
+"""Sums on the device, seeds by key, and the pace of a training."""
 
+import math
 import random
 import time
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.meters import Mean, Stopwatch
+from utils.meters import Mean, Pace
 from utils.seed import keyed_rng, seed_everything
 
 
@@ -32,11 +33,20 @@ def test_what_is_not_finite_is_left_out(value):
     assert meter.compute() == 5.0
 
 
-def test_nothing_has_the_mean_zero():
-    assert mean().compute() == 0.0
+def test_the_mean_of_nothing_is_no_number():
+    assert math.isnan(mean().compute())
     meter = mean()
     meter.add(torch.tensor(float("nan")))
-    assert meter.compute() == 0.0
+    assert math.isnan(meter.compute())
+
+
+def test_a_mean_goes_on_from_its_state():
+    first, second = mean(), mean()
+    first.add(torch.tensor(1.0), 3)
+    second.add(torch.tensor(100.0))  # which is forgotten
+    second.load_state(first.state())
+    second.add(torch.tensor(5.0))
+    assert second.compute() == 2.0
 
 
 def test_a_million_small_numbers_do_not_get_lost():
@@ -53,12 +63,35 @@ def test_no_graph_is_kept():
     assert meter.compute() == 3.0
 
 
-def test_laps():
-    watch = Stopwatch()
-    time.sleep(0.02)
-    first = watch.lap()
-    assert first >= 0.02
-    assert watch.lap() < first
+def test_a_pace_counts_the_seconds_between_start_and_stop(monkeypatch: pytest.MonkeyPatch):
+    now = iter((10.0, 13.0, 100.0, 101.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    pace = Pace()
+    pace.start()
+    pace.start()  # without effect: it has been started
+    pace.add(20)
+    pace.stop()
+    pace.stop()  # likewise
+    assert (pace.updates, pace.images) == (1, 20)
+    assert (pace.seconds_per_update, pace.images_per_second) == (3.0, 20 / 3)
+    pace.start()
+    pace.add(12)
+    pace.stop()
+    assert (pace.seconds_per_update, pace.images_per_second) == (2.0, 8.0)
+
+
+def test_a_pace_begins_anew():
+    pace = Pace()
+    pace.start()
+    pace.add(20)
+    time.sleep(0.01)
+    pace.stop()
+    assert pace.seconds_per_update >= 0.01
+    pace.reset()
+    assert (pace.updates, pace.images) == (0, 0)
+    pace.stop()  # it does not run any more
+    assert math.isnan(pace.seconds_per_update)
+    assert math.isnan(pace.images_per_second)
 
 
 def draws() -> tuple[float, float, float]:

@@ -8,12 +8,18 @@ from torch import Tensor, nn
 
 from data import Batch
 from data.segmentation import IGNORED
-from engine.segmentation import confusion_matrix, evaluate_segmentation, intersection_over_union, summarise
+from engine.segmentation import (
+    SegmentationEvaluation,
+    confusion_matrix,
+    evaluate_segmentation,
+    intersection_over_union,
+    summarise,
+)
 
 X = IGNORED
 LABELS = torch.tensor([[0, 0, 1, 1], [0, 2, 2, X]])
 ANSWERS = torch.tensor([[0, 1, 1, 1], [0, 2, 0, 2]])
-CONFUSION = torch.tensor([[2, 1, 0], [0, 2, 0], [1, 0, 1]])
+CONFUSION = torch.tensor([[2, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0]])
 
 
 class Answers(nn.Module):
@@ -28,8 +34,8 @@ def batch(labels: Tensor, answers: Tensor, unreadable: tuple[str, ...] = ()) -> 
     return Batch(images, labels, torch.arange(len(labels)), list(unreadable))
 
 
-def evaluated(*batches: Batch) -> object:
-    model = Answers().train()
+def evaluated(*batches: Batch, network: type[nn.Module] = Answers) -> SegmentationEvaluation:
+    model = network().train()
     result = evaluate_segmentation(model, batches, nn.Identity(), torch.device("cpu"), nullcontext(), 3)
     assert model.training
     return result
@@ -49,7 +55,7 @@ def test_intersection_over_union() -> None:
 
 
 def test_a_class_that_is_nowhere_does_not_enter_the_mean() -> None:
-    result = summarise(torch.tensor([[3, 0, 1], [0, 0, 0], [0, 0, 4]]), 7)
+    result = summarise(torch.tensor([[3, 0, 1, 0], [0, 0, 0, 0], [0, 0, 4, 0]]), 7)
     assert result.iou == pytest.approx([75.0, None, 80.0])
     assert result.miou == pytest.approx(77.5)
     assert result.pixel_accuracy == pytest.approx(87.5)
@@ -57,12 +63,12 @@ def test_a_class_that_is_nowhere_does_not_enter_the_mean() -> None:
 
 
 def test_a_class_that_is_only_answered_enters_with_zero() -> None:
-    assert summarise(torch.tensor([[3, 1], [0, 0]]), 1).iou == pytest.approx([75.0, 0.0])
+    assert summarise(torch.tensor([[3, 1, 0], [0, 0, 0]]), 1).iou == pytest.approx([75.0, 0.0])
 
 
 def test_no_pixel_is_an_error() -> None:
     with pytest.raises(ValueError, match="no labelled pixels"):
-        summarise(torch.zeros(3, 3, dtype=torch.int64), 1)
+        summarise(torch.zeros(3, 4, dtype=torch.int64), 1)
 
 
 def test_sums_over_all_pixels_are_divided_once() -> None:
@@ -70,9 +76,38 @@ def test_sums_over_all_pixels_are_divided_once() -> None:
     first = batch(LABELS[None].repeat(2, 1, 1), ANSWERS[None].repeat(2, 1, 1))
     second = batch(torch.tensor([[[1, 1, 1]]]), torch.tensor([[[1, 0, 1]]]))
     result = evaluated(first, second)
-    expected = 2 * CONFUSION + torch.tensor([[0, 0, 0], [1, 2, 0], [0, 0, 0]])
+    expected = 2 * CONFUSION + torch.tensor([[0, 0, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0]])
     assert result == summarise(expected, 3)
     assert result.miou == pytest.approx(100 * (4 / 9 + 6 / 9 + 2 / 4) / 3)
+
+
+BROKEN = 9  # as an answer: the network breaks down there
+
+
+class Breaking(Answers):
+    """Has no finite logit of class 0 where the image says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x.where(x != BROKEN, 0))
+        logits[:, 0][x[:, 0] == BROKEN] = float("nan")
+        return logits
+
+
+def test_a_pixel_with_logits_that_are_not_finite_counts_as_wrong() -> None:
+    labels = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 1, 1]], [[0, 0, 1, X]]])
+    answers = torch.tensor([[[0, BROKEN, 1, 1]], [[0, 0, 1, 1]], [[0, 0, BROKEN, BROKEN]]])
+    result = evaluated(batch(labels, answers), network=Breaking)
+    # Missed, and answered with no other class: 5 of 6 pixels of class 0, 4 of 5 of class 1.
+    assert result.iou == pytest.approx([100 * 5 / 6, 100 * 4 / 5, None])
+    assert result.pixel_accuracy == pytest.approx(100 * 9 / 11)
+    assert (result.images, result.nonfinite) == (3, 2)
+    assert str(result).endswith("on 3 images, 2 of them with answers that are not finite")
+    assert "nonfinite" not in result.as_dict()
+
+
+def test_a_network_without_any_finite_logit_is_as_bad_as_can_be() -> None:
+    result = evaluated(batch(LABELS[None], torch.full((1, 2, 4), BROKEN)), network=Breaking)
+    assert (result.miou, result.pixel_accuracy, result.nonfinite) == (0.0, 0.0, 1)
 
 
 def test_an_unreadable_image_is_an_error() -> None:

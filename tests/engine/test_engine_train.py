@@ -4,20 +4,27 @@ import itertools
 import json
 import logging
 import math
+import re
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import data
 import models
 from data import Batch, build_mixing
+from engine.checkpoint import CheckpointFolder, resume
 from engine.ema import ModelEma
 from engine.loss import build_loss
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
+from engine.train import Trainer
 from utils.log import MetricsWriter
 from utils.seed import seed_everything
 
@@ -173,34 +180,227 @@ def test_half_precision_scales_the_loss_and_trains(trainer_of, batch_of):
     assert not torch.equal(before["1.weight"], model.state_dict()["1.weight"])
 
 
-def test_the_log_and_the_metrics_have_a_record_each_few_updates(
+def records(folder: Path, kind: str) -> list[dict]:
+    every = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in every if record["kind"] == kind]
+
+
+def test_the_log_and_the_metrics_have_a_record_each_few_updates_and_each_epoch(
     plain_network, trainer_of, batch_of, caplog: pytest.LogCaptureFixture, tmp_path: Path, metrics: MetricsWriter
 ):
     trainer = trainer_of(plain_network(), print_freq=2, metrics=metrics)
     with caplog.at_level(logging.INFO, logger="tests.engine"):
         trainer.train_epoch(batch_of(5, seed=number) for number in range(5))
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["update"] for record in records] == [2, 4]
-    assert {record["kind"] for record in records} == {"train"}
-    assert all(record["lr"] == 0.1 and record["loss"] > 0 and record["grad_norm"] > 0 for record in records)
+    every = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["kind"], record["update"]) for record in every] == [("train", 2), ("train", 4), ("train_epoch", 5)]
+    assert all(record["lr"] == 0.1 and record["loss"] > 0 and record["grad_norm"] > 0 for record in every[:2])
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert lines[0].startswith("Train: [0/10][2/5]")
+    assert re.fullmatch(rf"Epoch 0 train: loss {every[2]['loss']:.4f}  [\d.]+ img/s", lines[2])
 
 
-def test_the_recorded_loss_is_the_mean_since_the_last_record(
-    plain_network, trainer_of, batch_of, tmp_path: Path, metrics
+def losses_of(model: nn.Module, batches: list[Batch]) -> list[float]:
+    return [
+        nn.functional.cross_entropy(model((batch.images.double() / 255 - 0.5) / 0.25), batch.labels).item()
+        for batch in batches
+    ]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_recorded_losses_are_the_means_since_the_last_record_and_over_the_epoch(
+    plain_network, trainer_of, batch_of, tmp_path: Path, metrics, accumulation
 ):
     model = plain_network()
     frozen = build_optimizer(model, name="sgd", lr=0.0, weight_decay=0.0)
-    batches = [batch_of(5, seed=number) for number in range(4)]
+    batches = [batch_of(5, seed=number) for number in range(6 * accumulation)]
+    trainer = trainer_of(model, optimizer=frozen, print_freq=2, metrics=metrics, accumulation=accumulation)
+    trainer.train_epoch(batches[: 3 * accumulation])
+    trainer.train_epoch(batches[3 * accumulation :])
+    losses, lap = losses_of(model, batches), 2 * accumulation
+    means = [sum(losses[i : i + lap]) / lap for i in range(0, 3 * lap, lap)]
+    assert [record["loss"] for record in records(tmp_path, "train")] == pytest.approx(means, rel=1e-12)
+    halves = [sum(half) / len(half) for half in (losses[: 3 * accumulation], losses[3 * accumulation :])]
+    epochs = records(tmp_path, "train_epoch")
+    assert [record["loss"] for record in epochs] == pytest.approx(halves, rel=1e-12)
+    assert [(record["epoch"], record["update"]) for record in epochs] == [(0, 3), (1, 6)]
+
+
+def test_batches_of_different_sizes_count_by_their_images(plain_network, trainer_of, batch_of, tmp_path, metrics):
+    model = plain_network()
+    frozen = build_optimizer(model, name="sgd", lr=0.0, weight_decay=0.0)
+    batches = [batch_of(2), batch_of(6, seed=1)]
     trainer_of(model, optimizer=frozen, print_freq=2, metrics=metrics).train_epoch(batches)
-    losses = []
-    for batch in batches:
-        images = (batch.images.double() / 255 - 0.5) / 0.25
-        losses.append(nn.functional.cross_entropy(model(images), batch.labels).item())
-    records = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert records == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-12)
+    first, second = losses_of(model, batches)
+    for kind in ("train", "train_epoch"):
+        assert records(tmp_path, kind)[0]["loss"] == pytest.approx((2 * first + 6 * second) / 8, rel=1e-12)
+
+
+def test_a_record_has_the_learning_rate_of_the_update_before_it(plain_network, trainer_of, batch_of, tmp_path, metrics):
+    model = plain_network()
+    optimizer = build_optimizer(model, name="sgd", lr=1.0, weight_decay=0.0)
+    options = {"warmup_updates": 4, "warmup_lr": 0.0, "min_lr": 0.0, "decay_updates": 1, "decay_rate": 1.0}
+    schedule = build_schedule(optimizer, name="linear", total_updates=100, **options)
+    trainer = trainer_of(model, optimizer=optimizer, schedule=schedule, print_freq=2, metrics=metrics)
+    trainer.train_epoch(batch_of(5, seed=number) for number in range(4))
+    assert [(r["update"], r["lr"]) for r in records(tmp_path, "train")] == [(2, 0.25), (4, 0.75)]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_recorded_norm_is_that_of_the_gradient_before_clipping_and_without_scale(
+    trainer_of, batch_of, tmp_path, metrics, clip, dtype, accumulation
+):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+    frozen, reference = build_optimizer(model, name="sgd", lr=0.0, weight_decay=0.0), deepcopy(model)
+    settings = {"dtype": dtype, "clip_grad": clip, "accumulation": accumulation, "print_freq": 2, "metrics": metrics}
+    batches, norms = [batch_of(5, seed=number) for number in range(2 * accumulation)], []
+    trainer_of(model, optimizer=frozen, **settings).train_epoch(batches)
+    for i in range(0, len(batches), accumulation):
+        everything = joined(batches[i : i + accumulation])
+        loss = nn.functional.cross_entropy(reference((everything.images / 255 - 0.5) / 0.25), everything.labels)
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        norms.append(math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)))
+    (record,) = records(tmp_path, "train")
+    assert record["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-5 if dtype is None else 0.02)
+
+
+def test_a_run_that_skips_all_updates_of_a_record_names_no_loss(trainer_of, batch_of, tmp_path, metrics):
+    class Broken(nn.CrossEntropyLoss):
+        def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return super().forward(input, target) * torch.nan
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+    trainer_of(model, criterion=Broken(), print_freq=2, max_skipped=2, metrics=metrics).train_epoch(
+        batch_of(5, seed=number) for number in range(2)
+    )
+    (train,), (epoch,) = records(tmp_path, "train"), records(tmp_path, "train_epoch")
+    assert (train["loss"], train["grad_norm"], epoch["loss"]) == (None, None, None)
+
+
+class Clock:
+    """Time that passes only when somebody says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def batches(self, batches: Iterable[Batch], seconds: float) -> Iterator[Batch]:
+        """Takes so long for each of the batches, as a network does."""
+        for batch in batches:
+            self.now += seconds
+            yield batch
+
+
+def rates(lines: list[str]) -> list[tuple[str, float]]:
+    """The eta (for an epoch its number) and the rate in each line of a log."""
+    found = (re.search(r"(?:eta (\S+)|Epoch (\d+) train:) .*?([\d.]+|nan) img/s", line) for line in lines)
+    return [(match[1] or match[2], float(match[3])) for match in found if match]
+
+
+@pytest.fixture
+def clocked(trainer_of, plain_network, monkeypatch, caplog):
+    """Returns a function that trains epochs of batches of 4 images, and what was logged of the pace."""
+    caplog.set_level(logging.INFO, logger="tests.engine")
+    clock = Clock(monkeypatch)
+
+    def train(
+        epochs: list[list[Batch]],
+        seconds: tuple[float, ...],
+        after_update: Callable[[Trainer], object] = lambda trainer: None,
+        **settings: object,
+    ) -> list[tuple[str, float]]:
+        caplog.clear()
+        trainer = trainer_of(plain_network(), epochs=10, **settings)
+        for batches, pause in zip(epochs, seconds, strict=True):
+            trainer.train_epoch(clock.batches(batches, pause), lambda: bool(after_update(trainer)))
+            clock.now += 500.0  # an evaluation
+        return rates([record.getMessage() for record in caplog.records])
+
+    train.clock = clock
+    return train
+
+
+def test_rates_count_images_and_seconds_of_the_same_updates(clocked, batch_of):
+    """Five updates an epoch, a report each three: the second one lies in both epochs, of 0.5 and 2 seconds a batch."""
+    epochs = [[batch_of(4)] * 5] * 2
+    assert clocked(epochs, (0.5, 2.0), print_freq=3) == [
+        ("0:00:23", 4 / 0.5),  # 47 updates left
+        ("0", 4 / 0.5),
+        ("0:00:44", 4 / 1.0),  # two of 0.5 seconds and one of 2: 1 second each, 44 left
+        ("0:01:22", 4 / 2.0),  # 41 left
+        ("1", 4 / 2.0),
+    ]
+
+
+def test_a_run_shorter_than_a_report_has_a_line_for_its_epochs(clocked, batch_of):
+    assert clocked([[batch_of(4)] * 3] * 2, (0.5, 0.25), print_freq=10) == [("0", 8.0), ("1", 16.0)]
+
+
+def test_an_accumulated_update_counts_all_of_its_images(clocked, batch_of):
+    """Two updates of 12 images and 1.5 seconds; the eighth batch fills no third, but was waited for."""
+    settings = {"accumulation": 3, "print_freq": 2, "updates_per_epoch": 2}
+    first, epoch = clocked([[batch_of(4)] * 7], (0.5,), **settings)
+    assert first == ("0:00:27", 8.0)  # 18 updates left
+    assert epoch == ("0", pytest.approx(24 / 3.5, abs=0.1))
+
+
+def test_a_checkpoint_takes_none_of_the_time(clocked, batch_of):
+    def save(trainer: Trainer) -> None:
+        trainer.look()  # as a checkpoint does before it is written
+        clocked.clock.now += 1000.0
+
+    assert clocked([[batch_of(4)] * 5], (0.5,), save, print_freq=2) == [("0:00:24", 8.0), ("0:00:23", 8.0), ("0", 8.0)]
+
+
+def test_the_rates_of_a_resumed_run_are_those_of_its_own_life(
+    clocked, trainer_of, plain_network, batch_of, tmp_path, caplog
+):
+    batches, clock = [batch_of(4, seed=number) for number in range(10)], clocked.clock
+    lives = [trainer_of(plain_network(), print_freq=4, updates_per_epoch=10) for _ in range(2)]
+    lives[0].train_epoch(clock.batches(batches, 0.5), lambda: lives[0].progress.update == 6)
+    CheckpointFolder(tmp_path, keep=1, meta={}, config="").save(lives[0])
+    resume(lives[1], tmp_path / "latest.pth")
+    caplog.clear()
+    lives[1].train_epoch(clock.batches(batches[6:], 2.0))
+    lines = [record.getMessage() for record in caplog.records]
+    assert rates(lines) == [("0:03:04", 2.0), ("0", 2.0)]  # 92 updates left
+
+
+def test_an_epoch_without_any_update_of_this_life_has_a_mean_but_no_rate(
+    clocked, trainer_of, plain_network, batch_of, tmp_path, caplog, metrics
+):
+    """It was stopped after its last update, before it had ended."""
+    batches = [batch_of(4, seed=number) for number in range(3)]
+    first = trainer_of(plain_network(), updates_per_epoch=3)
+    first.train_epoch(batches, lambda: first.progress.update == 3)
+    CheckpointFolder(tmp_path, keep=1, meta={}, config="").save(first)
+    mean = first.meters["epoch_loss"].compute()
+    second = trainer_of(plain_network(), updates_per_epoch=3, metrics=metrics)
+    resume(second, tmp_path / "latest.pth")
+    caplog.clear()
+    assert second.train_epoch([])
+    assert [record["loss"] for record in records(tmp_path, "train_epoch")] == [mean]
+    assert [record.getMessage() for record in caplog.records] == [f"Epoch 0 train: loss {mean:.4f}  nan img/s"]
+
+
+def test_the_curves_have_the_rates_and_the_records_have_not(clocked, batch_of, tmp_path, metrics):
+    clocked([[batch_of(4)] * 5], (0.5,), print_freq=2, metrics=metrics)
+    metrics.close()
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    for kind, steps in (("train", [2, 4]), ("train_epoch", [5])):
+        found = [(event.step, event.value) for event in curves.Scalars(f"{kind}/images_per_second")]
+        assert found == [(step, 8.0) for step in steps]
+        assert all("images_per_second" not in record for record in records(tmp_path, kind))
+
+
+def test_the_peak_memory_is_in_mebibytes(clocked, batch_of, caplog):
+    clocked([[batch_of(4)] * 2], (0.5,), print_freq=2)
+    match = re.search(r"mem (\d+) MiB", caplog.text)
+    assert match is not None
+    assert int(match[1]) == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, rel=0.2)
 
 
 def test_unreadable_images_are_named_once_and_too_many_end_the_run(

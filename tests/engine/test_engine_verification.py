@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from engine.verification import best_threshold, deal_folds, embed, k_fold_accuracies, roc_auc, verify
+from engine.verification import NotFinite, best_threshold, deal_folds, embed, k_fold_accuracies, roc_auc, verify
 
 # Few values, so that many scores are equal; both kinds of pairs.
 rows_of_pairs = st.lists(
@@ -100,6 +100,25 @@ def test_verification_looks_at_angles_alone() -> None:
     assert (result.accuracy, result.spread, result.auc, result.pairs) == (100, 0, 1, 6)
     assert result.threshold == pytest.approx(0.5)
     assert str(result) == "accuracy 100.000 +- 0.000 AUC 1.00000 threshold 0.5000 on 6 pairs"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_have_no_figure(value: float) -> None:
+    embeddings = torch.randn(6, 3).double()
+    embeddings[1, 2] = embeddings[5, 0] = value
+    same = torch.tensor([True, True, False, False])
+    first, second = torch.tensor([[0, 1], [1, 2], [2, 3], [4, 0]]).T
+    with pytest.raises(NotFinite, match="the embeddings of 1 images are not finite numbers"):
+        verify(embeddings, first, second, same, folds=2)
+    second[3] = 5
+    with pytest.raises(NotFinite, match="the embeddings of 2 images"):
+        verify(embeddings, first, second, same, folds=2)
+
+
+def test_an_embedding_that_no_pair_has_does_not_matter() -> None:
+    embeddings = torch.tensor([[2.0, 0], [0.1, 0], [0, 3.0], [0, 0.5], [float("nan"), 0]]).double()
+    first, second = torch.tensor([[0, 1], [2, 3], [0, 2], [1, 3]]).T
+    assert verify(embeddings, first, second, torch.tensor([True, True, False, False]), folds=2).accuracy == 100
 
 
 def test_embeddings_come_in_the_order_of_the_batches(batch_of, plain_network) -> None:

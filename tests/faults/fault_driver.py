@@ -8,6 +8,7 @@ ignore              a signal that is ignored from the start, as in a background 
 record_images       prefix of files, one a rank, that get the epoch and the images of each update
 nan_at              updates whose images become NaN, counted from the start of the process
 nan_from            all from this one on
+nan_evaluated       images of each evaluation's first batch that become NaN
 """
 
 import json
@@ -65,7 +66,7 @@ def around_renames(plan: dict) -> None:
 
 
 class Poisoned(data.Normalize):
-    """Gives NaN in the chosen updates; evaluations are left alone."""
+    """Gives NaN in the chosen updates and evaluated images."""
 
     plan: dict
     calls = 0
@@ -73,6 +74,7 @@ class Poisoned(data.Normalize):
     def forward(self, images):
         out = super().forward(images)
         if torch.is_inference_mode_enabled():
+            out[: self.plan.get("nan_evaluated", 0)] = torch.nan
             return out
         update, self.calls = self.calls, self.calls + 1
         wanted = update in self.plan.get("nan_at", []) or update >= self.plan.get("nan_from", 2**63)

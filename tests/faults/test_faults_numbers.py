@@ -15,9 +15,14 @@ from engine.finite import MIN_LOSS_SCALE, FiniteGuard
 from tools import soak
 
 
+def refuse(constant: str) -> float:
+    raise AssertionError(f"{constant} is no JSON")
+
+
 def assert_finite(run) -> None:
     for line in (run.folder / "metrics.jsonl").read_text().splitlines():
-        assert all(math.isfinite(value) for value in json.loads(line).values() if isinstance(value, float)), line
+        values = json.loads(line, parse_constant=refuse).values()
+        assert all(math.isfinite(value) for value in values if isinstance(value, float)), line
     state = run.state()
     for key in ("model", "ema"):
         assert all(tensor.isfinite().all() for tensor in state[key].values()), key
@@ -46,6 +51,30 @@ def test_a_nan_costs_one_update(run, images):
     }
     assert len(run.records("train")) == 4
     assert_finite(run)
+
+
+def test_answers_that_are_not_finite_are_wrong_and_never_the_best(run, images):
+    """All 12 images of every evaluation: no accuracy that an epoch could be chosen for, and no NaN in the records."""
+    options = ("DATA.DATA_PATH", images, "DATA.DATASET", "imagenet", "DATA.BATCH_SIZE", 16)
+    run.finish(*options, plan={"nan_evaluated": 12})
+    for kind in ("eval", "eval_ema"):
+        assert [(r["top1"], r["top5"], r["loss"], r["images"]) for r in run.records(kind)] == [(0, 0, None, 12)] * 2
+        assert len(re.findall(rf"WARNING Epoch \d {kind}: .*12 of them with answers that are not finite", run.log)) == 2
+    assert not (run.folder / "best_ckpt.pth").exists()
+    assert not (run.folder / "best_ema.pth").exists()
+    progress = run.state()["progress"]
+    assert (progress["best_top1"], progress["best_ema_top1"]) == (0, 0)
+    assert "Best Acc@1 0.000" in run.log
+    assert_finite(run)
+
+
+def test_one_of_them_costs_one_image(run, images):
+    options = ("DATA.DATA_PATH", images, "DATA.DATASET", "imagenet", "DATA.BATCH_SIZE", 16)
+    run.finish(*options, plan={"nan_evaluated": 1})
+    last = run.records("eval")[-1]
+    assert (last["top5"], last["loss"]) == (pytest.approx(100 * 11 / 12), None)
+    assert "1 of them with answers that are not finite" in run.log
+    assert run.state("best_ckpt.pth")["max_accuracy"] == max(r["top1"] for r in run.records("eval")) > 0
 
 
 def test_the_count_and_the_state_survive_a_restart(start, run, tmp_path_factory):

@@ -77,6 +77,37 @@ def test_json_of_a_plain_evaluation(trained, script, tmp_path):
     assert found == {k: pytest.approx(last[k], rel=1e-6) for k in ("top1", "top5", "loss", "images")}
 
 
+@pytest.fixture(scope="module")
+def overflowing(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that are finite, and so large that no answer is."""
+    payload = torch.load(trained.folder / "best_ckpt.pth", weights_only=True)
+    payload["model"]["head.weight"].fill_(3e38)
+    path = tmp_path_factory.mktemp("overflowing") / "weights.pth"
+    torch.save(payload, path)
+    return path
+
+
+def test_no_figure_for_answers_that_are_not_finite(overflowing, script, tmp_path):
+    path = tmp_path / "out.json"
+    line = one_error(script("test.py", "digits", "train", overflowing, "-j", 0, "--json", path))
+    assert re.match(r"error: the network's answers to \d+ of 359 images are not finite numbers: its weights are", line)
+    assert not path.exists()
+    words = ("--data-path", "digits", "--arch", ARCH, "--eval", "--resume", overflowing, "--output", tmp_path)
+    again = script("main_repmlp.py", *words)
+    assert one_error(again) == line
+    assert figures(again.out) == []
+
+
+def test_a_difference_that_is_not_finite_fails_the_check(overflowing, script, tmp_path):
+    path = tmp_path / "check.json"
+    result = script("test.py", "digits", "check", overflowing, "-j", 0, "--tolerance", 1e30, "--json", path)
+    assert result.status == 1
+    assert "FAILED" in result.out
+    assert "with answers that are not finite" in result.out
+    found = json.loads(path.read_text())
+    assert (found["difference"], found["loss"], found["injected"]["loss"]) == (None, None, None)
+
+
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 def test_the_batch_does_not_matter(trained, script, batch):
     result = script("test.py", "digits", "train", trained.folder / "best_ckpt.pth", "-j", 0, "-b", batch)

@@ -59,6 +59,7 @@ def test_the_records_are_json_without_a_clock(trained):
         record = json.loads(line)
         keys.setdefault(record["kind"], set()).update(record)
     assert keys["train"] >= {"kind", "update", "epoch", "lr", "loss", "grad_norm"}
+    assert keys["train_epoch"] == {"kind", "update", "epoch", "loss"}
     assert keys["eval"] >= {"kind", "update", "epoch", "top1", "top5", "loss", "images"}
     clocks = ("second", "time", "eta", "img", "speed", "memory")
     assert not [key for key in set.union(*keys.values()) if any(word in key for word in clocks)]
@@ -126,7 +127,7 @@ def test_a_run_goes_on_from_its_own_checkpoint_as_if_nothing_had_happened(traine
     shutil.copy(trained.folder / "ckpt_epoch_0.pth", folder / "latest.pth")
     records = (trained.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     # As it was killed: one record of the second epoch is there already, and another one half.
-    (folder / "metrics.jsonl").write_text("".join(records[:4]) + records[4][:20])
+    (folder / "metrics.jsonl").write_text("".join(records[:5]) + records[5][:20])
     resumed = train(SHORT, output=tmp_path)
     assert "latest.pth" in resumed.result.out
     assert len(figures(resumed.result.out)) == 1

@@ -1,6 +1,7 @@
 """`tools/train_face.py` as a user runs it: on people who are coloured patterns, from training to converted weights."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -8,13 +9,18 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from engine.train import Progress
+from engine.verification import verify
 from models.checkpoints import read_checkpoint
+from tools import train_face
+from utils.log import MetricsWriter
 
 ROOT = Path(__file__).parents[2]
 TINY = "--channels 32 64 128 256 --blocks 1 2 2 1 --embedding 16 -b 16 -j 0 --lr 0.02 --num-pairs 200 --epochs 3"
@@ -76,6 +82,23 @@ def test_the_checkpoint_holds_the_network_and_apart_from_it_what_the_loss_knows(
     assert (checkpoint.meta["arch"], checkpoint.meta["num_classes"]) == ("RepMLP-FaceRes", 16)
     assert checkpoint.payload["criterion"]["W"].shape == (16, 16)
     assert not any("criterion" in name or name == "W" for name in checkpoint.state_dict)
+
+
+def test_embeddings_that_are_not_finite_make_no_best_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor do they end the training."""
+    pairs = (torch.tensor([0, 2, 0, 1]), torch.tensor([1, 3, 2, 3]), torch.tensor([True, True, False, False]))
+    torch.manual_seed(0)
+    embeddings, metrics = torch.randn(4, 3).double(), MetricsWriter(tmp_path)
+    progress, logger = Progress(epoch=1, update=7), logging.getLogger("tests.scripts")
+    trainer = SimpleNamespace(progress=progress, logger=logger, metrics=metrics, network=None)
+    best = [train_face.evaluate_epoch(trainer, lambda _: verify(embeddings, *pairs, folds=2))]
+    accuracy, embeddings[3, 0] = progress.best_top1, torch.nan
+    best.append(train_face.evaluate_epoch(trainer, lambda _: verify(embeddings, *pairs, folds=2)))
+    metrics.close()
+    assert best == [True, False]
+    assert progress.best_top1 == accuracy == evaluations(tmp_path)[0]["accuracy"]
+    assert evaluations(tmp_path)[1]["accuracy"] is None
+    assert "Epoch 0 eval: the embeddings of 1 images are not finite numbers" in caplog.text
 
 
 def test_conversion_keeps_the_accuracy(trained: Path, face, user, tmp_path: Path) -> None:
