@@ -74,19 +74,27 @@ def read_yaml(path: Path, origin: str) -> dict[Any, Any]:
         ValueError: it is no regular file, too large, no YAML, has a key twice, holds anything but text, lists and
             mappings, or no mapping.
     """
-    content = _content(path, origin)
-    try:
-        tree = yaml.load(content, _Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: {', '.join(filter(None, (error.context, error.problem)))}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    tree = parse_yaml(_content(path, origin), str(path))
     if not isinstance(tree, dict):
         raise ValueError(
             f"{path} ({origin}): holds {'nothing' if tree is None else 'no mapping'}; write KEY: VALUE lines"
         )
     return tree
+
+
+def parse_yaml(content: bytes, place: str) -> Any:
+    """Returns what YAML holds: text, None, lists and mappings of them; `place` says where it is from, for messages.
+
+    Raises:
+        ValueError: no YAML, too many values, a key twice, or anything but these types.
+    """
+    try:
+        return yaml.load(content, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{place}{line}: {', '.join(filter(None, (error.context, error.problem)))}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{place}: cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
 def _content(path: Path, origin: str) -> bytes:

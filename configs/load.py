@@ -39,20 +39,33 @@ def parse_opts(opts: Sequence[str]) -> list[Override]:
     return [Override("--opts", key, value) for key, value in zip(opts[::2], opts[1::2], strict=True)]
 
 
+class Loaded(NamedTuple):
+    """A frozen configuration, and the keys that a file or the command line gives a value."""
+
+    config: CfgNode
+    given: frozenset[str]
+
+
 def load_config(cfg_file: str | Path | None = None, overrides: Sequence[Override] = ()) -> CfgNode:
-    """Returns the frozen configuration: the defaults, below the files of BASE, below `cfg_file`, below the overrides.
+    """Returns the configuration of `load`, with the same arguments and errors."""
+    return load(cfg_file, overrides).config
+
+
+def load(cfg_file: str | Path | None = None, overrides: Sequence[Override] = ()) -> Loaded:
+    """Loads a configuration: the defaults, below the files of BASE, below `cfg_file`, below the overrides.
 
     Raises:
         FileNotFoundError: a file is missing; the message tells who named it.
         ValueError: a file is no usable YAML or includes itself, a key is unknown, a value is of another kind or not
             allowed, two overrides disagree, or keys contradict each other; with key, value, source and remedy.
     """
-    settings = {key: Setting(DEFAULTS[key], "default") for key in KINDS}
+    given: Settings = {}
     if cfg_file is not None:
-        settings |= _Files().read(user_path(cfg_file))
-    settings |= _read_overrides(overrides)
+        given |= _Files().read(user_path(cfg_file))
+    given |= _read_overrides(overrides)
+    settings = {key: Setting(DEFAULTS[key], "default") for key in KINDS} | given
     rules.check(settings)
-    return _build(settings)
+    return Loaded(_build(settings), frozenset(given))
 
 
 def dump_config(cfg: CfgNode, path: str | Path) -> None:

@@ -227,7 +227,7 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int
     if changed:
         what = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
         trainer.logger.warning(
-            f"this run has changed ({what}); it goes on after image {progress.consumed} of epoch {progress.epoch}, "
+            f"this run has changed ({what}); it resumes after image {progress.consumed} of epoch {progress.epoch}, "
             f"which is update {progress.update} by the new count"
         )
     trainer.progress = progress

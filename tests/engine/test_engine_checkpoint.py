@@ -1,4 +1,4 @@
-"""The folder of a run: names, retention, contents; and going on from a checkpoint, ours or a published one."""
+"""The folder of a run: names, retention, contents; and resuming from a checkpoint, ours or a published one."""
 
 import logging
 import re

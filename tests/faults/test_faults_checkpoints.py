@@ -44,7 +44,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(undisturbed, in
     passed_over = [line for line in process.out.splitlines() if "passing over a checkpoint" in line]
     assert len(passed_over) == 1
     assert f"warning: passing over a checkpoint: {interrupted.folder}/latest.pth is damaged" in passed_over[0]
-    assert re.search(r"going on from \S+/(best_ckpt|ckpt_epoch_0)\.pth, update 44\n", interrupted.log)
+    assert re.search(r"resuming from \S+/(best_ckpt|ckpt_epoch_0)\.pth, update 44\n", interrupted.log)
     assert soak.differences(undisturbed.folder, interrupted.folder) == []
 
 

@@ -79,7 +79,7 @@ def test_more_than_two_ranks_resume_exactly(start, run, tmp_path_factory, count,
         ranks = run.start_ranks(count, *options, plan={"kill_at_update": update})
         assert [process.wait() for process in ranks] == [-signal.SIGKILL] * count, [p.err for p in ranks]
     ended_well(run.start_ranks(count, *options))
-    assert run.log.count("going on from") == 2
+    assert run.log.count("resuming from") == 2
     assert soak.differences(whole.folder, run.folder) == []
 
 
@@ -111,7 +111,7 @@ def test_torchrun_brings_a_run_back_by_itself(two, run):
     torchrun.until("Train: ", 4)
     os.kill(torchrun.rank(0), signal.SIGKILL)
     assert torchrun.wait() == 0, torchrun.said
-    assert run.log.count("going on from") == 1
+    assert run.log.count("resuming from") == 1
     assert soak.differences(two.folder, run.folder) == []
 
 
@@ -182,7 +182,7 @@ def test_another_number_of_processes_repeats_and_skips_no_image(run, tmp_path, b
     assert sorted(images) == sorted(order[: len(images)]), "an image was passed over"
     assert 1438 - len(images) < 32 * after, "more than an incomplete step was left out"
     changed = re.search(
-        r"this run has changed \((.*)\); it goes on after image (\d+) of epoch 1, which is update", run.log
+        r"this run has changed \((.*)\); it resumes after image (\d+) of epoch 1, which is update", run.log
     )
     assert changed is not None
     assert f"world_size {before} -> {after}, global_batch {32 * before} -> {32 * after}" in changed[1]
