@@ -25,6 +25,7 @@ from models.fusion import fuse_verified
 from models.reparam import to_deploy
 from utils import cli
 from utils.files import check_target, write_json
+from utils.text import printable
 
 REMEDY = {
     "train": "evaluate them with mode deploy",
@@ -46,15 +47,15 @@ def parser() -> cli.Parser:
     result.add_argument("--dataset", default="imagenet", help="imagenet (any image folder), cf100, digits, shapes")
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
     result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
-    result.add_argument("--ema", action="store_true", default=False, help="use the averaged weights")
+    cli.add_ema_option(result)
     result.add_argument("--amp", choices=list(PRECISIONS), default="off", help="precision of the forward pass")
     result.add_argument("--tolerance", type=float, default=1e-4, help="of mode check, on the relative logit difference")
     result.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return result
 
 
-def load(path: str, mode: str, arch: str | None, ema: bool) -> Network:
-    """Builds the network and loads the weights.
+def load(path: str, mode: str, arch: str | None, ema: bool | None) -> Network:
+    """Builds the network, loads the weights and prints which they are.
 
     Raises:
         ValueError: no readable checkpoint, weights of another network, or weights in the other form.
@@ -63,7 +64,9 @@ def load(path: str, mode: str, arch: str | None, ema: bool) -> Network:
     wanted = "deploy" if mode == "deploy" else "train"
     if checkpoint.form not in (wanted, None):
         raise ValueError(f"mode {mode} needs {wanted} weights, {path} holds {checkpoint.form} weights: {REMEDY[mode]}")
-    return build_from(checkpoint, arch)
+    network = build_from(checkpoint, arch)
+    print(printable(f"{network.arch}: {checkpoint}"))
+    return network
 
 
 def batches(args: Namespace, size: tuple[int, int], num_classes: int) -> DataLoader:

@@ -248,7 +248,7 @@ ROWS = [
     ("convert_cut", "convert.py {weights.cut} {out}", ["cut.pth", "damaged"]),
     ("convert_code", "convert.py {weights.code} {out}", ["could run code"]),
     ("convert_text", "convert.py {weights.text} {out}", ["text.pth", "no checkpoint"]),
-    ("convert_itself", "convert.py {own} {own}", ["own conversion", "another name"]),
+    ("convert_itself", "convert.py {own} {own}", ["is read, and would be replaced", "another name"]),
     ("convert_to_folder", "convert.py {weights.train} {weights.folder}", ["is a folder", "name of a file"]),
     ("convert_other_arch", "convert.py {weights.train} {out} -a RepMLPNet-T224", ["does not fit", "RepMLPNet-Digits"]),
     ("convert_unknown_arch", "convert.py {weights.bare} {out} -a RepMLPNet-Digitz", ["did you mean RepMLPNet-Digits?"]),
