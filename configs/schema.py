@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 from utils.cli import did_you_mean
 from utils.text import shortened
 
-from .defaults import OPTIONAL, RETIRED, defaults
+from .defaults import RETIRED, SPECIAL, defaults
 from .values import Kind, kind_of
 
 
@@ -34,7 +34,7 @@ def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 DEFAULTS = flatten(defaults())
 KINDS: dict[str, Kind] = {
-    key: OPTIONAL.get(key) or kind_of(default) for key, default in DEFAULTS.items() if key != "BASE"
+    key: SPECIAL.get(key) or kind_of(default) for key, default in DEFAULTS.items() if key != "BASE"
 }
 # What stands before a dot of some key: TRAIN, TRAIN.OPTIMIZER, ...
 SECTIONS = frozenset(key[:at] for key in KINDS for at, letter in enumerate(key) if letter == ".")
