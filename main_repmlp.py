@@ -257,6 +257,9 @@ def build_trainer(task: Task, model: nn.Module, derived: Derived, source: data.I
             epochs=cfg.TRAIN.EPOCHS,
             warmup_updates=derived.warmup_updates,
         )
+        task.logger.info(
+            f"moving average of the weights: decay {ema.decay:.6g}, every {cfg.TRAIN.EMA_UPDATE_PERIOD} updates"
+        )
     return Trainer(
         network=model,
         forward=wrap(model, cfg, process),
