@@ -5,10 +5,8 @@ if __name__ == "__main__":  # the imports below take seconds
 
     end_on_interrupt()
 
-import errno
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,10 +37,13 @@ from models.fusion import fuse_verified
 from models.reparam import is_reparameterizable, to_deploy
 from utils import cli, distributed
 from utils.distributed import Process
-from utils.lock import folder_lock
+from utils.files import clear_about_space
+from utils.lock import first_missing, folder_lock, without_trace
 from utils.log import MetricsWriter, create_logger, log_failure
 from utils.seed import seed_everything
 from utils.signals import Stopped, StopRequest
+
+ROOM = "make room and start again, the run goes on from its latest checkpoint"
 
 
 class Task(NamedTuple):
@@ -403,30 +404,21 @@ def train(task: Task) -> None:
     )
 
 
-@contextmanager
-def clear_about_space(folder: Path) -> Iterator[None]:
-    """Names the folder and the remedy where the system says only that there is no space left."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
-            raise
-        remedy = "make room and start again, the run goes on from its latest checkpoint"
-        raise OSError(f"{folder} can't be written to: {error.strerror}; {remedy}") from error
-
-
 def main() -> None:
     """Runs the mode that the command line asks for."""
     options = parse(description=__doc__)
     cfg, process = options.config, distributed.init(options.local_rank)
     mode = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_only if cfg.EVAL_MODE else train
+    folder = run_folder(cfg)
     try:
         with ExitStack() as stack:
+            made = distributed.from_main(lambda: first_missing(folder))
             if mode is train:  # before anything is written, so that a run that is under way stays undisturbed
-                distributed.from_main(lambda: stack.enter_context(folder_lock(run_folder(cfg))))
+                distributed.from_main(lambda: stack.enter_context(folder_lock(folder)))
+            stack.enter_context(without_trace(folder, made, locked=mode is train))
             task = prepare(options, process)
             try:
-                with clear_about_space(task.folder):
+                with clear_about_space(folder, ROOM):
                     mode(task)
             except Exception as error:
                 if not isinstance(error, Stopped):
