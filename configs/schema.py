@@ -10,6 +10,7 @@ from utils.text import shortened
 
 from .defaults import RETIRED, SPECIAL, defaults
 from .values import Kind, kind_of
+from .words import meant_by
 
 
 class Setting(NamedTuple):
@@ -68,6 +69,9 @@ def _why_no_key(key: str) -> str:
     for known in KINDS:
         if key.startswith(f"{known}."):
             return f"{known} holds a value, there are no keys below it; set {known} itself"
+    meant = meant_by(key)
+    if meant:
+        return f"unknown key; did you mean {meant}?" if meant in KINDS else f"unknown key; {meant}"
     return f"unknown key{did_you_mean(key, [*KINDS, *SECTIONS]) or '; configs/defaults.py lists all'}"
 
 

@@ -31,9 +31,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 file.seek(0)
+                holder = file.read(20).decode(errors="replace")
                 raise ValueError(
-                    f"another run (process {file.read(20).decode(errors='replace')}) is writing to {folder}: wait for it, or give this "
-                    "one another --tag"
+                    f"another run (process {holder}) is writing to {folder}: wait for it, or give this one another "
+                    "--tag"
                 ) from None
             except OSError as error:
                 raise OSError(f"{folder} can't be locked ({error.strerror}): give an --output elsewhere") from error
