@@ -43,6 +43,16 @@ from utils.log import MetricsWriter, create_logger, log_failure
 from utils.seed import seed_everything
 from utils.signals import Stopped, StopRequest
 
+EXAMPLES = """  and every architecture of timm
+
+examples:
+  python main_repmlp.py --cfg configs/quickstart.yaml
+  torchrun --nproc_per_node 8 main_repmlp.py --cfg configs/repmlpnet_t224_100ep.yaml --data-path IMAGENET --tag first
+  python main_repmlp.py --eval --resume WEIGHTS.pth --arch RepMLPNet-T224 --data-path IMAGENET
+  python main_repmlp.py --throughput --arch RepMLPNet-T224 --batch-size 16
+  python main_repmlp.py --data-path digits --arch RepMLPNet-Digits --opts TRAIN.EPOCHS 20 TRAIN.BASE_LR 0.01
+Every key that --opts sets is explained in configs/defaults.py.
+"""
 ROOM = "make room and start again, the run goes on from its latest checkpoint"
 
 
@@ -406,7 +416,7 @@ def train(task: Task) -> None:
 
 def main() -> None:
     """Runs the mode that the command line asks for."""
-    options = parse(description=__doc__)
+    options = parse(description=__doc__, epilog=f"{cli.listing('architectures', models.list_models())}\n{EXAMPLES}")
     cfg, process = options.config, distributed.init(options.local_rank)
     mode = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_only if cfg.EVAL_MODE else train
     folder = run_folder(cfg)
