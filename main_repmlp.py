@@ -110,8 +110,7 @@ class Task(NamedTuple):
     def build_model(self, num_classes: int) -> nn.Module:
         """Builds the network on the device, with fresh weights that are the same on every process."""
         seed_everything(self.cfg.SEED)
-        options = build_options(self.cfg) | {"img_size": self.train_size}
-        check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in options if part != "img_size"})
+        options = structure_options(self.cfg) | {"img_size": self.train_size}
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         return self.place(models.create_model(self.arch, num_classes, **options))
@@ -129,15 +128,26 @@ class Task(NamedTuple):
         return wanted
 
 
-def build_options(cfg: CfgNode) -> dict[str, Any]:
-    """Returns image size and parts of the structure, as far as the configuration does not leave them open."""
-    given = {
-        "img_size": cfg.DATA.IMG_SIZE and to_2tuple(cfg.DATA.IMG_SIZE),
-        "branches": cfg.MODEL.BRANCHES,
-        "share_sets": cfg.MODEL.SHARE_SETS,
-        "global_perceptron": cfg.MODEL.GLOBAL_PERCEPTRON,
+def given_structure(cfg: CfgNode) -> dict[str, Any]:
+    """Returns the parts of the structure that the configuration does not leave to the architecture."""
+    model = cfg.MODEL
+    parts = {
+        "branches": model.BRANCHES,
+        "share_sets": model.SHARE_SETS,
+        "global_perceptron": model.GLOBAL_PERCEPTRON,
     }
-    return {part: value for part, value in given.items() if value is not None}
+    return {part: value for part, value in parts.items() if value is not None}
+
+
+def structure_options(cfg: CfgNode) -> dict[str, Any]:
+    """Returns in which parts of its structure the architecture is to be built otherwise.
+
+    Raises:
+        ValueError: it has no such part.
+    """
+    options = given_structure(cfg)
+    check_changeable(cfg.MODEL.ARCH, {f"MODEL.{part.upper()}": part for part in options})
+    return options
 
 
 def run_folder(cfg: CfgNode, arch: str | None = None) -> Path:
@@ -186,7 +196,8 @@ def evaluate_only(options: Options, process: Process) -> None:
     cfg = options.config
     checkpoint = read_checkpoint(cfg.MODEL.RESUME, ema=cfg.TEST.EMA)
     arch = cfg.MODEL.ARCH if "MODEL.ARCH" in options.given else None
-    network = build_from(checkpoint, arch, **build_options(cfg))
+    size = {"img_size": to_2tuple(cfg.DATA.IMG_SIZE)} if cfg.DATA.IMG_SIZE else {}
+    network = build_from(checkpoint, arch, **size, **given_structure(cfg))
     with prepared(options, process, network.arch, network.image_size) as task:
         source = task.source("val")
         classes = len(source.classes)

@@ -1,6 +1,5 @@
 """The command line of a run: flags that set keys, recipes, and any key by `--opts`."""
 
-import argparse
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -35,10 +34,6 @@ FLAGS: dict[str, tuple[str, dict]] = {
     "--output": ("OUTPUT", {"metavar": "DIR", "help": "a run writes to DIR/<arch>/<tag>/"}),
     "--tag": ("TAG", {"metavar": "NAME", "help": "name of the run"}),
     "--eval": ("EVAL_MODE", {"action": "store_true", "help": "only evaluate"}),
-    "--ema": (
-        "TEST.EMA",
-        {"action": argparse.BooleanOptionalAction, "help": "evaluate the averaged weights; as the file says if absent"},
-    ),
     "--throughput": ("THROUGHPUT_MODE", {"action": "store_true", "help": "only measure speed"}),
 }
 APEX_LEVELS = {"O0": "off", "O1": "fp16", "O2": "fp16"}
