@@ -1,5 +1,10 @@
 """Turns a training checkpoint into a deploy checkpoint by Locality Injection, and verifies it before it is written."""
 
+if __name__ == "__main__":  # the imports below take seconds
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,6 +14,8 @@ from torch import nn
 from models.checkpoints import build_from, describe, read_checkpoint, write_checkpoint
 from models.reparam import injection_error, input_channels, relative_difference, to_deploy
 from utils import cli
+from utils.files import check_target
+from utils.text import printable
 
 ALGEBRA_TOLERANCE = 1e-9  # of the conversion itself, in float64
 ROUNDING_TOLERANCE = 100  # of the written weights, in units of their dtype's epsilon
@@ -20,7 +27,7 @@ def parser() -> cli.Parser:
     result.add_argument("load", metavar="TRAIN", help="training checkpoint: ours, the published code's, MMPretrain's")
     result.add_argument("save", metavar="DEPLOY", help="where to write; .safetensors is possible too")
     result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
-    result.add_argument("--ema", action="store_true", default=False, help="convert the averaged weights")
+    cli.add_ema_option(result)
     return result
 
 
@@ -68,10 +75,7 @@ def main() -> None:
     """Reads, converts, verifies, writes."""
     args = parser().parse_args()
     source, target = Path(args.load), Path(args.save)
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ValueError(f"{target} would be overwritten by its own conversion: give another name to write to")
-    if target.is_dir() or not target.name:
-        raise ValueError(f"{target} is a folder: give the name of a file to write")
+    check_target(target, [source])
     checkpoint = read_checkpoint(source, ema=args.ema)
     if checkpoint.form == "deploy":
         raise ValueError(f"{source} is converted already: it holds deploy weights, and nothing was written")
@@ -81,7 +85,7 @@ def main() -> None:
     meta = describe(arch, deploy, image_size, "deploy", checkpoint.meta.get("dataset"))
     write_checkpoint(target, {"model": deploy.state_dict(), "meta": meta})
     before, after = (sum(v.numel() for v in m.parameters()) for m in (model, deploy))
-    print(f"{arch}: {source} ({before:,} parameters) -> {target} ({after:,} parameters)")
+    print(printable(f"{arch}: {checkpoint} ({before:,} parameters) -> {target} ({after:,} parameters)"))
     print(f"verified on random images: largest relative logit difference {difference:.1e}")
 
 

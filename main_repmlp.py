@@ -1,9 +1,12 @@
 """Trains, evaluates (`--eval`) or times (`--throughput`) a network; alone, or in many processes by torchrun or srun."""
 
-import errno
+if __name__ == "__main__":  # the imports below take seconds
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,38 +16,40 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
 import data
 import models
-from configs import Derived, derive, dump_config
+from configs import Derived, changed_settings, derive, dump_config
 from configs.command_line import Options, parse
-from engine.checkpoint import CheckpointFolder, resume
+from engine.checkpoint import CheckpointFolder
 from engine.ema import ModelEma
 from engine.evaluate import evaluate, refuse_nonfinite
 from engine.loss import build_loss
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
+from engine.state import read_state, restore
 from engine.sync_batch_norm import synchronise_batch_norms
 from engine.throughput import throughput
 from engine.train import PRECISIONS, Trainer, autocast, data_parallel
 from models.build import check_changeable
-from models.checkpoints import describe, is_deploy, load_pretrained, load_weights, read_checkpoint
+from models.checkpoints import build_from, describe, load_pretrained, read_checkpoint
 from models.fusion import fuse_verified
 from models.reparam import is_reparameterizable, to_deploy
 from utils import cli, distributed
 from utils.distributed import Process
+from utils.files import clear_about_space
 from utils.lock import folder_lock
-from utils.log import MetricsWriter, create_logger, log_failure
+from utils.log import NAME, MetricsWriter, create_logger, log_failure
 from utils.seed import seed_everything
 from utils.signals import Stopped, StopRequest
 
 
 class Task(NamedTuple):
-    """What every mode needs: where the images are, how large they go in, in which precision, and who we are."""
+    """What every mode needs: which network, where the images are, how large they go in, which precision, who we are."""
 
     cfg: CfgNode
+    arch: str
     process: Process
     logger: logging.Logger
     folder: Path
@@ -89,13 +94,17 @@ class Task(NamedTuple):
             world_size=self.process.world_size,
         )
 
-    def build_model(self, num_classes: int, deploy: bool = False) -> nn.Module:
+    def build_model(self, num_classes: int) -> nn.Module:
         """Builds the network on the device, with fresh weights that are the same on every process."""
         seed_everything(self.cfg.SEED)
-        options = structure_options(self.cfg) | {"img_size": self.train_size}
+        options = build_options(self.cfg) | {"img_size": self.train_size}
+        check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in options if part != "img_size"})
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
-        model = models.create_model(self.cfg.MODEL.ARCH, num_classes, deploy, **options)
+        return self.place(models.create_model(self.arch, num_classes, **options))
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Moves a network to the device, in the memory format that is asked for."""
         model = model.to(self.process.device)
         return model.to(memory_format=torch.channels_last) if self.cfg.CHANNELS_LAST else model
 
@@ -107,60 +116,69 @@ class Task(NamedTuple):
         return wanted
 
 
-def structure_options(cfg: CfgNode) -> dict[str, Any]:
-    """Returns in which parts of its structure the architecture is to be built otherwise.
-
-    Raises:
-        ValueError: it has no such part.
-    """
-    model = cfg.MODEL
-    parts = {
-        "branches": model.BRANCHES,
-        "share_sets": model.SHARE_SETS,
-        "global_perceptron": model.GLOBAL_PERCEPTRON,
+def build_options(cfg: CfgNode) -> dict[str, Any]:
+    """Returns image size and parts of the structure, as far as the configuration does not leave them open."""
+    given = {
+        "img_size": cfg.DATA.IMG_SIZE and to_2tuple(cfg.DATA.IMG_SIZE),
+        "branches": cfg.MODEL.BRANCHES,
+        "share_sets": cfg.MODEL.SHARE_SETS,
+        "global_perceptron": cfg.MODEL.GLOBAL_PERCEPTRON,
     }
-    options = {part: value for part, value in parts.items() if value is not None}
-    check_changeable(model.ARCH, {f"MODEL.{part.upper()}": part for part in options})
-    return options
+    return {part: value for part, value in given.items() if value is not None}
 
 
 def run_folder(cfg: CfgNode) -> Path:
-    """Returns where a run writes to."""
-    return Path(cfg.OUTPUT, cfg.MODEL.ARCH, cfg.TAG)
+    """Returns where a training writes to."""
+    return Path(cfg.OUTPUT, models.canonical_name(cfg.MODEL.ARCH), cfg.TAG)
 
 
-def prepare(options: Options, process: Process) -> Task:
-    """Opens the log and settles sizes and precision."""
-    cfg, folder = options.config, run_folder(options.config)
+def prepare(options: Options, process: Process, arch: str, train_size: tuple[int, int]) -> Task:
+    """Opens the log and settles the precision of a run with an architecture and a size of training images."""
+    cfg = options.config
+    folder = Path(cfg.OUTPUT, arch, cfg.TAG)
     logger = create_logger(folder, process.rank)
     for notice in options.notices:
         logger.warning(notice)
     if cfg.DETERMINISTIC:
         torch.use_deterministic_algorithms(True)
-    train_size = to_2tuple(cfg.DATA.IMG_SIZE or models.default_image_size(cfg.MODEL.ARCH))
-    test_size = to_2tuple(cfg.DATA.TEST_SIZE or train_size)
     amp = ("bf16" if process.device.type == "cuda" else "off") if cfg.AMP == "auto" else cfg.AMP
     logger.info(f"{process.world_size} process(es) on {process.device.type}, amp {amp}, output in {folder}")
-    return Task(cfg, process, logger, folder, train_size, test_size, PRECISIONS[amp])
+    test_size = to_2tuple(cfg.DATA.TEST_SIZE or train_size)
+    return Task(cfg, arch, process, logger, folder, train_size, test_size, PRECISIONS[amp])
 
 
-def evaluate_only(task: Task) -> None:
-    """Evaluates the checkpoint that `--resume` names, in whichever form it is; the training set is not touched."""
+def configured(options: Options) -> tuple[str, tuple[int, int]]:
+    """Returns the architecture and the size of training images that the configuration asks for."""
+    cfg = options.config
+    arch = models.canonical_name(cfg.MODEL.ARCH)
+    return arch, to_2tuple(cfg.DATA.IMG_SIZE or models.default_image_size(arch))
+
+
+def evaluate_only(options: Options, process: Process) -> None:
+    """Evaluates the checkpoint that `--resume` names, in whichever form it is; the training set is not touched.
+
+    Architecture, image size, classes and form are those of the checkpoint, where the user gives no others.
+    """
+    cfg = options.config
+    checkpoint = read_checkpoint(cfg.MODEL.RESUME, ema=cfg.TEST.EMA)
+    arch = cfg.MODEL.ARCH if "MODEL.ARCH" in options.given else None
+    network = build_from(checkpoint, arch, **build_options(cfg))
+    task = prepare(options, process, network.arch, network.image_size)
     source = task.source("val")
-    checkpoint = read_checkpoint(task.cfg.MODEL.RESUME)
-    model = task.build_model(task.num_classes(source), deploy=is_deploy(task.cfg.MODEL.ARCH, checkpoint.form))
-    load_weights(model, checkpoint)
-    form = f"{checkpoint.form} " if checkpoint.form else ""
-    task.logger.info(f"{form}weights from {checkpoint.path}, {len(source)} images of {len(source.classes)} classes")
-    precision = autocast(task.process.device, task.dtype)
-    result = evaluate(model, task.eval_batches(source), task.normalize(), task.process.device, precision)
+    classes = len(source.classes)
+    if classes != network.num_classes and network.num_classes != cfg.MODEL.NUM_CLASSES:
+        raise ValueError(f"{checkpoint.path} is for {network.num_classes} classes, {cfg.DATA.DATA_PATH} has {classes}")
+    task.logger.info(f"{checkpoint}, {len(source)} images of {classes} classes")
+    precision, model = autocast(process.device, task.dtype), task.place(network.model.float())
+    result = evaluate(model, task.eval_batches(source), task.normalize(), process.device, precision)
     refuse_nonfinite(result.nonfinite, result.images)
     task.logger.info(f"* {result}")
 
 
-def measure_throughput(task: Task) -> None:
+def measure_throughput(options: Options, process: Process) -> None:
     """Times the network in its training structure, its deploy structure, and fused for inference."""
-    cfg, device = task.cfg, task.process.device
+    task = prepare(options, process, *configured(options))
+    cfg, device = task.cfg, process.device
     model = task.build_model(cfg.MODEL.NUM_CLASSES or 1000).eval()
     images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *task.test_size, device=device)
     precision = autocast(device, task.dtype)
@@ -172,7 +190,7 @@ def measure_throughput(task: Task) -> None:
         forms.append(("fused for inference", fuse_verified(model).to(dtype), images.to(dtype), nullcontext()))
     for name, network, inputs, context in forms:
         speed = throughput(compiled(network, cfg), inputs, context)
-        task.logger.info(f"{cfg.MODEL.ARCH} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
+        task.logger.info(f"{task.arch} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
 
 
 def train_batches(task: Task, source: data.ImageSource) -> tuple[DataLoader, data.TrainSampler]:
@@ -293,32 +311,44 @@ def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
 
 
 def start_or_resume(task: Task, trainer: Trainer, checkpoints: CheckpointFolder) -> int:
-    """Goes on from the checkpoint that `--resume` names or that the run's folder holds, or starts at START_EPOCH.
+    """Resumes from the run's own newest checkpoint, or the one that `--resume` names, or starts at START_EPOCH.
 
     Returns:
         The number of the last update whose record stays in `metrics.jsonl`.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another experiment.
     """
-    cfg, start = task.cfg, None
+    cfg, checkpoint = task.cfg, None
+    if cfg.TRAIN.AUTO_RESUME:
+        checkpoint = checkpoints.start(task.logger)
+    else:
+        distributed.from_main(checkpoints.clear_leftovers)
+    if checkpoint is not None and cfg.MODEL.RESUME and not checkpoint.path.samefile(cfg.MODEL.RESUME):
+        task.logger.warning(f"resuming from this run's own {checkpoint.path} instead of {cfg.MODEL.RESUME}")
+    elif checkpoint is None and cfg.MODEL.RESUME:
+        checkpoint = read_state(cfg.MODEL.RESUME)
+        checkpoints.check_experiment(checkpoint)
+    if checkpoint is None:
+        trainer.progress.epoch = cfg.TRAIN.START_EPOCH
+        trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.updates_per_epoch
+        return trainer.progress.update
+    recorded = restore(trainer, checkpoint)
+    task.logger.info(f"resuming from {checkpoint.path}, update {trainer.progress.update}")
+    changed = changed_settings(checkpoint.payload["config"], cfg) if "saved_as" in checkpoint.payload else []
+    if changed:
+        task.logger.warning(f"settings that have changed since: {', '.join(changed)}")
+    return recorded
 
-    def newest() -> Path | None:
-        if cfg.TRAIN.AUTO_RESUME:
-            return checkpoints.start(task.logger)
-        checkpoints.clear_leftovers()
-        return None
 
-    # All processes go on from what rank 0 found: the folder must be one that all of them see.
-    start = distributed.from_main(newest)
-    if start is None and cfg.MODEL.RESUME:
-        start = cfg.MODEL.RESUME
-    elif cfg.MODEL.RESUME:
-        task.logger.warning(f"going on from this run's own {start} instead of {cfg.MODEL.RESUME}")
-    if start is not None:
-        recorded = resume(trainer, Path(start))
-        task.logger.info(f"going on from {start}, update {trainer.progress.update}")
-        return recorded
-    trainer.progress.epoch = cfg.TRAIN.START_EPOCH
-    trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.updates_per_epoch
-    return trainer.progress.update
+def load_pretrained_weights(task: Task, model: nn.Module) -> None:
+    """Starts from the weights that `--pretrained` names, and logs which of the network's they leave as they are."""
+    checkpoint = read_checkpoint(task.cfg.MODEL.PRETRAINED)
+    if checkpoint.path.resolve().parent == task.folder.resolve():
+        raise ValueError(f"{checkpoint.path} would be replaced by this run's own: give the run another --tag")
+    fresh = load_pretrained(task.arch, model, checkpoint)
+    new = f" but for {len(fresh)} tensors, which are new ({fresh[0]} ... {fresh[-1]})" if fresh else ""
+    task.logger.info(f"starting from {checkpoint}{new}")
 
 
 def evaluate_epoch(task: Task, trainer: Trainer, batches: DataLoader) -> tuple[bool, bool]:
@@ -342,7 +372,16 @@ def evaluate_epoch(task: Task, trainer: Trainer, batches: DataLoader) -> tuple[b
     return now > before, now_ema > before_ema
 
 
-def train(task: Task) -> None:
+def train(options: Options, process: Process) -> None:
+    """Trains in a folder that no other run writes to."""
+    folder = run_folder(options.config)
+    with ExitStack() as stack:  # before anything is written, so that a run that is under way stays undisturbed
+        distributed.from_main(lambda: stack.enter_context(folder_lock(folder)))
+        stack.enter_context(clear_about_space(folder))
+        run(prepare(options, process, *configured(options)))
+
+
+def run(task: Task) -> None:
     """Trains, evaluates, saves and logs, epoch by epoch."""
     cfg, process, logger = task.cfg, task.process, task.logger
     train_source, val_source = task.source("train"), task.source("val")
@@ -351,18 +390,16 @@ def train(task: Task) -> None:
     model = task.build_model(task.num_classes(train_source))
     derived = derive(cfg, world_size=process.world_size, steps_per_epoch=len(train_loader))
     logger.info(f"{len(train_source)} training and {len(val_source)} validation images of {model.num_classes} classes")
-    logger.info(f"{cfg.MODEL.ARCH}, {sum(p.numel() for p in model.parameters()):,} parameters; {derived}")
+    logger.info(f"{task.arch}, {sum(p.numel() for p in model.parameters()):,} parameters; {derived}")
     if cfg.MODEL.PRETRAINED:
-        fresh = load_pretrained(cfg.MODEL.ARCH, model, read_checkpoint(cfg.MODEL.PRETRAINED))
-        new = f" but for {len(fresh)} tensors, which are new ({fresh[0]} ... {fresh[-1]})" if fresh else ""
-        logger.info(f"starting from {cfg.MODEL.PRETRAINED}{new}")
+        load_pretrained_weights(task, model)
     cast(Any, model).set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
 
     if cfg.TRAIN.SYNC_BN and process.world_size > 1:
         model = synchronise_batch_norms(model)
     stop = StopRequest()
     form = "train" if is_reparameterizable(model) else None
-    meta = describe(cfg.MODEL.ARCH, model, task.train_size, form, task.dataset)
+    meta = describe(task.arch, model, task.train_size, form, task.dataset)
     checkpoints = CheckpointFolder(task.folder, keep=cfg.KEEP_CHECKPOINTS, meta=meta, config=cfg.dump())
     trainer = build_trainer(task, model, derived, train_source)
     recorded = start_or_resume(task, trainer, checkpoints)
@@ -377,13 +414,14 @@ def train(task: Task) -> None:
         return stopping
 
     progress = trainer.progress
+    if progress.epoch >= cfg.TRAIN.EPOCHS:
+        logger.info(f"already complete: {progress.epoch} of {cfg.TRAIN.EPOCHS} epochs are done")
     for epoch in range(progress.epoch, cfg.TRAIN.EPOCHS):
         train_sampler.set_position(epoch, progress.consumed)
-        with logging_redirect_tqdm([logger]) if process.is_main else nullcontext():
-            bar = tqdm(train_loader, f"epoch {epoch}", leave=False, disable=None if process.is_main else True)
-            if not trainer.train_epoch(bar, after_update):
-                logger.info(f"stopping on request, state saved after update {progress.update}")
-                raise Stopped(stop.number)
+        bar = tqdm(train_loader, f"epoch {epoch}", leave=False, disable=None if process.is_main else True)
+        if not trainer.train_epoch(bar, after_update):
+            logger.info(f"stopping on request, state saved after update {progress.update}")
+            raise Stopped(stop.number)
         if process.world_size > 1:
             for network in trainer.networks:
                 distribute_bn(network, process.world_size, reduce=True)
@@ -399,35 +437,17 @@ def train(task: Task) -> None:
     )
 
 
-@contextmanager
-def clear_about_space(folder: Path) -> Iterator[None]:
-    """Names the folder and the remedy where the system says only that there is no space left."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
-            raise
-        remedy = "make room and start again, the run goes on from its latest checkpoint"
-        raise OSError(f"{folder} can't be written to: {error.strerror}; {remedy}") from error
-
-
 def main() -> None:
     """Runs the mode that the command line asks for."""
     options = parse(description=__doc__)
     cfg, process = options.config, distributed.init(options.local_rank)
     mode = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_only if cfg.EVAL_MODE else train
     try:
-        with ExitStack() as stack:
-            if mode is train:  # before anything is written, so that a run that is under way stays undisturbed
-                distributed.from_main(lambda: stack.enter_context(folder_lock(run_folder(cfg))))
-            task = prepare(options, process)
-            try:
-                with clear_about_space(task.folder):
-                    mode(task)
-            except Exception as error:
-                if not isinstance(error, Stopped):
-                    log_failure(task.logger, error)
-                raise
+        mode(options, process)
+    except Exception as error:
+        if not isinstance(error, Stopped):
+            log_failure(logging.getLogger(NAME), error)
+        raise
     finally:
         distributed.shutdown()
 

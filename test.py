@@ -4,6 +4,11 @@ Modes: `train` evaluates training weights, `deploy` evaluates converted ones, `c
 them in memory and compares both forms on every image.
 """
 
+if __name__ == "__main__":  # the imports below take seconds
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,8 @@ from models.checkpoints import Network, build_from, read_checkpoint
 from models.fusion import fuse_verified
 from models.reparam import to_deploy
 from utils import cli
-from utils.log import strict_json
+from utils.files import check_target, write_json
+from utils.text import printable
 
 REMEDY = {
     "train": "evaluate them with mode deploy",
@@ -41,15 +47,15 @@ def parser() -> cli.Parser:
     result.add_argument("--dataset", default="imagenet", help="imagenet (any image folder), cf100, digits, shapes")
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
     result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
-    result.add_argument("--ema", action="store_true", default=False, help="use the averaged weights")
+    cli.add_ema_option(result)
     result.add_argument("--amp", choices=list(PRECISIONS), default="off", help="precision of the forward pass")
     result.add_argument("--tolerance", type=float, default=1e-4, help="of mode check, on the relative logit difference")
     result.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return result
 
 
-def load(path: str, mode: str, arch: str | None, ema: bool) -> Network:
-    """Builds the network and loads the weights.
+def load(path: str, mode: str, arch: str | None, ema: bool | None) -> Network:
+    """Builds the network, loads the weights and prints which they are.
 
     Raises:
         ValueError: no readable checkpoint, weights of another network, or weights in the other form.
@@ -58,7 +64,9 @@ def load(path: str, mode: str, arch: str | None, ema: bool) -> Network:
     wanted = "deploy" if mode == "deploy" else "train"
     if checkpoint.form not in (wanted, None):
         raise ValueError(f"mode {mode} needs {wanted} weights, {path} holds {checkpoint.form} weights: {REMEDY[mode]}")
-    return build_from(checkpoint, arch)
+    network = build_from(checkpoint, arch)
+    print(printable(f"{network.arch}: {checkpoint}"))
+    return network
 
 
 def batches(args: Namespace, size: tuple[int, int], num_classes: int) -> DataLoader:
@@ -95,6 +103,8 @@ def main() -> int:
     args = parser().parse_args()
     if args.batch_size < 1 or args.workers < 0 or not args.tolerance > 0:
         raise ValueError("-b must be at least 1, -j at least 0 and --tolerance above 0")
+    if args.json:
+        check_target(args.json, [args.weights, args.data])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load(args.weights, args.mode, args.arch, args.ema)
     model = network.model.float().to(device)
@@ -117,7 +127,7 @@ def main() -> int:
         print(f" * {evaluation}")
         figures, status = evaluation.as_dict(), 0
     if args.json:
-        args.json.write_text(strict_json(figures) + "\n")
+        write_json(args.json, figures)
     return status
 
 

@@ -4,3 +4,10 @@ Run one with `python -m benchmarks.<name>`: `inference`, `training`, `injection`
 is compared with a float64 result of the naive formulation before it is timed (rows that only load images, with what
 the first number of workers loads), and a row that differs stops the run.
 """
+
+import sys
+
+from utils.interrupt import end_on_interrupt
+
+if sys.argv[0] == "-m":  # as it reads while Python looks for the program to run
+    end_on_interrupt()  # its imports take seconds

@@ -1,5 +1,6 @@
 """The command line of a run: flags that set keys, recipes, and any key by `--opts`."""
 
+import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ from yacs.config import CfgNode
 
 from utils import cli
 
-from .load import Override, load_config, parse_opts
+from .load import Override, load, parse_opts
 
 # Each flag and the configuration key that it sets.
 FLAGS: dict[str, tuple[str, dict]] = {
@@ -32,15 +33,20 @@ FLAGS: dict[str, tuple[str, dict]] = {
     "--output": ("OUTPUT", {"metavar": "DIR", "help": "a run writes to DIR/<arch>/<tag>/"}),
     "--tag": ("TAG", {"metavar": "NAME", "help": "name of the run"}),
     "--eval": ("EVAL_MODE", {"action": "store_true", "help": "only evaluate"}),
+    "--ema": (
+        "TEST.EMA",
+        {"action": argparse.BooleanOptionalAction, "help": "evaluate the averaged weights; as the file says if absent"},
+    ),
     "--throughput": ("THROUGHPUT_MODE", {"action": "store_true", "help": "only measure speed"}),
 }
 APEX_LEVELS = {"O0": "off", "O1": "fp16", "O2": "fp16"}
 
 
 class Options(NamedTuple):
-    """What the command line says: the configuration, the launcher's argument, and what the user should know."""
+    """What the command line says: the configuration, which keys of it were given, the launcher's argument, notices."""
 
     config: CfgNode
+    given: frozenset[str]
     local_rank: int | None
     notices: list[str]
 
@@ -70,4 +76,4 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
         amp = APEX_LEVELS[args.amp_opt_level]
         notices.append(f"--amp-opt-level {args.amp_opt_level} is the old name of --amp {amp}")
         overrides.append(Override("--amp-opt-level", "AMP", amp))
-    return Options(load_config(args.cfg, [*overrides, *parse_opts(args.opts)]), args.local_rank, notices)
+    return Options(*load(args.cfg, [*overrides, *parse_opts(args.opts)]), args.local_rank, notices)

@@ -48,7 +48,8 @@ _C.DATA.MAX_UNREADABLE = 10
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 _C.MODEL = CfgNode()
-# Name of the network: one of models.list_models(), or any name that timm knows.
+# Name of the network: one of models.list_models(), or any name that timm knows. An evaluation takes that of the
+# checkpoint where none is given, and likewise IMG_SIZE and what of the structure the keys below leave open.
 _C.MODEL.ARCH = "RepMLPNet-B224"
 # Checkpoint whose run is continued, or which is evaluated; empty: none.
 _C.MODEL.RESUME = ""
@@ -160,6 +161,9 @@ _C.AUG.RECOUNT = 1
 _C.TEST = CfgNode()
 # Whether the image covers 256/224 of TEST_SIZE and its centre is cut out; else it is resized to TEST_SIZE itself.
 _C.TEST.CROP = False
+# Whether an evaluation takes the moving average of the weights in a checkpoint; null: as the checkpoint says, which is
+# the average of one that was chosen by it.
+_C.TEST.EMA = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
@@ -205,6 +209,7 @@ OPTIONAL: dict[str, Kind] = {
     "MODEL.BRANCHES": optional(INTEGERS),
     "MODEL.SHARE_SETS": optional(INTEGERS),
     "MODEL.GLOBAL_PERCEPTRON": optional(BOOLEAN),
+    "TEST.EMA": optional(BOOLEAN),
     "AUG.CUTMIX_MINMAX": optional(NUMBER_PAIR),
     "AUG.PRESET": optional(TEXT),
 }

@@ -1,5 +1,6 @@
 """From files and flags to one frozen configuration. Nothing else changes a configuration, and nothing does later."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
@@ -8,12 +9,17 @@ from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
+from utils.files import user_path, write_text
+from utils.text import shortened
+
 from . import rules
 from .defaults import defaults
 from .files import read_yaml
 from .schema import DEFAULTS, KINDS, SECTIONS, Setting, flatten, read_setting
 
 __all__ = ["Override", "dump_config", "flatten", "load_config", "parse_opts"]
+
+MAX_DEPTH = 20  # of files that name one another in BASE
 
 Settings = dict[str, Setting]
 
@@ -33,42 +39,66 @@ def parse_opts(opts: Sequence[str]) -> list[Override]:
     return [Override("--opts", key, value) for key, value in zip(opts[::2], opts[1::2], strict=True)]
 
 
+class Loaded(NamedTuple):
+    """A frozen configuration, and the keys that a file or the command line gives a value."""
+
+    config: CfgNode
+    given: frozenset[str]
+
+
 def load_config(cfg_file: str | Path | None = None, overrides: Sequence[Override] = ()) -> CfgNode:
-    """Returns the frozen configuration: the defaults, below the files of BASE, below `cfg_file`, below the overrides.
+    """Returns the configuration of `load`, with the same arguments and errors."""
+    return load(cfg_file, overrides).config
+
+
+def load(cfg_file: str | Path | None = None, overrides: Sequence[Override] = ()) -> Loaded:
+    """Loads a configuration: the defaults, below the files of BASE, below `cfg_file`, below the overrides.
 
     Raises:
         FileNotFoundError: a file is missing; the message tells who named it.
         ValueError: a file is no usable YAML or includes itself, a key is unknown, a value is of another kind or not
             allowed, two overrides disagree, or keys contradict each other; with key, value, source and remedy.
     """
-    settings = {key: Setting(DEFAULTS[key], "default") for key in KINDS}
+    given: Settings = {}
     if cfg_file is not None:
-        settings |= _read_file(Path(cfg_file), including=())
-    settings |= _read_overrides(overrides)
+        given |= _Files().read(user_path(cfg_file))
+    given |= _read_overrides(overrides)
+    settings = {key: Setting(DEFAULTS[key], "default") for key in KINDS} | given
     rules.check(settings)
-    return _build(settings)
+    return Loaded(_build(settings), frozenset(given))
 
 
 def dump_config(cfg: CfgNode, path: str | Path) -> None:
     """Writes a YAML file that `load_config` reads back to an equal configuration."""
-    Path(path).write_text(cfg.dump(sort_keys=False), encoding="utf-8")
+    write_text(Path(path), cfg.dump(sort_keys=False))
 
 
-def _read_file(path: Path, including: tuple[Path, ...]) -> Settings:
-    """Reads a file and, below it, those of its BASE; `including` is the chain of files that led here."""
-    if path.resolve() in [file.resolve() for file in including]:
-        raise ValueError(f"{path}: BASE goes in a circle: {' -> '.join(map(str, (*including, path)))}; break it")
-    tree = read_yaml(path, f"BASE of {including[-1]}" if including else "--cfg")
-    settings: Settings = {}
-    for name in _bases(tree.pop("BASE", []), path):
-        settings |= _read_file(path.parent / name, (*including, path))
-    return settings | _read_tree(tree, str(path))
+class _Files:
+    """The files of one configuration, each of which is read once, however often BASE names it."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Settings] = {}
+
+    def read(self, path: Path, including: tuple[Path, ...] = ()) -> Settings:
+        """Reads a file and, below it, those of its BASE; `including` is the chain of files that led here."""
+        place = os.path.realpath(path)
+        if place in map(os.path.realpath, including):
+            raise ValueError(f"{path}: BASE goes in a circle: {' -> '.join(map(str, (*including, path)))}; break it")
+        if len(including) > MAX_DEPTH:
+            raise ValueError(f"{path}: BASE leads through {len(including)} files; {MAX_DEPTH} are allowed")
+        if place not in self._known:
+            tree = read_yaml(path, f"BASE of {including[-1]}" if including else "--cfg")
+            settings: Settings = {}
+            for name in _bases(tree.pop("BASE", []), path):
+                settings |= self.read(path.parent / user_path(name), (*including, path))
+            self._known[place] = settings | _read_tree(tree, str(path))
+        return self._known[place]
 
 
 def _bases(value: object, path: Path) -> list[str]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"BASE = {value!r} ({path}): expects a list of YAML files")
+        raise ValueError(f"BASE = {shortened(repr(value))} ({path}): expects a list of YAML files")
     return [name for name in names if name]  # the default [''] means none
 
 
@@ -97,9 +127,8 @@ def _read_overrides(overrides: Sequence[Override]) -> Settings:
         new = read_setting(key, value, source)
         old = settings.setdefault(key, new)
         if old.value != new.value:
-            raise ValueError(
-                f"{key} is given two values, {old.value!r} ({old.source}) and {new.value!r} ({new.source}); keep one"
-            )
+            both = [f"{shortened(repr(setting.value))} ({setting.source})" for setting in (old, new)]
+            raise ValueError(f"{key} is given two values, {' and '.join(both)}; keep one")
     return settings
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from utils.text import shortened
+
 from .schema import Setting
 
 
@@ -181,4 +183,4 @@ def check(settings: Mapping[str, Setting]) -> None:
 
 
 def _show(key: str, settings: Mapping[str, Setting]) -> str:
-    return f"{key} = {settings[key].value!r} ({settings[key].source})"
+    return f"{key} = {shortened(repr(settings[key].value))} ({settings[key].source})"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from yacs.config import CfgNode
 
 from utils.cli import did_you_mean
+from utils.text import shortened
 
 from .defaults import OPTIONAL, RETIRED, defaults
 from .values import Kind, kind_of
@@ -46,12 +47,14 @@ def read_setting(key: str, value: object, source: str) -> Setting:
         ValueError: no such key, a section, a retired key, or a value of another kind; with key, source and remedy.
     """
     if key not in KINDS:
-        raise ValueError(f"{key} ({source}): {_why_no_key(key)}")
+        raise ValueError(f"{shortened(key)} ({source}): {_why_no_key(key)}")
     kind = KINDS[key]
     try:
         return Setting(kind.read(value), source)
     except ValueError:
-        raise ValueError(f"{key} = {value!r} ({source}): expects {kind.name}{_about_null(value)}") from None
+        raise ValueError(
+            f"{key} = {shortened(repr(value))} ({source}): expects {kind.name}{_about_null(value)}"
+        ) from None
 
 
 def _why_no_key(key: str) -> str:

@@ -34,7 +34,7 @@ def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
     places = (Path(source.locate(i)).relative_to(source.folder).as_posix() for i in range(len(source)))
     positions = {place: i for i, place in enumerate(places)}
     rows: list[tuple[int, int, bool]] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         *images, word = line.split("\t" if "\t" in line else None)

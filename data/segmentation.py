@@ -13,6 +13,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize, to_image
 
+from utils.files import user_path
+
 from .loaders import TransformedDataset
 from .sources import SPLITS, Source, decode_rgb
 from .transforms import Size
@@ -56,7 +58,7 @@ class CityscapesSource(Source):
     def __init__(self, root: str | Path, split: str) -> None:
         assert split in SPLITS
         self.classes = list(CITYSCAPES)
-        root = Path(root).expanduser()
+        root = user_path(root)
         folder = root / "leftImg8bit" / split
         self._images = sorted(folder.glob(f"*/*{IMAGE_SUFFIX}"))
         if not self._images:

@@ -12,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from utils.files import user_path
+
 SPLITS = ("train", "val")
 # The words that stand for a data set without files of the user, wherever a data path is taken.
 DIGITS, SHAPES = "digits", "shapes"
@@ -82,7 +84,7 @@ class FolderSource(ImageSource):
 
     def __init__(self, root: str | Path, split: str, *, same_classes: bool = True) -> None:
         assert split in SPLITS
-        self.folder = Path(root).expanduser() / split
+        self.folder = user_path(root) / split
         self.classes = _class_names(self.folder)
         if not self.classes:
             raise ValueError(
@@ -138,7 +140,7 @@ class CifarSource(ImageSource):
 
     def __init__(self, root: str | Path, split: str, *, download: bool = False) -> None:
         assert split in SPLITS
-        root = Path(root).expanduser()
+        root = user_path(root)
         try:
             cifar = CIFAR100(root, train=split == "train", download=download)
         except RuntimeError as error:  # torchvision's answer to missing and to damaged files

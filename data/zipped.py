@@ -12,6 +12,8 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from PIL import Image
 
+from utils.files import user_path
+
 from .sources import SPLITS, ImageSource, decode_rgb
 
 CACHE_MODES = ("no", "part", "full")
@@ -30,7 +32,7 @@ class ZipSource(ImageSource):
         self, root: str | Path, split: str, *, cache_mode: str = "part", rank: int = 0, world_size: int = 1
     ) -> None:
         assert split in SPLITS
-        root = Path(root).expanduser()
+        root = user_path(root)
         archive, map_file = root / f"{split}.zip", root / f"{split}_map.txt"
         for path in (archive, map_file):
             if not path.is_file():

@@ -1,24 +1,24 @@
-"""The checkpoints of a run: which files there are, what is in them, how a run goes on from one."""
+"""The checkpoints of a run: which files there are, in which of them a state goes, and which one a run resumes from."""
 
+import errno
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from models.checkpoints import load_weights, read_checkpoint, write_checkpoint
-from utils.distributed import gather_objects
+from models import schema
+from models.checkpoints import Checkpoint, link_checkpoint, write_checkpoint
+from utils.distributed import from_main, gather_objects
 
-from .statistics import RunningStatistics
-from .train import Progress, Trainer
+from .state import mean_statistics, read_state, restore, training_state
+from .train import Trainer
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best_ckpt.pth", "best_ema.pth"
+# Metadata that do not make another experiment of a run.
+INCIDENTAL = {"versions", "form", "weights"}
 
 
 class CheckpointFolder:
@@ -47,21 +47,35 @@ class CheckpointFolder:
         extra = {"meta": self._meta, "config": self._config, "saved_as": kinds}
         trainer.look()
         trainer.unreadable = set().union(*gather_objects(trainer.unreadable))
-        with _mean_statistics(trainer) as of_ranks:
+        with mean_statistics(trainer) as of_ranks:
             payload = training_state(trainer) | {"rank_statistics": of_ranks} | extra
             if trainer.process.is_main:
-                for path in self._paths(payload):
-                    write_checkpoint(path, payload)
-                self._delete_outdated()
+                self._write(payload)
 
-    def complete(self, path: Path) -> None:
+    def complete(self, checkpoint: Checkpoint) -> None:
         """Writes a state under the rest of its names, where the run was killed when it had written only some."""
-        payload = read_checkpoint(path).payload
+        payload = checkpoint.payload
         if "saved_as" in payload:
-            for other in self._paths(payload):
-                if not other.is_file() or _updates(other) != payload["progress"]["update"]:
-                    write_checkpoint(other, payload)
-            self._delete_outdated()
+            update = payload["progress"]["update"]
+            self._write(payload, [path for path in self._paths(payload) if path.is_file() and _updates(path) == update])
+
+    def _write(self, payload: dict[str, Any], done: Sequence[Path] = ()) -> None:
+        """Writes a state under every name that it deserves, once, as far as the file system lets it have several.
+
+        The file with the best average differs from the others in its metadata, which say that the average is what it
+        was chosen by.
+        """
+        first = next((path for path in done if path.name != BEST_EMA), None)
+        for path in self._paths(payload):
+            if path in done:
+                continue
+            averaged = path.name == BEST_EMA
+            if averaged or first is None or not _link(first, path):
+                meta = {k: v for k, v in payload["meta"].items() if k != "weights"}
+                meta |= {"weights": "ema"} if averaged else {}
+                write_checkpoint(path, payload | {"meta": meta})
+            first = path if first is None and not averaged else first
+        self._delete_outdated()
 
     def _paths(self, payload: dict[str, Any]) -> list[Path]:
         """Returns the files that a state belongs into."""
@@ -84,31 +98,42 @@ class CheckpointFolder:
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
 
-    def start(self, logger: logging.Logger) -> Path | None:
-        """Puts the folder in order after a run that was killed, and returns what `newest` does."""
-        self.clear_leftovers()
-        path = self.newest(logger)
-        if path is not None:
-            self.complete(path)
-        return path
+    def start(self, logger: logging.Logger) -> Checkpoint | None:
+        """Puts the folder in order after a run that was killed, and reads what `newest` does; all processes take part.
 
-    def newest(self, logger: logging.Logger) -> Path | None:
-        """Returns the file of the newest whole state, judged by the updates that it names, or None in a fresh folder.
+        Rank 0 chooses, so that all resume from one file: the folder must be one that all of them see.
+        """
+        found: Checkpoint | None = None
+
+        def find() -> Path | None:
+            nonlocal found
+            self.clear_leftovers()
+            found = self.newest(logger)
+            if found is not None:
+                self.complete(found)
+            return None if found is None else found.path
+
+        path = from_main(find)
+        return found if found is not None or path is None else read_state(path)
+
+    def newest(self, logger: logging.Logger) -> Checkpoint | None:
+        """Reads the newest whole state, judged by the updates that it names; None in a fresh folder.
 
         A damaged file is passed over with a warning, in favour of the next newest.
 
         Raises:
-            ValueError: there are checkpoints, but none of them can be read.
+            ValueError: there are checkpoints, but none of them can be read, or they are of another experiment.
         """
         names = [self.folder / LATEST, *reversed(self.numbered()), self.folder / BEST, self.folder / BEST_EMA]
         found = [path for path in names if path.is_file()]
         for path in sorted(found, key=_updates, reverse=True):
             try:
-                read_checkpoint(path)
+                checkpoint = read_state(path)
             except ValueError as error:
                 logger.warning(f"passing over a checkpoint: {error}")
             else:
-                return path
+                self.check_experiment(checkpoint)
+                return checkpoint
         if found:
             raise ValueError(
                 f"none of the {len(found)} checkpoints in {self.folder} can be read: move them away to start anew, or "
@@ -116,162 +141,42 @@ class CheckpointFolder:
             )
         return None
 
+    def check_experiment(self, checkpoint: Checkpoint) -> None:
+        """Raises ValueError where a checkpoint is of another architecture, data set, image size or class count."""
+        known = self._meta.keys() & checkpoint.meta.keys() - INCIDENTAL
+        other = [key for key in self._meta if key in known and checkpoint.meta[key] != self._meta[key]]
+        if other:
+            changes = ", ".join(f"{key} {checkpoint.meta[key]} instead of {self._meta[key]}" for key in other)
+            raise ValueError(
+                f"{checkpoint.path} is of another experiment, with {changes}: restore these settings, give this run "
+                "another --tag, or start from the weights with --pretrained"
+            )
+
+
+def _link(existing: Path, path: Path) -> bool:
+    """Gives a file a second name; returns whether the file system can do that."""
+    try:
+        link_checkpoint(existing, path)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+            return False
+        raise
+    return True
+
 
 def _updates(path: Path) -> int:
     """Returns how many updates a checkpoint had seen, without reading its tensors; the most for one that is damaged.
 
-    A damaged file sorts first so that it is tried, and told of, like the newest one that it may have been.
+    A damaged file sorts first so that it is tried, and named in a warning, like the newest one that it may have been.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]["update"]
-    except Exception:  # a damaged file makes the reader raise nearly anything; whoever reads it in full says so
+        update = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]["update"]
+        schema.integer()("update", update)
+    except Exception:  # a damaged file makes the reader raise nearly anything; reading it in full says what is wrong
         return 2**63
-
-
-@contextmanager
-def _mean_statistics(trainer: Trainer) -> Iterator[list[Tensor]]:
-    """Gives the running statistics of each process; inside, those of the networks are their mean.
-
-    They differ in the middle of an epoch, and a file of that moment is to hold weights that are fit for use, too.
-    """
-    statistics = RunningStatistics(*trainer.networks)
-    own = statistics.read()
-    of_ranks = _gather(own)
-    try:
-        if trainer.progress.consumed:
-            statistics.write(torch.stack(of_ranks).mean(0))
-        yield of_ranks
-    finally:
-        statistics.write(own)
-
-
-def training_state(trainer: Trainer) -> dict[str, Any]:
-    """Returns the state of a run by name, plain tensors and plain values; all processes must ask.
-
-    Learning rate, data order, augmentation, mixing and drop path are functions of the progress and the seed, so that
-    no generator has a state of its own to keep.
-    """
-    state = {
-        "model": trainer.network.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "epoch": trainer.progress.epoch - 1,  # the last finished one, as in the published files
-        "max_accuracy": trainer.progress.best_top1,
-        "progress": asdict(trainer.progress),
-        "meters": {name: mean.state() for name, mean in trainer.meters.items()},
-        "run": _run(trainer),
-        "unreadable": sorted(trainer.unreadable),
-    }
-    learned = trainer.criterion.state_dict()  # what a margin loss knows of the classes
-    state |= {"criterion": learned} if learned else {}
-    return state | ({"ema": trainer.ema.module.state_dict()} if trainer.ema is not None else {})
-
-
-def _run(trainer: Trainer) -> dict[str, int]:
-    """Returns what the counts of `Progress` and the order of the images depend on."""
-    return {
-        "seed": trainer.seed,
-        "images": trainer.images,
-        "world_size": trainer.process.world_size,
-        "global_batch": trainer.global_batch,
-        "updates_per_epoch": trainer.updates_per_epoch,
-    }
-
-
-def _gather(tensor: Tensor) -> list[Tensor]:
-    """Returns a tensor (n,) of every process, on the CPU; within an epoch, each has statistics of its own."""
-    if not dist.is_initialized():
-        return [tensor.cpu()]
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return [t.cpu() for t in gathered]
+    return update
 
 
 def resume(trainer: Trainer, path: Path) -> int:
-    """Puts a run where a checkpoint left it: one of ours, or a published training checkpoint (after a whole epoch).
-
-    Returns:
-        The updates done so far as the earlier run counted and recorded them, which other processes or batches change.
-
-    Raises:
-        ValueError: no training state in the file, or that of another network, optimizer or order of images.
-    """
-    checkpoint = read_checkpoint(path)
-    payload = checkpoint.payload
-    absent = [key for key in ("optimizer", "epoch") if key not in payload]
-    if absent:
-        raise ValueError(
-            f"{path} holds weights but not the state of a training ({' and '.join(absent)} is missing): "
-            "start from it with --pretrained instead of --resume"
-        )
-    load_weights(trainer.network, checkpoint)
-    if trainer.ema is not None:
-        load_weights(trainer.ema.module, read_checkpoint(path, ema=True) if "ema" in payload else checkpoint)
-    _load_criterion(trainer, payload.get("criterion", {}), path)
-    _load_optimizer(trainer, payload["optimizer"], path)
-    if payload.get("scaler"):
-        trainer.scaler.load_state_dict(payload["scaler"])
-    for name, sums in payload.get("meters", {}).items():
-        trainer.meters[name].load_state(sums)
-    _load_statistics(trainer, payload.get("rank_statistics", []), same_networks="ema" in payload or trainer.ema is None)
-    trainer.unreadable = set(payload.get("unreadable", ()))
-    return _load_progress(trainer, payload, path)
-
-
-def _load_criterion(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
-    """Loads what the loss learns, if it does."""
-    own = {name: value.shape for name, value in trainer.criterion.state_dict().items()}
-    if own != {name: value.shape for name, value in state.items()}:
-        raise ValueError(f"{path} is of a run with another loss or other classes: give this run another --tag")
-    trainer.criterion.load_state_dict(state)
-
-
-def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
-    own = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
-    # torch takes in the state of any optimizer whose groups are as long; this setting tells AdamW from SGD.
-    if {"betas" in group for group in state["param_groups"]} != {"betas" in group for group in own}:
-        raise ValueError(
-            f"the optimizer's state in {path} is that of another one than {type(trainer.optimizer).__name__}"
-        )
-    try:
-        trainer.optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"the optimizer's state in {path} does not fit this one: {error}") from error
-    # The moments come from the file, the hyper-parameters from the configuration.
-    for group, settings in zip(trainer.optimizer.param_groups, own, strict=True):
-        group.update(settings)
-
-
-def _load_statistics(trainer: Trainer, of_ranks: list[Tensor], same_networks: bool) -> None:
-    """Gives each process its own running statistics back, or, where their number changed, the mean of all."""
-    if len(of_ranks) < 2 or not same_networks:
-        return
-    process = trainer.process
-    same = len(of_ranks) == process.world_size
-    RunningStatistics(*trainer.networks).write(of_ranks[process.rank] if same else torch.stack(of_ranks).mean(0))
-
-
-def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int:
-    run, now = payload.get("run", {}), _run(trainer)
-    known = {f.name for f in fields(Progress)}
-    epoch = int(payload["epoch"]) + 1
-    published = {"epoch": epoch, "best_top1": float(payload.get("max_accuracy", 0.0))}
-    progress = Progress(**{k: v for k, v in payload.get("progress", published).items() if k in known})
-    changed = {k: (run.get(k), v) for k, v in now.items() if run.get(k, v) != v}
-    for key in ("seed", "images"):
-        if progress.consumed and key in changed:
-            raise ValueError(
-                f"{path} stands in the middle of an epoch, whose order of images is another one with {key} "
-                f"{changed[key][1]} instead of {changed[key][0]}: go on with the old value"
-            )
-    recorded = progress.update
-    if changed or not run:
-        progress.update = progress.epoch * trainer.updates_per_epoch + progress.consumed // trainer.global_batch
-    if changed:
-        what = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
-        trainer.logger.warning(
-            f"this run has changed ({what}); it goes on after image {progress.consumed} of epoch {progress.epoch}, "
-            f"which is update {progress.update} by the new count"
-        )
-    trainer.progress = progress
-    return recorded
+    """Reads a checkpoint and restores it; returns and raises as `read_state` and `restore` do."""
+    return restore(trainer, read_state(path))

@@ -1,9 +1,14 @@
 """The optimizer and its two weight-decay groups."""
 
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+# What each optimizer keeps for a parameter, all of it in the parameter's shape but the count of its steps.
+STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -57,3 +62,34 @@ def build_optimizer(
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     raise ValueError(f"unknown optimizer {name!r}: choose adamw or sgd")
+
+
+def state_mismatch(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> str:
+    """Returns how a state, as of `state_dict()`, does not fit an optimizer; empty where it does.
+
+    torch itself compares the lengths of the groups alone, and would fail, or compute nonsense, at the first update.
+    """
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    saved = [len(group["params"]) for group in state["param_groups"]]
+    numbers = list(chain.from_iterable(group["params"] for group in state["param_groups"]))
+    if own != saved or len({*numbers}) != len(numbers) or not state["state"].keys() <= {*numbers}:
+        return f"groups of {saved} parameters, not of {own}"
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for number, parameter in zip(numbers, parameters, strict=True):
+        problem = _moments_mismatch(STATE[type(optimizer)], state["state"].get(number), parameter)
+        if problem:
+            return f"that of parameter {number} {problem}"
+    return ""
+
+
+def _moments_mismatch(names: set[str], moments: dict[str, Any] | None, parameter: Tensor) -> str:
+    if moments is None:  # no update has reached the parameter
+        return ""
+    if moments.keys() != names:
+        return f"has {', '.join(sorted(moments)) or 'nothing'}, not {', '.join(sorted(names))}"
+    for name, moment in moments.items():
+        shape = torch.Size() if name == "step" else parameter.shape
+        value = torch.as_tensor(moment)
+        if value.shape != shape or value.is_complex() or value.dtype is torch.bool or not value.isfinite().all():
+            return f"has a {name} of {tuple(value.shape)} {value.dtype}, not finite numbers of {tuple(shape)}"
+    return ""

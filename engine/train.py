@@ -36,6 +36,9 @@ class Progress:
     skipped: int = 0  # updates left out because a number was not finite
 
 
+# Backward passes after which DistributedDataParallel has ordered its buckets for good: one records the order in which
+# gradients are ready, and where the graph is static, the very first one records the graph alone.
+BUCKET_ORDERING_PASSES = 2
 # Mixed precision by the words that users have for it.
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -113,6 +116,7 @@ class Trainer:
             logger=self.logger,
         )
         self.unreadable: set[str] = set()  # paths, with the reason
+        self._buckets_ordered = not isinstance(self.forward, DistributedDataParallel)
         # Two since the last report, and one for the whole epoch; checkpoints keep them.
         self.meters = {name: Mean(self.process.device) for name in ("loss", "grad_norm", "epoch_loss")}
         self._lap, self._epoch = Pace(), Pace()  # likewise, of this process's life
@@ -151,6 +155,8 @@ class Trainer:
 
     def _update(self, group: list[Batch]) -> None:
         """Runs forward and backward over a group of batches, then updates once."""
+        if not self._buckets_ordered:
+            self._order_buckets(group[0])
         progress = self.progress
         # Drop path and its like draw from the place in the run, so that a resumed run draws the same.
         seed_everything(self.seed, progress.epoch, progress.update, self.process.rank, 2)
@@ -189,6 +195,21 @@ class Trainer:
                 loss = self.criterion(self.forward(images), labels)
             self.scaler.scale(loss / size).backward()
         return loss.detach()
+
+    def _order_buckets(self, batch: Batch) -> None:
+        """Runs backward passes that leave no trace, so that the first update already has the final gradient buckets.
+
+        DistributedDataParallel groups gradients anew after the first backward passes of each process. The grouping
+        decides how sums over three and more processes are rounded, so a resumed run would otherwise differ in its first
+        update from one that was never interrupted.
+        """
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
+        for _ in range(BUCKET_ORDERING_PASSES):
+            self._backward(batch, 0, 1)
+            self.optimizer.zero_grad(set_to_none=True)
+        for buffer, saved in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
+        self._buckets_ordered = True
 
     def _note_unreadable(self, images: list[str]) -> None:
         """Logs each image that another one had to stand in for once, and stops the run when there are too many."""

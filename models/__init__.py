@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from .build import create_model, default_image_size, list_models
+from .build import canonical_name, create_model, default_image_size, list_models
 from .dense import DenseBackbone, dense_backbone
 from .locality import add_local_branches
 from .repmlp_resnet import RepMLP, RepMLPResNet, RepMLPResNetSpec
@@ -21,6 +21,7 @@ __all__ = [
     "ResMLP",
     "ResMLPSpec",
     "add_local_branches",
+    "canonical_name",
     "create_model",
     "default_image_size",
     "dense_backbone",

@@ -11,7 +11,7 @@ from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, register_model
 from torch import nn
 
-from . import repmlp_resnet, repmlpnet, resmlp
+from . import repmlp_resnet, repmlpnet, resmlp, schema
 from .dense import dense_backbone
 
 
@@ -23,7 +23,8 @@ class Family(NamedTuple):
             `built_for(weights, spec, img_size)` returns the `in_chans` and `img_size` that weights, by name and in
             either form, were made with: the size (height, width) that is given where it fits; of others only square
             ones can be told.
-        specs: by name, the shapes that it is built in: frozen dataclasses with an `image_size`.
+        specs: by name, the shapes that it is built in: frozen dataclasses with an `image_size`
+            and a `depth`, the number of blocks.
         classifier: the name of the head within the network.
     """
 
@@ -38,6 +39,14 @@ FAMILIES = (
     Family(repmlp_resnet.RepMLPResNet, repmlp_resnet.SPECS, "linear"),
 )
 OWN = {name: family for family in FAMILIES for name in family.specs}
+# What a part of a structure may be changed to, by the type of what it is.
+PARTS: dict[type, schema.Check] = {
+    tuple: schema.sequence(schema.integer(0, 2**16)),
+    int: schema.integer(1, 2**16),
+    float: schema.number,
+    bool: schema.boolean,
+    str: schema.text,
+}
 
 
 def list_models() -> list[str]:
@@ -58,6 +67,7 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
     Raises:
         ValueError: an unknown name (the closest known one is named), or `deploy` for a network without that structure.
     """
+    name = canonical_name(name)
     if name in OWN:
         changes = {k: v for k, v in kwargs.items() if k in changeable(name)}
         options = {k: v for k, v in kwargs.items() if k not in changes}
@@ -70,8 +80,14 @@ def create_model(name: str, num_classes: int = 1000, deploy: bool = False, **kwa
     return timm.create_model(name, num_classes=num_classes, **kwargs)
 
 
+def canonical_name(name: str) -> str:
+    """Returns our own name of an architecture that is given by the one that timm knows it by; others as they are."""
+    return _OWN_NAMES.get(name, name)
+
+
 def changeable(name: str) -> list[str]:
     """Returns the parts of an architecture's structure that `create_model` takes in place of its own; timm's: none."""
+    name = canonical_name(name)
     if name not in OWN:
         _timm_cfg(name)
         return []
@@ -79,8 +95,16 @@ def changeable(name: str) -> list[str]:
 
 
 def own_spec(name: str, changes: Mapping[str, Any]) -> Any:
-    """Returns the shape of one of our own architectures, with parts of it changed; lists stand for tuples."""
-    return replace(OWN[name].specs[name], **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+    """Returns the shape of one of our own architectures, with parts of it changed; lists stand for tuples.
+
+    Raises:
+        ValueError: it has no such part, or the change is of another type, or no network can have it.
+    """
+    own = OWN[name].specs[name]
+    check_changeable(name, {part: part for part in changes})
+    for part, value in changes.items():
+        PARTS[type(getattr(own, part))](part, value)
+    return replace(own, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
 
 
 def check_changeable(name: str, parts: Mapping[str, str]) -> None:
@@ -92,6 +116,7 @@ def check_changeable(name: str, parts: Mapping[str, str]) -> None:
 
 def structure_changes(name: str, model: nn.Module) -> dict[str, Any]:
     """Returns, in plain values, in which parts a network was built otherwise than `name` stands for."""
+    name = canonical_name(name)
     own = {part: getattr(OWN[name].specs[name], part) for part in changeable(name)}
     changes = {part: getattr(model.spec, part) for part in own if getattr(model.spec, part) != own[part]}
     return {part: list(value) if isinstance(value, tuple) else value for part, value in changes.items()}
@@ -103,6 +128,7 @@ def default_image_size(name: str) -> tuple[int, int]:
     Raises:
         ValueError: an unknown name.
     """
+    name = canonical_name(name)
     if name in OWN:
         return to_2tuple(OWN[name].specs[name].image_size)
     height, width = _timm_cfg(name).input_size[-2:]
@@ -127,6 +153,7 @@ def classifier_name(name: str) -> str:
     Raises:
         ValueError: an unknown architecture.
     """
+    name = canonical_name(name)
     return OWN[name].classifier if name in OWN else str(_timm_cfg(name).classifier)
 
 
@@ -140,6 +167,9 @@ def timm_name(name: str) -> str:
         return name.lower().replace("-", "_")
     _timm_cfg(name)
     return name
+
+
+_OWN_NAMES = {timm_name(name): name for name in OWN}
 
 
 def _register_with_timm(name: str) -> None:

@@ -11,7 +11,7 @@ import secrets
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,8 +20,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from . import __version__
-from .build import OWN, classifier_name, create_model, default_image_size, own_spec, structure_changes
+from . import __version__, schema
+from .build import (
+    OWN,
+    canonical_name,
+    classifier_name,
+    create_model,
+    default_image_size,
+    own_spec,
+    structure_changes,
+)
+from .identify import Identity, fitting_architectures, form_of, identify, is_deploy
 from .locality import branch_names
 
 StateDict = dict[str, Tensor]
@@ -29,6 +38,22 @@ StateDict = dict[str, Tensor]
 # Where the containers of Swin, timm, MMPretrain and this project keep the weights and their moving average.
 WEIGHT_KEYS = ("model", "state_dict")
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
+NESTING = 4  # containers of containers that hold the weights
+# Files hold weights in these dtypes; others, such as float8, need a scale that they do not name.
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What `describe` writes.
+META = schema.record(
+    {
+        "arch": schema.text,
+        "num_classes": schema.integer(0, 2**24),
+        "image_size": schema.sequence(schema.integer(1, 2**13), length=2),
+        "form": schema.one_of("train", "deploy", None),
+        "structure": schema.mapping(str, schema.anything),
+        "dataset": schema.text,
+        "task": schema.text,
+        "weights": schema.one_of("model", "ema"),
+    }
+)
 # How a zipped checkpoint begins.
 ZIP_START = b"PK\3\4"
 # Prefixes that wrappers put before every name.
@@ -52,7 +77,8 @@ class Checkpoint:
 
     `form` is "train" or "deploy" by the structure that the names show or else the metadata tells. It is None where
     nothing was re-parameterised, and of a network that has the same names where it was.
-    `meta` is what `describe` wrote, empty for a file of another origin. `payload` is the whole container.
+    `meta` is what `describe` wrote, empty for a file of another origin. `payload` is the whole container. `averaged`
+    says whether these are the moving average of the weights, where the file has both.
     """
 
     path: Path
@@ -60,6 +86,11 @@ class Checkpoint:
     form: str | None
     meta: dict[str, Any] = field(default_factory=dict)
     payload: dict[str, Any] = field(default_factory=dict)
+    averaged: bool = False
+
+    def __str__(self) -> str:
+        form = {"train": "training ", "deploy": "deploy ", None: ""}[self.form]
+        return f"{'averaged ' * self.averaged}{form}weights from {self.path}"
 
 
 def describe(
@@ -67,7 +98,7 @@ def describe(
 ) -> dict[str, Any]:
     """Returns the metadata that goes with a network's weights; `dataset` says how its images are normalised."""
     return {
-        "arch": arch,
+        "arch": canonical_name(arch),
         "num_classes": model.num_classes,
         "image_size": list(image_size),
         "form": form,
@@ -81,24 +112,37 @@ def versions() -> dict[str, str]:
     return {"repmlpnet": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
 
 
-def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
+def read_checkpoint(path: str | Path, ema: bool | None = None) -> Checkpoint:
     """Reads a `.pth` or `.safetensors` file: a bare state dict, or one within a container.
 
     Args:
         path: the file.
-        ema: take the moving average of the weights instead of the weights.
+        ema: whether to take the moving average of the weights instead of the weights; None takes the average from a
+            file that was chosen by it, as its metadata says, or that holds nothing else.
 
     Raises:
-        ValueError: no such file, no checkpoint, a damaged one, one that holds more than data, or one without weights.
+        ValueError: no such file, no checkpoint, a damaged one, one that holds more than data, one whose metadata have
+            wrong types, or one without weights.
     """
     path = Path(path)
     payload = _read_payload(path)
-    state_dict = {_strip_wrappers(k): v for k, v in _find_weights(path, payload, ema).items()}
+    try:
+        META("meta", _meta(payload))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or of another program: {error}") from None
+    return take_weights(path, payload, ema)
+
+
+def take_weights(path: Path, payload: dict[str, Any], ema: bool | None) -> Checkpoint:
+    """Finds the weights, or their average, in what `read_checkpoint` has read; arguments and errors as there."""
+    found, averaged = _find_weights(path, payload, ema)
+    state_dict = {_strip_wrappers(name): value for name, value in found.items()}
     if any(name.startswith("backbone.") for name in state_dict):
         state_dict = {_from_mmpretrain(name): value for name, value in state_dict.items()}
-    meta = payload.get("meta")
-    meta = meta if isinstance(meta, dict) else {}
-    return Checkpoint(path, state_dict, _form(state_dict) or meta.get("form"), meta, payload)
+    if len(state_dict) < len(found):
+        raise ValueError(f"{path} holds several tensors of one name, told apart by a prefix only")
+    meta = _meta(payload)
+    return Checkpoint(path, state_dict, form_of(state_dict) or meta.get("form"), meta, payload, averaged)
 
 
 class Network(NamedTuple):
@@ -110,13 +154,14 @@ class Network(NamedTuple):
     image_size: tuple[int, int]
 
 
-def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
+def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:
     """Builds the network that a checkpoint's weights belong to, in the structure that they have, and loads them.
 
     Args:
         checkpoint: the weights; the number of classes is read off them, and for our own architectures the number of
             input channels and, where the metadata does not give it, the image size too.
         arch: the architecture; None takes the one that the metadata names or that fits.
+        **changes: `img_size` and parts of the structure, in place of what the metadata says or the weights tell.
 
     Raises:
         ValueError: no architecture is known for the weights, or they do not fit the one that was asked for.
@@ -127,43 +172,90 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None) -> Network:
     arch = arch or checkpoint.meta.get("arch") or next(iter(fitting_architectures(weights)), None)
     if arch is None:
         raise ValueError(f"{checkpoint.path} does not say which architecture it is of, and none fits: name it with -a")
-    height, width = checkpoint.meta.get("image_size") or default_image_size(arch)
-    size = (height, width)
-    head = weights.get(f"{classifier_name(arch)}.weight")
-    classes = 0 if head is None else head.shape[:1].numel()
-    if head is None and checkpoint.meta.get("num_classes") != 0:
+    arch = canonical_name(arch)
+    classes = weights.get(f"{classifier_name(arch)}.weight", torch.empty(0)).shape[:1].numel()
+    if classes == 0 and checkpoint.meta.get("num_classes") != 0:
         raise ValueError(f"{checkpoint.path} holds no head ({classifier_name(arch)}.weight) of {arch}")
-    options: dict[str, Any] = {"img_size": size}
+    options = _build_options(checkpoint, arch, changes)
     if arch in OWN:
-        structure = checkpoint.meta.get("structure", {})
-        options = OWN[arch].network.built_for(weights, own_spec(arch, structure), size)
-        options |= {"deploy": is_deploy(arch, checkpoint.form)} | structure
+        _try_out(checkpoint, arch, classes, options)
     model = create_model(arch, classes, **options)
     dtypes = {v.dtype for v in weights.values() if v.is_floating_point()}
-    if len(dtypes) == 1:
+    if len(dtypes) == 1 and dtypes <= {*FLOAT_DTYPES}:
         model.to(dtypes.pop())
     load_weights(model, checkpoint)
     return Network(arch, model.eval(), classes, options["img_size"])
 
 
-def is_deploy(arch: str, form: str | None) -> bool:
-    """Says whether weights of a form belong into the deploy structure of an architecture, if it has one.
+def _build_options(checkpoint: Checkpoint, arch: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with which `create_model` builds what a checkpoint's weights were made with."""
+    structure = checkpoint.meta.get("structure", {}) | {k: v for k, v in changes.items() if k != "img_size"}
+    height, width = changes.get("img_size") or checkpoint.meta.get("image_size") or default_image_size(arch)
+    options: dict[str, Any] = {"img_size": (height, width)}
+    if arch in OWN:
+        try:
+            spec = own_spec(arch, structure)
+        except ValueError as error:
+            raise ValueError(f"the structure that {checkpoint.path} names can't be built: {error}") from error
+        if spec.depth > len(checkpoint.state_dict):  # before as many blocks are built
+            raise ValueError(f"{checkpoint.path} names more blocks than it holds tensors")
+        made = OWN[arch].network.built_for(checkpoint.state_dict, spec, (height, width))
+        options = made | options if "img_size" in changes else made
+        options |= {"deploy": is_deploy(arch, checkpoint.form)} | structure
+    return options
 
-    Those of no form do: a structure without anything to inject is the deploy structure.
-    """
-    return arch in OWN and form != "train"
+
+def _try_out(checkpoint: Checkpoint, arch: str, classes: int, options: Mapping[str, Any]) -> None:
+    """Builds a network without memory first, for sizes come from a file; ValueError where the weights do not fit."""
+    try:
+        with torch.device("meta"):
+            model = create_model(arch, classes, **options)
+    except ValueError as error:
+        raise ValueError(f"the structure that {checkpoint.path} names can't be built: {error}") from error
+    check_fit(
+        model, checkpoint, Identity(arch, options["img_size"], classes, "deploy" if options["deploy"] else "train")
+    )
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Loads weights strictly: every name and every shape must be the model's.
+    """Loads weights strictly: every name and every shape must be the model's, every value a finite number of its kind.
 
     Raises:
-        ValueError: they differ; the message counts and names the differences, and the architecture that would fit.
+        ValueError: they differ; the message counts and names the differences, and says what the file holds and what
+            the network is.
+    """
+    check_fit(model, checkpoint)
+    problems = unusable_values(model.state_dict(), checkpoint.state_dict)
+    if problems:
+        raise ValueError(f"{checkpoint.path} can't be used: {problems}")
+    model.load_state_dict(checkpoint.state_dict)
+
+
+def check_fit(model: nn.Module, checkpoint: Checkpoint, identity: Identity | None = None) -> None:
+    """Raises ValueError, with the remedy, where names or shapes are not the model's.
+
+    `identity` is the model's where it is known; otherwise its names and shapes tell it, if they can.
     """
     problems = _differences(model.state_dict(), checkpoint.state_dict)
     if problems:
-        raise ValueError(f"{checkpoint.path} does not fit the network: {problems}{_better_fit(checkpoint.state_dict)}")
-    model.load_state_dict(checkpoint.state_dict)
+        identity = identity or next(iter(identify(model.state_dict())), None)
+        raise ValueError(f"{checkpoint.path} does not fit the network: {problems}{_mismatch(checkpoint, identity)}")
+
+
+def unusable_values(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Returns which tensors of the same names hold values of another kind or none that are finite; empty for none."""
+    other_kind = [k for k, v in own.items() if _kind(given[k].dtype) != _kind(v.dtype)]
+    if other_kind:
+        name = other_kind[0]
+        return f"{len(other_kind)} tensors hold {given[name].dtype} in place of {own[name].dtype} ({name}, ...)"
+    not_finite = [k for k, v in given.items() if v.is_floating_point() and not v.isfinite().all()]
+    return f"{len(not_finite)} tensors hold NaN or infinite values ({not_finite[0]}, ...)" if not_finite else ""
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype in FLOAT_DTYPES:
+        return "float"
+    return "integer" if dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) else str(dtype)
 
 
 def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list[str]:
@@ -210,10 +302,28 @@ def write_checkpoint(path: str | Path, payload: Mapping[str, Any]) -> None:
         write_atomically(path, lambda file: torch.save(dict(payload), file))
 
 
+def link_checkpoint(existing: Path, path: Path) -> None:
+    """Gives a checkpoint a second name; a file of that name is replaced at once.
+
+    Raises:
+        OSError: the file system knows no hard links, or takes no more.
+    """
+    temporary = _temporary(path)
+    os.link(existing, temporary)
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
             try:
@@ -230,20 +340,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def fitting_architectures(state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Returns our architectures of which these are the weights, in either form and for any number of classes."""
-    form, names = _form(state_dict), []
-    for name in OWN:
-        with torch.device("meta"):
-            own = create_model(name, deploy=is_deploy(name, form)).state_dict()
-        head = f"{classifier_name(name)}."
-        if own.keys() == state_dict.keys() and all(
-            own[k].shape == v.shape for k, v in state_dict.items() if not k.startswith(head)
-        ):
-            names.append(name)
-    return names
 
 
 def _read_payload(path: Path) -> dict[str, Any]:
@@ -289,23 +385,38 @@ def _check_sums(path: Path) -> None:
                 raise ValueError("its end is missing")
 
 
-def _find_weights(path: Path, payload: Mapping[str, Any], ema: bool) -> Mapping[str, Tensor]:
-    keys = EMA_KEYS if ema else (*WEIGHT_KEYS, *EMA_KEYS)
-    for key in keys:
-        if isinstance(payload.get(key), dict):
-            return _find_weights(path, payload[key], ema=False)
-    if ema:
+def _meta(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the metadata of a container; of a bare state dict, which may have a tensor of that name, none."""
+    meta = payload.get("meta", {})
+    return {} if isinstance(meta, Tensor) else meta
+
+
+def _find_weights(path: Path, payload: Mapping[str, Any], ema: bool | None) -> tuple[Mapping[str, Tensor], bool]:
+    """Returns the weights in a container, and whether they are the average."""
+    if ema is None:
+        ema = True if _meta(payload).get("weights") == "ema" else None
+    keys = {None: (*WEIGHT_KEYS, *EMA_KEYS), True: EMA_KEYS, False: WEIGHT_KEYS}[ema]
+    averaged = False
+    for _ in range(NESTING):
+        key = next((key for key in keys if isinstance(payload.get(key), dict)), None)
+        if key is None:
+            break
+        payload, averaged, keys = payload[key], averaged or key in EMA_KEYS, (*WEIGHT_KEYS, *EMA_KEYS)
+    if ema and not averaged:
         raise ValueError(f"{path} holds no moving average of the weights (none of the keys {', '.join(EMA_KEYS)})")
-    strays = [k for k, v in payload.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
-    if strays or not payload:
+    if not payload or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in payload.items()):
         raise ValueError(f"{path} holds no weights: found {', '.join(map(repr, list(payload)[:5])) or 'nothing'}")
-    return payload
+    for name, value in payload.items():
+        try:
+            schema.tensor(name, value)
+        except ValueError as error:
+            raise ValueError(f"{path} holds no usable weights: {error}") from None
+    return payload, averaged
 
 
 def _strip_wrappers(name: str) -> str:
-    for prefix in WRAPPERS:
-        if name.startswith(prefix):
-            return _strip_wrappers(name.removeprefix(prefix))
+    while name.startswith(WRAPPERS):
+        name = name.removeprefix(next(filter(name.startswith, WRAPPERS)))
     return name
 
 
@@ -313,13 +424,6 @@ def _from_mmpretrain(name: str) -> str:
     for pattern, replacement in MMPRETRAIN_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _form(names: Iterable[str]) -> str | None:
-    """Returns the form that names alone tell; an injected layer that never had a BatchNorm looks like any other."""
-    if any(name.endswith("fc3.bias") for name in names):
-        return "deploy"
-    return "train" if any(".fc3_bn." in name or ".repconv" in name for name in names) else None
 
 
 def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -337,10 +441,34 @@ def _differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     )
 
 
-def _better_fit(state_dict: Mapping[str, Tensor]) -> str:
-    names = fitting_architectures(state_dict)
-    if not names:
+def _mismatch(checkpoint: Checkpoint, network: Identity | None) -> str:
+    """Returns a sentence on what weights and a network are that do not fit each other, as far as that is known."""
+    files = _identify_file(checkpoint)
+    if not files:
         return ""
-    classes = state_dict[f"{classifier_name(names[0])}.weight"].shape[:1].numel()
-    form = f"{_form(state_dict) or ''} weights".lstrip()
-    return f". These are {form} of {' or '.join(names)} with {classes} classes"
+    if network is None:
+        return f". These are {' or '.join(map(str, files))}"
+    file = next((candidate for candidate in files if candidate.arch == network.arch), files[0])
+    return f". These are {file}; the network takes {network}{_remedy(file, network)}"
+
+
+def _identify_file(checkpoint: Checkpoint) -> list[Identity]:
+    meta = checkpoint.meta
+    if {"arch", "image_size", "num_classes"} <= meta.keys():
+        height, width = meta["image_size"]
+        return [Identity(canonical_name(meta["arch"]), (height, width), meta["num_classes"], checkpoint.form)]
+    return identify(checkpoint.state_dict)
+
+
+def _remedy(file: Identity, network: Identity) -> str:
+    if file.arch != network.arch:
+        return f": give --arch {file.arch}"
+    if file.form != network.form:
+        converted = "give the training weights that they were converted from"
+        return f": {converted if file.form == 'deploy' else 'convert them first (convert.py)'}"
+    if file.image_size != network.image_size:
+        height, width = file.image_size
+        return f": give --opts DATA.IMG_SIZE {height if height == width else f'{height},{width}'}"
+    if file.num_classes != network.num_classes:
+        return f": give data of {file.num_classes} classes, or --opts MODEL.NUM_CLASSES {file.num_classes}"
+    return ""

@@ -56,6 +56,13 @@ class RepMLPResNetSpec:
         stages = {"channels": self.channels, "blocks": self.blocks, "reductions": self.reductions}
         if len({len(values) for values in stages.values()}) > 1:
             raise ValueError(f"a network needs one number for each stage, not {stages}")
+        if min((*self.channels, *self.blocks), default=0) < 1:
+            raise ValueError(f"a stage has at least one channel and block: {stages}")
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return sum(self.blocks)
 
     @property
     def size_step(self) -> int:
@@ -302,7 +309,7 @@ class RepMLPResNet(StagedNetwork):
                 f"img_size {height}x{width} must be a positive multiple of {step}, so that partitions of "
                 f"{spec.partition}x{spec.partition} divide the maps"
             )
-        drop_path = torch.linspace(0, drop_path_rate, sum(spec.blocks), device="cpu").split(spec.blocks)
+        drop_path = torch.linspace(0, drop_path_rate, spec.depth, device="cpu").split(spec.blocks)
         stem = FoldableConvNorm(in_chans, spec.channels[0] // 4, 7, 2, act=nn.ReLU(), deploy=deploy)
         self.stage0 = nn.Sequential(stem, nn.MaxPool2d(3, 2, 1))
         for stage, rates in enumerate(drop_path):
@@ -350,7 +357,7 @@ class RepMLPResNet(StagedNetwork):
         fc1 = next((name for name in weights if name.endswith(".fc1_fc2.fc1.weight")), None)
         if fc1 is not None:
             channels = weights[fc1.replace("fc1_fc2.fc1", "fc3")].shape[:1].numel() // spec.partition**2
-            partitions = weights[fc1].shape[1:2].numel() // channels
+            partitions = weights[fc1].shape[1:2].numel() // max(1, channels)
             step = spec.partition * 2 * 2 ** int(fc1[len("stage")])
             if partitions != img_size[0] * img_size[1] // step**2:
                 img_size = to_2tuple(math.isqrt(partitions) * step)

@@ -24,7 +24,7 @@ class RepMLPNetSpec:
     """The shape of one network; stage i works on maps of image_size / (patch_size * 2 ** i).
 
     Raises:
-        ValueError: channels, blocks and share-sets are not of the same number of stages.
+        ValueError: channels, blocks and share-sets are not of the same number of stages, or too few.
     """
 
     channels: tuple[int, ...]
@@ -41,6 +41,15 @@ class RepMLPNetSpec:
         stages = {"channels": self.channels, "blocks": self.blocks, "share_sets": self.share_sets}
         if len({len(values) for values in stages.values()}) > 1:
             raise ValueError(f"a network needs one number for each stage, not {stages}")
+        if not all(min(values, default=0) > 0 for values in stages.values()):
+            raise ValueError(f"a stage has at least one channel, block and share-set: {stages}")
+        if min(self.channels) < self.gp_reduction:
+            raise ValueError(f"{min(self.channels)} channels can't be reduced {self.gp_reduction} times")
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return sum(self.blocks)
 
 
 # fmt: off
@@ -188,7 +197,7 @@ class RepMLPNet(StagedNetwork):
         strides = [spec.patch_size * 2**i for i in range(len(spec.blocks))]
         if height % strides[-1] or width % strides[-1] or min(height, width) <= 0:
             raise ValueError(f"img_size {height}x{width} must be a positive multiple of the total stride {strides[-1]}")
-        drop_path = torch.linspace(0, drop_path_rate, sum(spec.blocks), device="cpu").split(spec.blocks)
+        drop_path = torch.linspace(0, drop_path_rate, spec.depth, device="cpu").split(spec.blocks)
 
         def unit(stage: int, depth: int) -> RepMLPNetUnit:
             channels, stride = spec.channels[stage], strides[stage]

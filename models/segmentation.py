@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .build import OWN, timm_name
+from . import schema
+from .build import OWN, canonical_name, changeable, timm_name
 from .checkpoints import Checkpoint, load_weights, versions
-from .dense import DenseBackbone, dense_backbone
+from .dense import DOWNSAMPLINGS, FULL_RANK, DenseBackbone, dense_backbone
 from .reparam import ReparameterizableNetwork, is_reparameterizable
 
 TASK = "segmentation"  # what the metadata of these networks say
@@ -27,6 +28,22 @@ class Decoder(NamedTuple):
 DECODERS = {
     "upernet": Decoder("UPerNet", "decoder_channels", 4),
     "pspnet": Decoder("PSPNet", "psp_out_channels", None),
+}
+
+
+# The arguments of a `SegmentationNetwork` as metadata hold them; parts of a structure are checked where it is built.
+ARGUMENTS = {
+    "arch": schema.text,
+    "num_classes": schema.integer(1, 2**16),
+    "decoder": schema.one_of(*DECODERS),
+    "width": schema.integer(1, 2**14),
+    "in_chans": schema.integer(1, 2**10),
+}
+OPTIONS = {
+    "img_size": schema.sequence(schema.integer(1, 2**13), length=2),
+    "drop_path_rate": schema.number,
+    "downsample": schema.one_of(*DOWNSAMPLINGS, None),
+    "rank": schema.integer(1, FULL_RANK),
 }
 
 
@@ -60,6 +77,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
         super().__init__()
         if decoder not in DECODERS:
             raise ValueError(f"unknown decoder {decoder!r}: choose {' or '.join(DECODERS)}")
+        arch = canonical_name(arch)
         library, kind, name = _library(), DECODERS[decoder], timm_name(arch)
         with torch.device("meta"):
             backbone: Any = timm.create_model(name, features_only=True)
@@ -127,11 +145,25 @@ def segmentation_from(checkpoint: Checkpoint) -> SegmentationNetwork:
     """
     if checkpoint.meta.get("task") != TASK:
         raise ValueError(f"{checkpoint.path} is no checkpoint of a segmentation network")
-    arguments = checkpoint.meta["network"]
+    arguments = checkpoint.meta.get("network")
+    try:
+        check_arguments(arguments)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path} is damaged: {error}") from None
+    assert arguments is not None
     form = {"deploy": checkpoint.form == "deploy"} if arguments["arch"] in OWN else {}
     network = SegmentationNetwork(**arguments | form)
     load_weights(network, checkpoint)
     return network.eval()
+
+
+def check_arguments(arguments: Any) -> None:
+    """Raises ValueError for metadata that are not the `arguments` of a `SegmentationNetwork`."""
+    schema.record(ARGUMENTS, required=True)("meta.network", arguments)
+    schema.record(OPTIONS)("meta.network", arguments)
+    strays = arguments.keys() - {*ARGUMENTS, *OPTIONS, *changeable(arguments["arch"])}
+    if strays:
+        raise ValueError(f"meta.network has {min(strays)!r}, which is no argument of {arguments['arch']}")
 
 
 def _library() -> ModuleType:

@@ -1,5 +1,8 @@
 """What holds for all tests."""
 
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,3 +59,23 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pr
     zygote = Zygote(tmp_path_factory.mktemp("processes"))
     yield zygote.start
     zygote.close()
+
+
+@pytest.fixture
+def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Returns a function that mounts a file system of a size such as `4m`."""
+    disk, mount = tmp_path / "disk", shutil.which("mount")
+
+    def make(size: str) -> Path:
+        if os.geteuid() or mount is None:
+            pytest.skip("only root may mount a small file system")
+        disk.mkdir()
+        command = [mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+        return disk
+
+    yield make
+    if disk.is_mount():
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -18,6 +18,8 @@ from models.checkpoints import build_from, read_checkpoint, write_atomically
 from models.fusion import fuse_verified
 from models.reparam import input_channels, is_reparameterizable, relative_difference, to_deploy
 from utils import cli
+from utils.files import check_target
+from utils.text import printable
 
 Program = Callable[[Tensor], Tensor]
 BATCH_SIZES = (2, 3)  # of the sample that is traced, and of the check
@@ -29,7 +31,7 @@ def parser() -> cli.Parser:
     result.add_argument("weights", metavar="WEIGHTS", help="checkpoint, training or deploy")
     result.add_argument("save", metavar="FILE", type=Path, help="where to write: NAME.onnx or NAME.pt2")
     result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
-    result.add_argument("--ema", action="store_true", default=False, help="export the averaged weights")
+    cli.add_ema_option(result)
     result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
     result.add_argument("--tolerance", type=float, default=1e-4, help="on the relative logit difference")
     return result
@@ -84,7 +86,9 @@ def main() -> None:
     args = parser().parse_args()
     if args.save.suffix not in FORMATS:
         raise ValueError(f"{args.save}: the name must end in {' or '.join(FORMATS)}, which chooses the format")
-    network = build_from(read_checkpoint(args.weights, ema=args.ema), args.arch)
+    check_target(args.save, [args.weights])
+    checkpoint = read_checkpoint(args.weights, ema=args.ema)
+    network = build_from(checkpoint, args.arch)
     model = network.model.float()
     model = to_deploy(model) if is_reparameterizable(model) else model
     model = fuse_verified(model) if args.fuse else model
@@ -97,7 +101,7 @@ def main() -> None:
             "was written"
         )
     write_atomically(args.save, lambda file: file.write(content))
-    print(f"{network.arch}: {args.weights} -> {args.save} ({len(content) / 1e6:.1f} MB)")
+    print(printable(f"{network.arch}: {checkpoint} -> {args.save} ({len(content) / 1e6:.1f} MB)"))
     print(f"verified on random images: largest relative logit difference {difference:.1e}")
 
 

@@ -3,7 +3,6 @@
 python -m tools.predict output/RepMLPNet-Digits/quickstart/deploy.pth IMAGE...
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from data.transforms import Transform
 from models.checkpoints import Checkpoint, build_from, read_checkpoint
 from models.fusion import fuse_verified
 from utils import cli
+from utils.files import check_target, write_json
+from utils.text import printable
 
 
 def parser() -> cli.Parser:
@@ -48,7 +49,7 @@ def class_names(path: Path | None, count: int) -> list[str]:
     """
     if path is None:
         return [str(label) for label in range(count)]
-    names = path.read_text().splitlines()
+    names = path.read_text(encoding="utf-8").splitlines()
     if len(names) != count:
         raise ValueError(f"{path} names {len(names)} classes, the network has {count}")
     return names
@@ -94,6 +95,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.batch_size < 1 or args.top < 1:
         raise ValueError("-b and -k must be at least 1")
+    if args.json:
+        check_target(args.json, filter(None, [args.weights, *args.images, args.classes]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = read_checkpoint(args.weights, ema=args.ema)
     network, normalize = build_from(checkpoint, args.arch), normalization(args.dataset, checkpoint).to(device)
@@ -108,9 +111,9 @@ def main() -> None:
         best = values.topk(min(args.top, len(names)))
         labels = [names[i] for i in best.indices.tolist()]
         figures[str(path)] = list(zip(labels, best.values.tolist(), strict=True))
-        print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)]))
+        print(printable(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)])))
     if args.json:
-        args.json.write_text(json.dumps(figures) + "\n")
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 import data
 import models
-from engine.checkpoint import CheckpointFolder, resume
+from engine.checkpoint import CheckpointFolder
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
+from engine.state import restore
 from engine.train import Trainer
 from engine.verification import NotFinite, Verification, deal_folds, embed, verify
 from models.build import check_changeable
@@ -28,8 +29,9 @@ from models.checkpoints import build_from, describe, read_checkpoint
 from models.reparam import is_reparameterizable
 from utils import cli, distributed
 from utils.distributed import Process
+from utils.files import check_target, write_json
 from utils.lock import folder_lock
-from utils.log import MetricsWriter, create_logger, strict_json
+from utils.log import MetricsWriter, create_logger
 from utils.seed import seed_everything
 from utils.signals import Stopped, StopRequest
 
@@ -169,7 +171,7 @@ def train(args: Namespace, process: Process, folder: Path) -> None:
     meta = describe(args.arch, trainer.network, size, form)
     checkpoints = CheckpointFolder(folder, keep=1, meta=meta, config=json.dumps(vars(args), default=str))
     start, stop = checkpoints.start(logger), StopRequest()
-    recorded = resume(trainer, start) if start is not None else 0
+    recorded = restore(trainer, start) if start is not None else 0
     progress, sampler = trainer.progress, cast(data.TrainSampler, loader.sampler)
     trainer.metrics = MetricsWriter(folder, recorded, progress.epoch)
     logger.info(f"{len(source)} images of {len(source.classes)} people; {args.arch}, {args.loss}, output in {folder}")
@@ -206,7 +208,7 @@ def evaluate(args: Namespace, device: torch.device) -> None:
     result = Verifier(args, to_2tuple(network.image_size), device)(model)
     print(f" * {result}")
     if args.json:
-        args.json.write_text(strict_json(result.as_dict()) + "\n")
+        write_json(args.json, result.as_dict())
 
 
 def main() -> None:
@@ -214,6 +216,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.json and not args.eval:
         raise ValueError("--json belongs to --eval: give both")
+    if args.json:
+        check_target(args.json, filter(None, [args.eval, args.data, args.pairs]))
     if min(args.epochs, args.batch_size, args.embedding) < 1 or args.workers < 0:
         raise ValueError("--epochs, --batch-size and --embedding must be at least 1, --workers at least 0")
     process = distributed.init()

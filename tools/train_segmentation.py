@@ -21,11 +21,12 @@ from data.segmentation import (
     segmentation_eval_transform,
     segmentation_train_transform,
 )
-from engine.checkpoint import CheckpointFolder, resume
+from engine.checkpoint import CheckpointFolder
 from engine.evaluate import refuse_nonfinite
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.segmentation import SegmentationEvaluation, evaluate_segmentation
+from engine.state import restore
 from engine.sync_batch_norm import synchronise_batch_norms
 from engine.train import PRECISIONS, Trainer, autocast, data_parallel
 from models.build import OWN, default_image_size, structure_changes
@@ -218,8 +219,8 @@ def train_batches(args: Namespace, process: Process) -> tuple[DataLoader, data.T
 
 def start(trainer: Trainer, checkpoints: CheckpointFolder) -> int:
     """Goes on from the run's newest checkpoint, if there is one; returns the updates that are recorded."""
-    path = distributed.from_main(lambda: checkpoints.start(trainer.logger))
-    return resume(trainer, path) if path else 0
+    checkpoint = checkpoints.start(trainer.logger)
+    return restore(trainer, checkpoint) if checkpoint else 0
 
 
 def train(args: Namespace, process: Process) -> None:

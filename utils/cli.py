@@ -3,13 +3,17 @@
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from termcolor import colored
 
+from . import console
+from .interrupt import raise_on_interrupt
 from .signals import Stopped
+from .text import printable
 
 USER_ERROR = 2  # the exit status of a mistake that the user can mend, as argparse uses it
 
@@ -44,25 +48,56 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(USER_ERROR)
 
 
+def add_ema_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--ema` and `--no-ema`, which choose between the average and the weights where a checkpoint holds both."""
+    text = "use the averaged weights, or not; as the checkpoint says if absent"
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None, help=text)
+
+
 def print_error(message: str) -> None:
-    """Prints `error: message` to stderr, red on a terminal."""
-    print(f"{colored('error:', 'red', force_color=sys.stderr.isatty() or None)} {message}", file=sys.stderr)
+    """Prints `error: message` to stderr on one line, red on a terminal."""
+    _print_last(f"{colored('error:', 'red', force_color=sys.stderr.isatty() or None)} {printable(message)}")
+
+
+def _print_last(line: str) -> None:
+    """Prints to stderr; where that has vanished, the exit status alone tells what happened."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        console.give_up(sys.stderr)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and exits with its status; a user's mistake (ValueError, OSError) ends in one line.
 
-    A run that stopped on a signal exits with 128 + its number.
-    Setting `REPMLP_TRACEBACK=1` shows where it was raised. Everything else is a defect and keeps its traceback.
+    A run that stopped on a signal exits with 128 + its number, and so does Ctrl-C. Results that could not be printed
+    are an error. Setting `REPMLP_TRACEBACK=1` shows where it was raised. Everything else is a defect and keeps its
+    traceback.
     """
+    console.prepare()
+    raise_on_interrupt()
+    status = _status_of(main)
+    problem = console.flush_stdout()
+    if problem and not status:
+        print_error(f"the output could not be printed to stdout: {problem}")
+        status = USER_ERROR
+    raise SystemExit(status)
+
+
+def _status_of(main: Callable[[], int | None]) -> int:
     try:
-        status = main() or 0
+        return main() or 0
+    except SystemExit as stop:  # of the parser
+        return cast(int, stop.code or 0)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
-        status = stop.status
+        _print_last(str(stop))
+        return stop.status
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one does not wait for what still has to be cleared
+        _print_last("interrupted")
+        return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         if os.environ.get("REPMLP_TRACEBACK"):
             raise
         print_error(" ".join(str(error).split()))
-        status = USER_ERROR
-    raise SystemExit(status)
+        return USER_ERROR

@@ -3,13 +3,19 @@
 import json
 import logging
 import math
-import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from termcolor import colored
+from tqdm import tqdm
 
+from . import console
+from .files import strict_json, write_text
+from .text import printable
+
+NAME = "repmlpnet"  # of the project's logger
 COLORS = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
 
@@ -17,10 +23,34 @@ class _ConsoleFormatter(logging.Formatter):
     """Time in green and warnings in yellow on a terminal, plain elsewhere."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
+        text = printable(record.getMessage())
         if record.levelno in COLORS:
             text = colored(f"{record.levelname.lower()}: {text}", COLORS[record.levelno])
         return f"{colored(self.formatTime(record, '%H:%M:%S'), 'green')} {text}"
+
+
+class _FileFormatter(logging.Formatter):
+    """Time, level and message on one line; a traceback, where there is one, on the lines that it has."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Writes above a progress bar where there is one. A console that vanishes is given up, with one warning elsewhere.
+
+    The run goes on: a closed pipe or a full disk behind stdout is no reason to lose a training.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except OSError as error:
+            console.give_up(self.stream)
+            self.setLevel(logging.CRITICAL + 1)
+            logging.getLogger(NAME).warning(f"the console is gone ({error.strerror}), from here on see the log file")
 
 
 class _FileHandler(logging.FileHandler):
@@ -33,20 +63,20 @@ class _FileHandler(logging.FileHandler):
 
 def create_logger(folder: Path | None = None, rank: int = 0) -> logging.Logger:
     """Returns the project's logger: `log_rank<r>.txt` in `folder`, and the console, where other ranks only warn."""
-    logger = logging.getLogger("repmlpnet")
+    logger = logging.getLogger(NAME)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(_ConsoleFormatter())
-    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logger.addHandler(console)
+    terminal = _ConsoleHandler(console.stdout_or_nowhere())
+    terminal.setFormatter(_ConsoleFormatter())
+    terminal.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.addHandler(terminal)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _FileHandler(folder / f"log_rank{rank}.txt")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file = _FileHandler(folder / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
     return logger
 
@@ -62,19 +92,6 @@ def log_failure(logger: logging.Logger, error: Exception) -> None:
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
-
-
-def strict_json(value: Any) -> str:
-    """Returns plain values as JSON, which knows no numbers that are not finite: null stands for them."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsWriter:
@@ -93,24 +110,18 @@ class MetricsWriter:
         self._file = None
         self._board = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             path = folder / "metrics.jsonl"
-            kept = [line for line in _lines(path) if not _is_ahead(json.loads(line), start, epoch)]
-            temporary = folder / ".metrics.jsonl.tmp"
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
-            self._file = path.open("a", buffering=1)
-            self._board = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+            write_text(path, "".join(line for line, record in _records(path) if not _is_ahead(record, start, epoch)))
+            self._file = path.open("a", buffering=1, encoding="utf-8")
+            self._board = _Board(folder, start)
 
     def write(self, kind: str, update: int, values: dict[str, Any], clock: dict[str, float] | None = None) -> None:
         """Records values under `kind` ("train", "eval", ...); those in `clock` go to TensorBoard alone."""
         if self._file is None or self._board is None:
             return
         self._file.write(strict_json({"kind": kind, "update": update, **values}) + "\n")
-        for name, value in {**values, **(clock or {})}.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._board.add_scalar(f"{kind}/{name}", value, update)
+        numbers = {name: value for name, value in {**values, **(clock or {})}.items() if isinstance(value, int | float)}
+        self._board.add(kind, update, {name: value for name, value in numbers.items() if math.isfinite(value)})
 
     def close(self) -> None:
         """Flushes and closes both."""
@@ -119,9 +130,65 @@ class MetricsWriter:
             self._board.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """Returns the whole lines of a file; a last one that was cut off in writing is left out."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+class _Board:
+    """TensorBoard's events. Where they can't be written any more, the run goes on without them, with one warning."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._previous = threading.excepthook
+        threading.excepthook = self._in_a_thread
+        self._writer: Any = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def add(self, kind: str, update: int, numbers: dict[str, float]) -> None:
+        """Records numbers; a no-op after the warning."""
+        try:
+            for name, value in numbers.items() if self._writer else ():
+                self._writer.add_scalar(f"{kind}/{name}", value, update)
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        try:
+            if self._writer:
+                self._writer.close()
+        except OSError as error:
+            self._give_up(error)
+        threading.excepthook = self._previous
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        logging.getLogger(NAME).warning(f"no more events for TensorBoard, the figures are in metrics.jsonl: {error}")
+
+    def _in_a_thread(self, args: Any) -> None:
+        # The thread that writes hands its error over to the next call; a traceback of its own would come on top.
+        if not isinstance(args.exc_value, OSError):
+            self._previous(args)
+
+
+def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the lines of a file with what each holds; damaged ones are left out with a warning.
+
+    A last line without an end was cut off in writing, by a run that was killed; that needs no warning.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    records = [(line, _record(line)) for line in lines]
+    found = [(f"{line.decode()}\n", record) for line, record in records if record is not None]
+    if len(found) < len(lines):
+        damaged = f"{len(lines) - len(found)} of {len(lines)} lines of {path}"
+        logging.getLogger(NAME).warning(f"{damaged} are damaged and left out")
+    return found
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Returns what a line holds, or None where that is no record."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("update"), int)
+    return record if sound and isinstance(record.get("epoch", 0), int) else None
 
 
 def _is_ahead(record: dict[str, Any], start: int, epoch: int | None) -> bool:

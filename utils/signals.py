@@ -20,14 +20,16 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0  # the signal that all processes know of
         self._received = 0
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # What is ignored stays so, such as Ctrl-C in a background job of a shell.
+        caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in caught}
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        for each in SIGNALS:
-            signal.signal(each, self._previous[each] or signal.SIG_DFL)
+        for each, previous in self._previous.items():
+            signal.signal(each, previous or signal.SIG_DFL)
 
     def agreed(self) -> int:
         """Returns the signal that all processes know of by now, or 0; all must ask equally often."""

@@ -1,5 +1,12 @@
 """YAML files: what is refused as a file, the chain of BASE, and writing a configuration that reads back equal."""
 
+import json
+import os
+import random
+import socket
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -9,6 +16,8 @@ from configs import Override, defaults, dump_config, flatten, load_config
 from configs.rules import CONFLICTS, RULES, TRAINING_CONFLICTS
 from configs.schema import DEFAULTS, KINDS
 from configs.values import BOOLEAN, INTEGER, INTEGERS, NULL_WORDS, NUMBER, NUMBER_PAIR, SIZE, TEXT
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 BROKEN = [
     ("TAG: a\nTAG: b\n", r"line 2: TAG is given twice"),
@@ -25,7 +34,30 @@ BROKEN = [
     ("TAG: a\n---\nTAG: b\n", r"expected a single document"),
     ("TAG: \x00\n", r"cannot be read as YAML"),
     ("[" * 5000, r"cannot be read as YAML"),
-    ("TRAIN: !!int ten\n", r"cannot be read as YAML"),
+    ("TRAIN: !!int ten\n", r"line 1: could not determine a constructor for the tag"),
+    *(
+        (f"TAG: !!{tag} {value}\n", r"line 1: could not determine a constructor for the tag")
+        for tag in ("int", "float", "bool", "binary", "timestamp", "set", "omap", "pairs", "object", "python/name:os")
+        for value in ("''", "x", "[a]", "{a: b}")
+    ),
+    ("TAG: !own x\n", r"line 1: could not determine a constructor for the tag"),
+    ("? [a]\n: b\n", r"line 1: .*, found unhashable key"),
+    ("? {a: b}\n: c\n", r"line 1: .*, found unhashable key"),
+    ("TRAIN: {<<: 3}\n", r"line 1: .*, expected a mapping or list of mappings"),
+    ("TRAIN: {<<: [3]}\n", r"line 1: .*, expected a mapping"),
+    ("TRAIN: {<<: }\n", r"line 1: .*, expected a mapping"),
+    ("TAG: a\n\tb: c\n", r"line 2: .*"),
+    ("TRAIN:\n\tEPOCHS: 3\n", r"line 2: .*found character '.t' that cannot start any token"),
+    ('TAG: "\\UFFFFFFFF"\n', r"cannot be read as YAML"),
+    ('TAG: "\\U00110000"\n', r"cannot be read as YAML"),
+    ("TAG: \x1b[2J\n", r"cannot be read as YAML"),
+    ("%YAML 3.0\n---\nTAG: a\n", r"line 1: .*"),
+    ("{a: " * 3000 + "b" + "}" * 3000, r"cannot be read as YAML"),
+    ("- " * 3000, r"cannot be read as YAML"),
+    ("TAG: &a [*a]\n", r"line 1: holds itself"),
+    ("TRAIN: &a {OPTIMIZER: *a}\n", r"line 1: holds itself"),
+    ("TAG: [" + "a," * 20_000 + "]", r"line 1: holds more than 10000 values"),
+    ("TAG: a\n#" + "x" * 2**20, r"is larger than 1048576 bytes"),
     ("BASE: {a: b}\nTAG: a\n", r"BASE = .*: expects a list of YAML files"),
     ("BASE:\nTAG: a\n", r"BASE = None .*: expects a list of YAML files"),
     ("BASE: [[a.yaml]]\n", r"BASE = .*: expects a list of YAML files"),
@@ -47,6 +79,102 @@ def test_a_file_that_is_not_text(tmp_path):
     path.write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"weights.pth.*YAML|weights.pth, line"):
         load_config(path)
+
+
+@pytest.mark.parametrize("value", ["[*{0}, *{0}]", "{{x: *{0}, y: *{0}}}", "{{<<: [*{0}, *{0}], x{0}: y}}"])
+def test_aliases_of_aliases(tmp_path, value):
+    names = "abcdefghijklmnopqrstuvwxyz"
+    lines = [f"{below}: &{below} {value.format(name)}" for name, below in pairwise(names)]
+    (tmp_path / "cfg.yaml").write_text("\n".join(["a: &a {k: v}", *lines]))
+    with pytest.raises(ValueError, match=r"cfg.yaml, line \d+: holds more than 10000 values"):
+        load_config(tmp_path / "cfg.yaml")
+
+
+def test_files_that_include_the_next_one_twice(tmp_path):
+    for index in range(20):
+        (tmp_path / f"{index}.yaml").write_text(f"BASE: [{index + 1}.yaml, {index + 1}.yaml]")
+    (tmp_path / "20.yaml").write_text("TAG: last")
+    assert load_config(tmp_path / "0.yaml").TAG == "last"
+    (tmp_path / "20.yaml").write_text("BASE: 21.yaml")
+    (tmp_path / "21.yaml").write_text("TAG: last")
+    with pytest.raises(ValueError, match=r"21.yaml: BASE leads through 21 files; 20 are allowed"):
+        load_config(tmp_path / "0.yaml")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/null", "socket"])
+def test_what_is_no_regular_file_is_not_read(tmp_path, kind):
+    path = tmp_path / "cfg.yaml" if not kind.startswith("/") else Path(kind)
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind(str(path))
+    (tmp_path / "including.yaml").write_text(f"BASE: {path}")
+    with pytest.raises(ValueError, match=rf"{path} \(--cfg\): is no regular file"):
+        load_config(path)
+    with pytest.raises(ValueError, match=rf"{path} \(BASE of .*including.yaml\): is no regular file"):
+        load_config(tmp_path / "including.yaml")
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/cfg.yaml", "loop.yaml", "a\0b.yaml", "x" * 300])
+def test_paths_that_lead_nowhere(tmp_path, path):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    (tmp_path / "cfg.yaml").write_text(f"BASE: {json.dumps(path)}")
+    for cfg in (tmp_path / "cfg.yaml", path if path.startswith("~") else tmp_path / path):
+        with pytest.raises((ValueError, OSError), match=r"no such (user|file)|File name too long|NUL"):
+            load_config(cfg)
+
+
+def test_recipes_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("TAG: home")
+    (tmp_path / "cfg.yaml").write_text("BASE: ~/base.yaml")
+    assert load_config("~/cfg.yaml").TAG == "home"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig", "latin-1"])
+def test_other_encodings(tmp_path, encoding):
+    (tmp_path / "cfg.yaml").write_bytes("TAG: \u00c4rger\n".encode(encoding))
+    if encoding in ("utf-16", "utf-8-sig"):
+        assert load_config(tmp_path / "cfg.yaml").TAG == "\u00c4rger"
+    else:
+        with pytest.raises(ValueError, match=r"cfg.yaml: cannot be read as YAML"):
+            load_config(tmp_path / "cfg.yaml")
+
+
+TOKENS = [
+    *"[]{}:,-?&*!|>%@`'\"#~=\n\t \\\0\r\x85\u2028\ufeff\x1b\x7f\xff",
+    *("<<: ", "*a", "&a ", "!!set ", "!!int ", "!!binary ", "!<", "\n---\n", "\n...\n", "%TAG ", "? ", "- - "),
+    *("BASE: ", "TRAIN: ", "null", '"\\x', "9" * 5000, "-1e999", "../"),
+]
+
+
+def mutated(text: str, rng: random.Random) -> bytes:
+    """Cuts, repeats, and inserts parts of a recipe at random places, and flips some bytes."""
+    for _ in range(rng.randint(1, 6)):
+        at, to = sorted(rng.randint(0, len(text)) for _ in range(2))
+        part = rng.choice((rng.choice(TOKENS), rng.choice(TOKENS) * rng.randint(1, 2000), text[at:to] * 2, ""))
+        text = text[:at] + part + text[rng.choice((at, to)) :]
+    content = bytearray(text.encode(rng.choice(("utf-8", "utf-8", "utf-16", "utf-32")), "replace"))
+    for _ in range(rng.choice((0, 0, 3)) if content else 0):
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_file_gives_anything_but_one_line(tmp_path, seed):
+    rng, path = random.Random(seed), tmp_path / "cfg.yaml"
+    recipes = [recipe.read_text() for recipe in sorted(CONFIGS.glob("*.yaml"))] + ["TRAIN: &a {EPOCHS: 30}\nAUG: *a\n"]
+    refused = []
+    for _ in range(250):
+        path.write_bytes(mutated(rng.choice(recipes), rng))
+        try:
+            load_config(path)
+        except (ValueError, OSError) as error:
+            refused.append(str(error))
+    assert 20 < len(refused) < 250
+    assert [text for text in refused if str(path) not in text and "no such user" not in text] == []
+    assert max(map(len, refused)) < 10_000
 
 
 def test_a_missing_file_names_the_closest_one(tmp_path):

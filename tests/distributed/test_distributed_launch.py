@@ -162,7 +162,7 @@ def test_two_nodes_come_back_when_a_process_is_killed(launch, by_hand, victim):
         time.sleep(0.01)
     os.kill(process_of(launch, victim), signal.SIGKILL)
     launch.finish()
-    assert "going on from" in (launch.folder / "log_rank0.txt").read_text()
+    assert "resuming from" in (launch.folder / "log_rank0.txt").read_text()
     assert soak.differences(by_hand.folder, launch.folder) == []
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: names, retention, contents; and going on from a checkpoint, ours or a published one."""
+"""The folder of a run: names, retention, contents; and resuming from a checkpoint, ours or a published one."""
 
 import logging
 import re
@@ -110,7 +110,7 @@ def test_what_a_checkpoint_is_called(tmp_path, run_of):
     assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth"}
     checkpoints.save(trainer, best=True, best_ema=True)
     assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth", "best_ckpt.pth", "best_ema.pth"}
-    assert checkpoints.newest(LOGGER) == tmp_path / "latest.pth"
+    assert checkpoints.newest(LOGGER).path == tmp_path / "latest.pth"
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])
@@ -133,7 +133,7 @@ def test_without_a_latest_one_the_highest_number_is_the_newest(tmp_path, run_of)
         checkpoints.save(trainer, numbered=True)
     (tmp_path / "latest.pth").unlink()
     (tmp_path / "ckpt_epoch_best.pth").touch()
-    assert checkpoints.newest(LOGGER) == tmp_path / "ckpt_epoch_10.pth"
+    assert checkpoints.newest(LOGGER).path == tmp_path / "ckpt_epoch_10.pth"
 
 
 def test_a_checkpoint_is_plain_data_with_its_description(tmp_path, run_of):
@@ -275,7 +275,9 @@ def test_deploy_weights_do_not_resume(tmp_path, run_of):
 def test_another_number_of_classes_does_not_resume(tmp_path, run_of):
     torch.manual_seed(0)
     other = models.create_model(ARCH, 7)
-    path = saved(tmp_path / "seven.pth", run_of(1), model=other.state_dict(), meta=describe(ARCH, other, (16, 16), "x"))
+    path = saved(
+        tmp_path / "seven.pth", run_of(1), model=other.state_dict(), meta=describe(ARCH, other, (16, 16), "train")
+    )
     with pytest.raises(ValueError, match="train weights of RepMLPNet-Digits with 7 classes"):
         resume(run_of(2), path)
 
@@ -308,7 +310,7 @@ def test_a_run_that_was_killed_while_it_saved_gets_its_best_checkpoint(tmp_path,
     folder.save(run_of(1), best=True)
     (tmp_path / "best_ckpt.pth").unlink()
     (tmp_path / ".latest.pth.abc.tmp").touch()
-    assert folder.start(logging.getLogger()) == tmp_path / "latest.pth"
+    assert folder.start(logging.getLogger()).path == tmp_path / "latest.pth"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_ckpt.pth", "latest.pth"]
 
 

@@ -1,13 +1,16 @@
 """What a run writes: the log of each process, records of numbers that no clock says, and the curves."""
 
+import contextlib
+import errno
 import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.log import MetricsWriter, create_logger
+from utils.log import MetricsWriter, create_logger, log_failure
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,34 @@ def test_the_log_goes_to_the_console_and_to_a_file(tmp_path, capsys):
     assert err == ""
     lines = (tmp_path / "run" / "log_rank0.txt").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == ["INFO accuracy 12.5", "WARNING a flag is old"]
+
+
+FORGED = "ant\n2026-01-01 00:00:00,000 INFO Best Acc@1 100.000\x1b[2J\udce9"
+SHOWN = r"ant\n2026-01-01 00:00:00,000 INFO Best Acc@1 100.000\x1b[2J\udce9"
+
+
+def test_a_name_forges_no_line_and_sends_no_escape_sequence(tmp_path, capsys):
+    logger = create_logger(tmp_path)
+    logger.info(FORGED)
+    logger.warning(FORGED)
+    log_failure(logger, ValueError(FORGED))
+    out = capsys.readouterr().out
+    assert [line.split(" ", 1)[1] for line in out.splitlines()] == [SHOWN, f"warning: {SHOWN}"]
+    lines = (tmp_path / "log_rank0.txt").read_text(encoding="utf-8").splitlines()
+    flat = f"stopped: {SHOWN.replace(chr(92) + 'n', ' ')}"  # an error is one line by its words
+    assert [line.split(" ", 2)[2] for line in lines] == [f"INFO {SHOWN}", f"WARNING {SHOWN}", f"ERROR {flat}"]
+
+
+def test_a_defect_has_its_traceback_in_the_log(tmp_path):
+    logger = create_logger(tmp_path)
+    try:
+        raise KeyError("Ärger\udce9")
+    except KeyError as error:
+        log_failure(logger, error)
+    first, *trace = (tmp_path / "log_rank0.txt").read_text(encoding="utf-8").splitlines()
+    assert first.endswith(r"ERROR stopped: 'Ärger\udce9'")
+    assert trace[0] == "Traceback (most recent call last):"
+    assert trace[-1] == r"KeyError: 'Ärger\udce9'"
 
 
 def test_other_processes_have_their_own_file_and_only_warn_on_the_console(tmp_path, capsys):
@@ -179,3 +210,71 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     writer.write("train", 10, {"loss": 0.5})
     writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+DAMAGED = [
+    b"",
+    b"no JSON",
+    b"[]",
+    b"3",
+    b"null",
+    b"{}",
+    b'{"kind": "train"}',
+    b'{"update": 3}',
+    b'{"kind": 3, "update": 3}',
+    b'{"kind": "train", "update": "3"}',
+    b'{"kind": "train", "update": null}',
+    b'{"kind": "eval", "update": 3, "epoch": "1"}',
+    b'{"kind": "train", "update": 3, "name": "\xff"}',
+    '{"kind": "train", "update": 3}'.encode("utf-16"),
+    b"\x00" * 20,
+    b"[" * 100_000,
+    b"1" * 10_000,
+]
+
+
+def test_damaged_records_are_left_out_with_a_warning(tmp_path, capsys):
+    whole = [b'{"kind": "train", "update": 10, "loss": 0.5}', b'{"kind": "eval", "update": 10, "epoch": 0}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([whole[0], *DAMAGED, whole[1], b'{"cut off']))
+    create_logger()
+    MetricsWriter(tmp_path, start=20, epoch=1).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join([*whole, b""])
+    said = capsys.readouterr().out
+    lines = len(b"\n".join(DAMAGED).split(b"\n"))
+    assert f"warning: {lines} of {lines + 2} lines of {tmp_path}/metrics.jsonl are damaged and left out\n" in said
+    MetricsWriter(tmp_path, start=20, epoch=1).close()
+    assert capsys.readouterr().out == ""
+
+
+def test_without_room_for_its_events_a_run_goes_on_without_them(disk_of, capsys):
+    hook, disk = threading.excepthook, disk_of("64k")
+    create_logger()
+    writer = MetricsWriter(disk)
+    with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(b"x" * 4096):
+            pass
+    board = writer._board
+    for update in range(2000):
+        board.add("train", update, {"loss": 0.5, "lr": 0.1})
+    writer.close()
+    out, err = capsys.readouterr()
+    assert err == ""
+    (line,) = out.splitlines()
+    assert "warning: no more events for TensorBoard, the figures are in metrics.jsonl: [Errno 28] No space left" in line
+    assert threading.excepthook is hook
+
+
+def test_a_defect_in_a_thread_is_still_shown(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_type))
+    writer = MetricsWriter(tmp_path)
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    for error in (KeyError("a defect"), OSError(errno.ENOSPC, "full")):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+    writer.close()
+    assert shown == [KeyError]

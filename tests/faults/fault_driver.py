@@ -4,6 +4,7 @@ kill_at_update n    SIGKILL to itself before update n
 kill_at_rename n    SIGKILL to itself when its n-th checkpoint is about to get its name
 kill_after_rename n the same, when it has just got it
 signal_at_update    [n, signal, ...]: sends itself signals before update n
+ignore              a signal that is ignored from the start, as in a background job of a shell
 record_images       prefix of files, one a rank, that get the epoch and the images of each update
 nan_at              updates whose images become NaN, counted from the start of the process
 nan_from            all from this one on
@@ -82,6 +83,8 @@ class Poisoned(data.Normalize):
 
 if __name__ == "__main__":
     Poisoned.plan = json.loads(sys.argv.pop(1))
+    if "ignore" in Poisoned.plan:
+        signal.signal(Poisoned.plan["ignore"], signal.SIG_IGN)
     before_updates(Poisoned.plan)
     around_renames(Poisoned.plan)
     data.Normalize = Poisoned

@@ -27,7 +27,7 @@ def test_killed_at_random_moments_again_and_again(undisturbed, run, seed, worker
     run.finish(workers=workers[0])
     assert soak.differences(undisturbed.folder, run.folder) == []
     assert run.leftovers() == []
-    assert run.log.count("going on from") <= KILLS + 1
+    assert run.log.count("resuming from") <= KILLS + 1
 
 
 def test_killed_at_one_file_after_the_other(undisturbed, run):

@@ -68,6 +68,21 @@ class Torchrun:
         return self._agent.wait(240)
 
 
+@pytest.mark.parametrize(("count", "accumulation"), [(3, 0), (4, 2)])
+def test_more_than_two_ranks_resume_exactly(start, run, tmp_path_factory, count, accumulation):
+    """Sums over three and more depend on the order of adding; killed within an epoch, and between two of them."""
+    options = ("DATA.BATCH_SIZE", 24, "TRAIN.ACCUMULATION_STEPS", accumulation, "SAVE_STEPS", 3)
+    whole = Run(start, tmp_path_factory.mktemp("whole"))
+    ended_well(whole.start_ranks(count, *options))
+    updates = whole.state()["progress"]["update"]
+    for update in (updates // 2 - 1, updates // 2):
+        ranks = run.start_ranks(count, *options, plan={"kill_at_update": update})
+        assert [process.wait() for process in ranks] == [-signal.SIGKILL] * count, [p.err for p in ranks]
+    ended_well(run.start_ranks(count, *options))
+    assert run.log.count("resuming from") == 2
+    assert soak.differences(whole.folder, run.folder) == []
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_rank_of_two_is_killed(two, run, victim):
     """The other one ends too instead of waiting for ever, and both go on exactly where they had last saved."""
@@ -96,7 +111,7 @@ def test_torchrun_brings_a_run_back_by_itself(two, run):
     torchrun.until("Train: ", 4)
     os.kill(torchrun.rank(0), signal.SIGKILL)
     assert torchrun.wait() == 0, torchrun.said
-    assert run.log.count("going on from") == 1
+    assert run.log.count("resuming from") == 1
     assert soak.differences(two.folder, run.folder) == []
 
 
@@ -167,7 +182,7 @@ def test_another_number_of_processes_repeats_and_skips_no_image(run, tmp_path, b
     assert sorted(images) == sorted(order[: len(images)]), "an image was passed over"
     assert 1438 - len(images) < 32 * after, "more than an incomplete step was left out"
     changed = re.search(
-        r"this run has changed \((.*)\); it goes on after image (\d+) of epoch 1, which is update", run.log
+        r"this run has changed \((.*)\); it resumes after image (\d+) of epoch 1, which is update", run.log
     )
     assert changed is not None
     assert f"world_size {before} -> {after}, global_batch {32 * before} -> {32 * after}" in changed[1]

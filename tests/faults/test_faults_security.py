@@ -67,7 +67,7 @@ def test_a_published_checkpoint_with_its_pickled_configuration_goes_on(interrupt
     for path in interrupted.folder.glob("*.pth"):
         path.unlink()
     run.finish("MODEL.RESUME", tmp_path / "published.pth", "TRAIN.EMA_ALPHA", 0.0)
-    assert f"going on from {tmp_path}/published.pth, update 44\n" in run.log
+    assert f"resuming from {tmp_path}/published.pth, update 44\n" in run.log
     assert [record["epoch"] for record in run.records("eval")] == [1]
 
 

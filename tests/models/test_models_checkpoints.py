@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from model_helpers import random_tensor, randomised
 from safetensors import safe_open
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -24,13 +25,13 @@ from models import RepMLPNet, create_model
 from models.checkpoints import (
     build_from,
     describe,
-    fitting_architectures,
     load_pretrained,
     load_weights,
     read_checkpoint,
     write_atomically,
     write_checkpoint,
 )
+from models.identify import fitting_architectures
 from models.reparam import to_deploy
 
 ARCH = "RepMLPNet-Digits"
@@ -396,21 +397,207 @@ def test_weights_of_another_architecture_name_the_one_that_fits(weights: dict[st
     message = str(error.value)
     assert str(checkpoint.path) in message
     assert re.search(r"\d+ tensors missing \(stages\.0\.2\.\S+, \.\.\.\); \d+ tensors of another shape", message)
-    assert message.endswith(f"These are train weights of {ARCH} with {CLASSES} classes")
+    assert f"These are train weights of {ARCH} with {CLASSES} classes at 16x16; the network takes" in message
+    assert message.endswith(f": give --arch {ARCH}")
 
 
 def test_weights_for_another_number_of_classes(weights: dict[str, Tensor], tmp_path: Path) -> None:
     checkpoint = read_checkpoint(saved(tmp_path / "a.pth", weights))
     with pytest.raises(ValueError, match=r"2 tensors of another shape \(head.weight \(6, 64\), not \(4, 64\)") as error:
         load_weights(create_model(ARCH, 4), checkpoint)
-    assert str(error.value).endswith(f"{ARCH} with {CLASSES} classes")
+    remedy = f"data of {CLASSES} classes, or --opts MODEL.NUM_CLASSES {CLASSES}"
+    network = f"train weights of {ARCH} with 4 classes at 16x16"
+    assert str(error.value).endswith(
+        f"{ARCH} with {CLASSES} classes at 16x16; the network takes {network}: give {remedy}"
+    )
 
 
 def test_weights_of_the_other_form(model: RepMLPNet, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(saved(tmp_path / "a.pth", to_deploy(model).state_dict()))
     with pytest.raises(ValueError, match=r"tensors missing .*; 4 tensors unexpected") as error:
         load_weights(model, checkpoint)
-    assert str(error.value).endswith(f"These are deploy weights of {ARCH} with {CLASSES} classes")
+    assert f"These are deploy weights of {ARCH} with {CLASSES} classes at 16x16" in str(error.value)
+    assert str(error.value).endswith(": give the training weights that they were converted from")
+    with pytest.raises(ValueError, match=r"These are train weights .* takes deploy weights .*: convert them first"):
+        load_weights(to_deploy(model), read_checkpoint(saved(tmp_path / "b.pth", model.state_dict())))
+
+
+@pytest.mark.parametrize(("size", "key"), [(24, "24"), ((16, 24), "16,24")])
+def test_weights_for_another_image_size(size: int | tuple[int, int], key: str, tmp_path: Path) -> None:
+    trained = create_model(ARCH, CLASSES, img_size=size)
+    payload = {"model": trained.state_dict(), "meta": describe(ARCH, trained, to_2tuple(size), "train")}
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", payload))
+    with pytest.raises(ValueError, match=r"of another shape") as error:
+        load_weights(create_model(ARCH, CLASSES, img_size=32), checkpoint)
+    assert f"with {CLASSES} classes at {'x'.join(map(str, to_2tuple(size)))}; " in str(error.value)
+    assert str(error.value).endswith(f"with {CLASSES} classes at 32x32: give --opts DATA.IMG_SIZE {key}")
+
+
+def test_what_the_file_says_and_the_user_wants_otherwise(tmp_path: Path) -> None:
+    trained = create_model(ARCH, CLASSES, img_size=24, share_sets=(2, 8))
+    payload = {"model": trained.state_dict(), "meta": describe(ARCH, trained, (24, 24), "train")}
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", payload))
+    assert build_from(checkpoint).image_size == (24, 24)
+    assert build_from(checkpoint, img_size=(24, 24), share_sets=(2, 8)).image_size == (24, 24)
+    with pytest.raises(ValueError, match="DATA.IMG_SIZE 24"):
+        build_from(checkpoint, img_size=(32, 32))
+    with pytest.raises(ValueError, match="of another shape"):
+        build_from(checkpoint, share_sets=(4, 16))
+    bare = read_checkpoint(saved(tmp_path / "b.pth", trained.state_dict()))
+    assert build_from(bare, ARCH, share_sets=(2, 8)).image_size == (24, 24)
+
+
+@pytest.mark.parametrize("name", ["repmlpnet_digits", ARCH])
+def test_our_names_and_those_of_timm_are_the_same(name: str, model: RepMLPNet, tmp_path: Path) -> None:
+    payload = {"model": model.state_dict(), "meta": describe(ARCH, model, (16, 16), "train") | {"arch": name}}
+    path = saved(tmp_path / "a.pth", payload)
+    assert build_from(read_checkpoint(path)).arch == ARCH
+    assert build_from(read_checkpoint(path), "repmlpnet_digits").arch == ARCH
+    assert describe("repmlpnet_digits", model, (16, 16), "train")["arch"] == ARCH
+
+
+# Weights and metadata that are not what they should be
+
+
+def poisoned(weights: dict[str, Tensor], value: Tensor, name: str = "head.weight") -> dict[str, Tensor]:
+    return weights | {name: value}
+
+
+WRONG_VALUES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "NaN": (lambda w: w.clone().index_fill_(1, torch.tensor(3), torch.nan), "1 tensors hold NaN or infinite"),
+    "infinite": (lambda w: torch.full_like(w, -torch.inf), "1 tensors hold NaN or infinite"),
+    "integers": (lambda w: w.int(), "1 tensors hold torch.int32 in place of torch.float32"),
+    "booleans": (lambda w: w > 0, "1 tensors hold torch.bool in place of torch.float32"),
+    "complex": (lambda w: w.to(torch.complex64), "1 tensors hold torch.complex64 in place of torch.float32"),
+    "float8": (lambda w: w.to(torch.float8_e4m3fn), "1 tensors hold torch.float8_e4m3fn in place of torch.float32"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_VALUES)
+def test_values_that_no_network_can_have(kind: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    change, message = WRONG_VALUES[kind]
+    path = saved(tmp_path / "a.pth", poisoned(weights, change(weights["head.weight"])))
+    for load in (build_from, lambda c: load_weights(create_model(ARCH, CLASSES), c)):
+        with pytest.raises(ValueError, match=rf"a\.pth can't be used: {message} .*\(?head\.weight, \.\.\.\)"):
+            load(read_checkpoint(path))
+
+
+def test_a_count_that_is_no_integer(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    name = next(name for name in weights if name.endswith("num_batches_tracked"))
+    path = saved(tmp_path / "a.pth", poisoned(weights, torch.tensor(1.5), name))
+    with pytest.raises(ValueError, match=r"hold torch\.float32 in place of torch\.int64"):
+        build_from(read_checkpoint(path))
+
+
+WRONG_TENSORS: dict[str, Callable[[Tensor], object]] = {
+    "expanded": lambda w: torch.zeros(1).expand(10**12),
+    "sparse": lambda w: w.to_sparse(),
+    "compressed": lambda w: w.to_sparse_csr(),
+    "meta": lambda w: w.to("meta"),
+    "nested": lambda w: torch.nested.nested_tensor([w[0], w[1]]),
+    "quantized": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # some of these are beta or deprecated in torch
+@pytest.mark.parametrize("kind", WRONG_TENSORS)
+def test_tensors_without_elements_of_their_own(kind: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pth", {"model": weights | {"head.weight": WRONG_TENSORS[kind](weights["head.weight"])}})
+    with pytest.raises(
+        ValueError, match=r"a\.pth (holds no usable weights: head\.weight is |is damaged or no checkpoint)"
+    ):
+        read_checkpoint(path)
+
+
+def test_containers_in_a_circle_and_names_of_thousands_of_prefixes(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    circle: dict = {}
+    circle["model"] = circle
+    with pytest.raises(ValueError, match="holds no weights: found 'model'"):
+        read_checkpoint(saved(tmp_path / "a.pth", circle))
+    path = saved(tmp_path / "b.pth", {"module." * 5000 + name: value for name, value in weights.items()})
+    assert same(weights, read_checkpoint(path).state_dict)
+
+
+def test_two_tensors_of_one_name(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pth", weights | {"module.head.bias": weights["head.bias"] + 1})
+    with pytest.raises(ValueError, match="several tensors of one name"):
+        read_checkpoint(path)
+
+
+WRONG_META: list[dict[str, object]] = [
+    {"arch": 7},
+    {"arch": None},
+    {"num_classes": "6"},
+    {"num_classes": -1},
+    {"num_classes": True},
+    {"image_size": 16},
+    {"image_size": [16]},
+    {"image_size": [16, "16"]},
+    {"image_size": [0, 16]},
+    {"image_size": [10**9, 10**9]},
+    {"image_size": {"height": 16}},
+    {"form": "frozen"},
+    {"form": ["train"]},
+    {"structure": [("share_sets", 3)]},
+    {"structure": {"share_sets": "4, 16"}},
+    {"structure": {"share_sets": [4, 0]}},
+    {"structure": {"share_sets": [4, 7]}},
+    {"structure": {"share_sets": [4]}},
+    {"structure": {"blocks": [10**4, 10**4]}},
+    {"structure": {"blocks": [2.0, 2]}},
+    {"structure": {"channels": [2**16, 2**16]}},
+    {"structure": {"channels": []}},
+    {"structure": {"patch_size": 0}},
+    {"structure": {"patch_size": 2**16}},
+    {"structure": {"branches": [2]}},
+    {"structure": {"branches": [2**16 - 1]}},
+    {"structure": {"gp_reduction": 2**16}},
+    {"structure": {"ffn_expansion": -1}},
+    {"structure": {"global_perceptron": 1}},
+    {"structure": {"colour": "red"}},
+    {"structure": {3: 4}},
+    {"dataset": ["digits"]},
+    {"weights": "raw"},
+    {"task": 3},
+    {"task": "segmentation"},
+]
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("change", WRONG_META, ids=str)
+def test_metadata_of_wrong_types_or_sizes(
+    change: dict[str, object], suffix: str, model: RepMLPNet, tmp_path: Path
+) -> None:
+    meta = describe(ARCH, model, (16, 16), "train") | change
+    path = tmp_path / f"a.{suffix}"
+    write_checkpoint(path, {"model": model.state_dict(), "meta": meta})
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        build_from(read_checkpoint(path))
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("meta", [3, "text", ["arch"], None])
+def test_metadata_that_are_no_dictionary(meta: object, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.pth is damaged or of another program: meta is .*, not a dictionary"):
+        read_checkpoint(saved(tmp_path / "a.pth", {"model": weights, "meta": meta}))
+
+
+def test_a_file_that_was_chosen_by_its_average_is_used_so(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    average = {name: value + 1 for name, value in weights.items()}
+    payload = {"model": weights, "ema": average, "meta": {"weights": "ema"}}
+    path = saved(tmp_path / "a.pth", payload)
+    for ema, expected in ((None, average), (True, average), (False, weights)):
+        checkpoint = read_checkpoint(path, ema=ema)
+        assert same(expected, checkpoint.state_dict)
+        assert checkpoint.averaged == (expected is average)
+    assert str(read_checkpoint(path)) == f"averaged training weights from {path}"
+    assert str(read_checkpoint(path, ema=False)) == f"training weights from {path}"
+    other = saved(tmp_path / "b.pth", payload | {"meta": {"weights": "model"}})
+    assert same(weights, read_checkpoint(other).state_dict)
+    alone = saved(tmp_path / "c.pth", {"ema": average})
+    assert read_checkpoint(alone).averaged
+    with pytest.raises(ValueError, match="holds no weights: found 'ema'"):
+        read_checkpoint(alone, ema=False)
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])

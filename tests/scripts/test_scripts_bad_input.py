@@ -40,6 +40,27 @@ ROWS = [
     ("test_unknown_flag", "test.py digits train {weights.train} --batchsize 3", ["did you mean --batch-size?"]),
     ("test_batch_zero", "test.py digits train {weights.train} -b 0", ["-b must be at least 1"]),
     ("test_tolerance_zero", "test.py digits check {weights.train} --tolerance 0", ["--tolerance above 0"]),
+    ("test_json_over_weights", "test.py digits train {own} --json {own}", ["own.pth is read", "another name"]),
+    (
+        "test_json_among_the_images",
+        "test.py {images} train {own} --json {images}/val/a.json",
+        ["a.json lies in {images}", "elsewhere"],
+    ),
+    ("test_json_is_a_folder", "test.py digits train {own} --json {guarded}", ["is a folder", "name of a file"]),
+    ("predict_json_over_weights", "tools/predict.py {own} {image} --json {own}", ["own.pth is read"]),
+    ("predict_json_over_image", "tools/predict.py {own} {image} --json {image}", ["0.png is read"]),
+    ("predict_json_over_names", "tools/predict.py {own} {image} --classes {typo} --json {typo}", ["typo.yaml is read"]),
+    ("face_json_over_weights", "tools/train_face.py {images} --eval {own} --json {own}", ["own.pth is read"]),
+    (
+        "face_json_over_pairs",
+        "tools/train_face.py {images} --eval {own} --pairs {typo} --json {typo}",
+        ["typo.yaml is read"],
+    ),
+    (
+        "face_json_among_the_images",
+        "tools/train_face.py {images} --eval {own} --json {images}/a.json",
+        ["a.json lies in {images}"],
+    ),
     (
         "test_unknown_data_set",
         "test.py {images} train {weights.train} --dataset imagnet",
@@ -227,7 +248,7 @@ ROWS = [
     ("convert_cut", "convert.py {weights.cut} {out}", ["cut.pth", "damaged"]),
     ("convert_code", "convert.py {weights.code} {out}", ["could run code"]),
     ("convert_text", "convert.py {weights.text} {out}", ["text.pth", "no checkpoint"]),
-    ("convert_itself", "convert.py {own} {own}", ["own conversion", "another name"]),
+    ("convert_itself", "convert.py {own} {own}", ["is read, and would be replaced", "another name"]),
     ("convert_to_folder", "convert.py {weights.train} {weights.folder}", ["is a folder", "name of a file"]),
     ("convert_other_arch", "convert.py {weights.train} {out} -a RepMLPNet-T224", ["does not fit", "RepMLPNet-Digits"]),
     ("convert_unknown_arch", "convert.py {weights.bare} {out} -a RepMLPNet-Digitz", ["did you mean RepMLPNet-Digits?"]),
@@ -248,6 +269,7 @@ def places(tmp_path, trained, weights, flawed, images, two) -> SimpleNamespace:
     shutil.copytree(trained.folder, guarded / "output" / ARCH / "kept")
     (guarded / "out.pth").write_bytes(b"an older checkpoint")
     shutil.copy(weights.train, guarded / "own.pth")
+    shutil.copy(images / "val" / "ant" / "0.png", guarded)
     typo = tmp_path / "typo.yaml"
     typo.write_text("TRAIN:\n  EPOCHES: 3\n")
     weights.run = trained.folder / "ckpt_epoch_0.pth"
@@ -259,6 +281,7 @@ def places(tmp_path, trained, weights, flawed, images, two) -> SimpleNamespace:
         output=guarded / "output",
         fresh=tmp_path / "fresh",
         typo=typo,
+        image=guarded / "0.png",
         guarded=guarded,
         weights=weights,
         flawed=flawed,

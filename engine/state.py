@@ -1,0 +1,234 @@
+"""The state of a run: what is saved of it, what a file may hold, and how a run is put back to where it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models import schema
+from models.checkpoints import Checkpoint, load_weights, read_checkpoint, take_weights, unusable_values
+
+from .optimizer import state_mismatch
+from .statistics import RunningStatistics
+from .train import Progress, Trainer
+
+TENSORS = schema.mapping(str, schema.tensor)
+_COUNT = schema.integer()
+_SCALER = {
+    "scale": schema.positive,
+    "growth_factor": schema.positive,
+    "backoff_factor": schema.positive,
+    "growth_interval": schema.integer(1),
+    "_growth_tracker": _COUNT,
+}
+# What a file of this project always has of a state; `training_state` adds to it where a run has more.
+ALWAYS = {
+    "model": TENSORS,
+    "optimizer": schema.record(
+        {
+            "state": schema.mapping(
+                int, schema.mapping(str, schema.any_of("a number or a tensor", schema.tensor, schema.number))
+            ),
+            "param_groups": schema.sequence(schema.record({"params": schema.sequence(_COUNT)}, required=True)),
+        },
+        required=True,
+    ),
+    "scaler": lambda where, value: schema.record(_SCALER, required=bool(value))(where, value),
+    "epoch": schema.integer(-1),
+    "max_accuracy": schema.number,
+    "progress": schema.record(
+        {f.name: schema.number if f.type is float else _COUNT for f in fields(Progress)}, required=True
+    ),
+    "meters": schema.mapping(str, schema.sequence(schema.number, length=2)),
+    "run": schema.mapping(str, _COUNT),
+    "unreadable": schema.sequence(schema.text),
+    "rank_statistics": schema.sequence(schema.tensor),
+    "meta": schema.mapping(str, schema.anything),
+    "config": schema.text,
+    "saved_as": schema.record(dict.fromkeys(("numbered", "best", "best_ema"), schema.boolean), required=True),
+}
+SOMETIMES = {"ema": TENSORS, "criterion": TENSORS}
+
+
+def read_state(path: str | Path) -> Checkpoint:
+    """Reads the checkpoint of a run, whole or published; what it says of the run has been checked then.
+
+    Raises:
+        ValueError: as `read_checkpoint`, or the file holds no training state, or a part of it is not of the type or in
+            the range that it must be.
+    """
+    checkpoint = read_checkpoint(path, ema=False)
+    payload = checkpoint.payload
+    absent = [key for key in ("optimizer", "epoch") if key not in payload]
+    if absent:
+        raise ValueError(
+            f"{path} holds weights but not the state of a training ({' and '.join(absent)} is missing): "
+            "start from it with --pretrained instead of --resume"
+        )
+    own = "saved_as" in payload  # which published checkpoints have not, and their `config` is no text
+    always = ALWAYS if own else {key: check for key, check in ALWAYS.items() if key != "config"}
+    try:
+        schema.record(always, required=own)("", payload)
+        schema.record(SOMETIMES)("", payload)
+        if own:
+            finished = payload["progress"]["epoch"] - 1
+            schema.expect(payload["epoch"] == finished, "epoch", payload["epoch"], f"{finished}, as in progress")
+    except ValueError as error:
+        raise ValueError(f"{path} holds no state that a run could have saved: {error}") from None
+    return checkpoint
+
+
+@contextmanager
+def mean_statistics(trainer: Trainer) -> Iterator[list[Tensor]]:
+    """Gives the running statistics of each process; inside, those of the networks are their mean.
+
+    They differ in the middle of an epoch, and a file of that moment is to hold weights that are fit for use, too.
+    """
+    statistics = RunningStatistics(*trainer.networks)
+    own = statistics.read()
+    of_ranks = _gather(own)
+    try:
+        if trainer.progress.consumed:
+            statistics.write(torch.stack(of_ranks).mean(0))
+        yield of_ranks
+    finally:
+        statistics.write(own)
+
+
+def training_state(trainer: Trainer) -> dict[str, Any]:
+    """Returns the state of a run by name, plain tensors and plain values; all processes must ask.
+
+    Learning rate, data order, augmentation, mixing and drop path are functions of the progress and the seed, so that
+    no generator has a state of its own to keep.
+    """
+    state = {
+        "model": trainer.network.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "epoch": trainer.progress.epoch - 1,  # the last finished one, as in the published files
+        "max_accuracy": trainer.progress.best_top1,
+        "progress": asdict(trainer.progress),
+        "meters": {name: mean.state() for name, mean in trainer.meters.items()},
+        "run": _run(trainer),
+        "unreadable": sorted(trainer.unreadable),
+    }
+    learned = trainer.criterion.state_dict()  # what a margin loss knows of the classes
+    state |= {"criterion": learned} if learned else {}
+    return state | ({"ema": trainer.ema.module.state_dict()} if trainer.ema is not None else {})
+
+
+def _run(trainer: Trainer) -> dict[str, int]:
+    """Returns what the counts of `Progress` and the order of the images depend on."""
+    return {
+        "seed": trainer.seed,
+        "images": trainer.images,
+        "world_size": trainer.process.world_size,
+        "global_batch": trainer.global_batch,
+        "updates_per_epoch": trainer.updates_per_epoch,
+    }
+
+
+def _gather(tensor: Tensor) -> list[Tensor]:
+    """Returns a tensor (n,) of every process, on the CPU; within an epoch, each has statistics of its own."""
+    if not dist.is_initialized():
+        return [tensor.cpu()]
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return [t.cpu() for t in gathered]
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> int:
+    """Puts a run where a checkpoint left it: one of ours, or a published training checkpoint (after a whole epoch).
+
+    Args:
+        trainer: of the run.
+        checkpoint: from `read_state`.
+
+    Returns:
+        The updates done so far as the earlier run counted and recorded them, which other processes or batches change.
+
+    Raises:
+        ValueError: the state of another network, optimizer or order of images.
+    """
+    path, payload = checkpoint.path, checkpoint.payload
+    load_weights(trainer.network, checkpoint)
+    if trainer.ema is not None:
+        load_weights(trainer.ema.module, take_weights(path, payload, ema=True) if "ema" in payload else checkpoint)
+    _load_criterion(trainer, payload.get("criterion", {}), path)
+    _load_optimizer(trainer, payload["optimizer"], path)
+    if payload.get("scaler"):
+        trainer.scaler.load_state_dict(payload["scaler"])
+    for name in trainer.meters.keys() & payload.get("meters", {}).keys():
+        trainer.meters[name].load_state(payload["meters"][name])
+    if "ema" in payload or trainer.ema is None:
+        _load_statistics(trainer, payload.get("rank_statistics", []), path)
+    trainer.unreadable = set(payload.get("unreadable", ()))
+    return _load_progress(trainer, payload, path)
+
+
+def _load_criterion(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    """Loads what the loss learns, if it does."""
+    own = {name: value.shape for name, value in trainer.criterion.state_dict().items()}
+    if own != {name: value.shape for name, value in state.items()}:
+        raise ValueError(f"{path} is of a run with another loss or other classes: give this run another --tag")
+    problems = unusable_values(trainer.criterion.state_dict(), state)
+    if problems:
+        raise ValueError(f"what the loss has learned in {path} can't be used: {problems}")
+    trainer.criterion.load_state_dict(state)
+
+
+def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    """Takes the moments from the file; the hyper-parameters stay those of the configuration."""
+    optimizer = trainer.optimizer
+    problem = state_mismatch(optimizer, state)
+    if problem:
+        raise ValueError(
+            f"the optimizer's state in {path} does not fit this {type(optimizer).__name__}: {problem}; restore "
+            "TRAIN.OPTIMIZER.NAME, or start from the weights with --pretrained"
+        )
+    groups = [
+        own | {"params": saved["params"]}
+        for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def _load_statistics(trainer: Trainer, of_ranks: list[Tensor], path: Path) -> None:
+    """Gives each process its own running statistics back, or, where their number changed, the mean of all."""
+    statistics, process = RunningStatistics(*trainer.networks), trainer.process
+    own = statistics.read()
+    if any(t.shape != own.shape or not t.is_floating_point() or not t.isfinite().all() for t in of_ranks):
+        raise ValueError(f"the running statistics of the processes in {path} do not fit the network")
+    if len(of_ranks) > 1:
+        same = len(of_ranks) == process.world_size
+        statistics.write(of_ranks[process.rank] if same else torch.stack(of_ranks).mean(0))
+
+
+def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int:
+    run, now = payload.get("run", {}), _run(trainer)
+    known = {f.name for f in fields(Progress)}
+    published = {"epoch": payload["epoch"] + 1, "best_top1": float(payload.get("max_accuracy", 0.0))}
+    progress = Progress(**{k: v for k, v in payload.get("progress", published).items() if k in known})
+    changed = {k: (run.get(k), v) for k, v in now.items() if run.get(k, v) != v}
+    for key in ("seed", "images"):
+        if progress.consumed and key in changed:
+            raise ValueError(
+                f"{path} stands in the middle of an epoch, whose order of images is another one with {key} "
+                f"{changed[key][1]} instead of {changed[key][0]}: go on with the old value"
+            )
+    recorded = progress.update
+    if changed or not run:
+        progress.update = progress.epoch * trainer.updates_per_epoch + progress.consumed // trainer.global_batch
+    if changed:
+        what = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
+        trainer.logger.warning(
+            f"this run has changed ({what}); it resumes after image {progress.consumed} of epoch {progress.epoch}, "
+            f"which is update {progress.update} by the new count"
+        )
+    trainer.progress = progress
+    return recorded

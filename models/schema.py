@@ -1,0 +1,141 @@
+"""Checks of plain data from files that anybody may have written: each says where a value is not what it should be.
+
+A check takes the place of a value, for the message, and the value; it raises ValueError or returns nothing. Checks are
+put together to a schema, which is applied once, before anything of a file is used.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Check = Callable[[str, Any], None]
+
+
+def expect(holds: object, where: str, value: object, wanted: str) -> None:
+    """Raises ValueError, naming the place, the value and what was wanted instead, unless it holds."""
+    if not holds:
+        raise ValueError(f"{where} is {_show(value)}, not {wanted}")
+
+
+def _show(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, str | int | float | bool | None):
+        text = repr(value)
+        return text if len(text) <= 40 else f"{text[:40]}..."
+    return f"a {type(value).__name__}"
+
+
+def anything(where: str, value: object) -> None:
+    """Takes what it is given: for what is checked where it is used."""
+
+
+def integer(least: int = 0, most: int = 2**48) -> Check:
+    """Builds the check for an integer within bounds, both included."""
+    return lambda where, value: expect(
+        type(value) is int and least <= value <= most, where, value, f"an integer from {least} to {most}"
+    )
+
+
+def number(where: str, value: object) -> None:
+    """Checks for a finite number."""
+    expect(type(value) in (int, float) and math.isfinite(value), where, value, "a finite number")  # type: ignore[arg-type]
+
+
+def positive(where: str, value: object) -> None:
+    """Checks for a finite number above 0."""
+    number(where, value)
+    expect(value > 0, where, value, "above 0")  # type: ignore[operator]
+
+
+def boolean(where: str, value: object) -> None:
+    """Checks for true or false."""
+    expect(isinstance(value, bool), where, value, "true or false")
+
+
+def text(where: str, value: object) -> None:
+    """Checks for text."""
+    expect(isinstance(value, str), where, value, "text")
+
+
+def one_of(*choices: object) -> Check:
+    """Builds the check for one of several values."""
+    wanted = f"one of {', '.join(map(repr, choices))}"
+    # A list can't be looked up among hashable choices, and 1 would pass for True.
+    return lambda where, value: expect(
+        any(type(value) is type(choice) and value == choice for choice in choices), where, value, wanted
+    )
+
+
+def tensor(where: str, value: object) -> None:
+    """Checks for a dense tensor on the CPU whose elements are all there: not a view that repeats a few of them."""
+    expect(isinstance(value, Tensor), where, value, "a tensor")
+    assert isinstance(value, Tensor)
+    dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+    expect(dense and value.device.type == "cpu", where, value, "dense, with its elements in the file")
+    stored = value.untyped_storage().nbytes()
+    expect(value.numel() * value.element_size() <= stored, where, value, "stored whole, element by element")
+
+
+def optional(check: Check) -> Check:
+    """Builds the check for None or what another one takes."""
+
+    def checked(where: str, value: object) -> None:
+        if value is not None:
+            check(where, value)
+
+    return checked
+
+
+def any_of(wanted: str, *checks: Check) -> Check:
+    """Builds the check for what at least one of several takes; `wanted` says what that is."""
+
+    def passes(check: Check, value: object) -> bool:
+        try:
+            check("", value)
+        except ValueError:
+            return False
+        return True
+
+    return lambda where, value: expect(any(passes(check, value) for check in checks), where, value, wanted)
+
+
+def sequence(check: Check, length: int | None = None) -> Check:
+    """Builds the check for a list or tuple, of a length where one is given, whose items all pass."""
+
+    def checked(where: str, value: Any) -> None:
+        expect(isinstance(value, list | tuple), where, value, "a list")
+        expect(length is None or len(value) == length, where, value, f"a list of {length}")
+        for i, item in enumerate(value):
+            check(f"{where}[{i}]", item)
+
+    return checked
+
+
+def mapping(key: type, check: Check) -> Check:
+    """Builds the check for a dictionary with keys of one type, whose values all pass."""
+
+    def checked(where: str, value: Any) -> None:
+        expect(isinstance(value, dict), where, value, "a dictionary")
+        for name, item in value.items():
+            expect(type(name) is key, f"a key of {where}", name, f"of type {key.__name__}")
+            check(f"{where}.{name}", item)
+
+    return checked
+
+
+def record(fields: Mapping[str, Check], required: bool = False) -> Check:
+    """Builds the check for a dictionary whose known keys pass, each; all must be there if `required`."""
+
+    def checked(where: str, value: Any) -> None:
+        expect(isinstance(value, dict), where, value, "a dictionary")
+        for name, check in fields.items():
+            if name in value:
+                check(f"{where}.{name}" if where else name, value[name])
+            elif required:
+                raise ValueError(f"{where}.{name} is missing" if where else f"{name} is missing")
+
+    return checked
