@@ -82,6 +82,19 @@ def state_mismatch(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> s
     return ""
 
 
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each moment the layout in memory of its parameter.
+
+    The fused optimizers go through memory, not through indices: of tensors that lie differently they take elements
+    that do not belong together, on a CPU without a word, on a GPU with an error. Moments from a file have the layout of
+    the run that wrote it.
+    """
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
+
+
 def _moments_mismatch(names: set[str], moments: dict[str, Any] | None, parameter: Tensor) -> str:
     if moments is None:  # no update has reached the parameter
         return ""

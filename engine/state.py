@@ -13,7 +13,7 @@ from torch import Tensor
 from models import schema
 from models.checkpoints import Checkpoint, load_weights, read_checkpoint, take_weights, unusable_values
 
-from .optimizer import state_mismatch
+from .optimizer import match_layout, state_mismatch
 from .statistics import RunningStatistics
 from .train import Progress, Trainer
 
@@ -26,6 +26,7 @@ _SCALER = {
     "growth_interval": schema.integer(1),
     "_growth_tracker": _COUNT,
 }
+_SUMS = schema.sequence(schema.number, length=2)
 # What a file of this project always has of a state; `training_state` adds to it where a run has more.
 ALWAYS = {
     "model": TENSORS,
@@ -44,7 +45,7 @@ ALWAYS = {
     "progress": schema.record(
         {f.name: schema.number if f.type is float else _COUNT for f in fields(Progress)}, required=True
     ),
-    "meters": schema.mapping(str, schema.sequence(schema.number, length=2)),
+    "meters": schema.mapping(str, schema.any_of("the sums of each process", _SUMS, schema.sequence(_SUMS))),
     "run": schema.mapping(str, _COUNT),
     "unreadable": schema.sequence(schema.text),
     "rank_statistics": schema.sequence(schema.tensor),
@@ -196,6 +197,7 @@ def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None
         for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    match_layout(optimizer)
 
 
 def _load_statistics(trainer: Trainer, of_ranks: list[Tensor], path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -169,6 +170,8 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
     Running statistics take in a batch once, not twice, so that training is the same with and without.
     """
+    if torch.compiler.is_compiling():  # a compiled graph writes to buffers once, and has no place for contexts
+        return checkpoint(module, x, use_reentrant=False)
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), untracked_statistics(module)

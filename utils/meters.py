@@ -30,13 +30,16 @@ class Mean:
         """Starts anew."""
         self._sums.zero_()
 
-    def state(self) -> list[float]:
-        """Returns the sums of every process, one after the other, for a checkpoint; all processes must ask."""
-        return [number for sums in gather_objects(self._sums.tolist()) for number in sums]
+    def state(self) -> list[list[float]]:
+        """Returns the sums of every process, for a checkpoint; all processes must ask."""
+        return gather_objects(self._sums.tolist())
 
-    def load_state(self, sums: list[float]) -> None:
-        """Goes on from `state`: each process from its own sums; one from all of them where their number has changed."""
-        rows = torch.tensor(sums, dtype=torch.float64).view(-1, 2)
+    def load_state(self, sums: list[list[float]] | list[float]) -> None:
+        """Goes on from `state`, or from the sums over all processes alone, as older checkpoints have them.
+
+        Each process takes up its own; where their number has changed, one takes up those of all.
+        """
+        rows = torch.tensor(sums or [[0.0, 0.0]], dtype=torch.float64).view(-1, 2)
         if len(rows) != world_size():
             rows = torch.cat((rows.sum(0, keepdim=True), rows.new_zeros(world_size() - 1, 2)))
         self._sums.copy_(rows[rank()])

@@ -104,7 +104,7 @@ def test_means_are_those_over_all_processes(tmp_path):
     assert epoch["loss"] == pytest.approx(sum(means) / 5, rel=1e-13)
 
 
-def numbers(process: Process) -> list[float]:
+def numbers(process: Process) -> list[list[float]]:
     """Adds numbers to a mean whose sum depends on the order, with other weights on each process."""
     mean = Mean(process.device)
     for number in range(5):
@@ -112,7 +112,7 @@ def numbers(process: Process) -> list[float]:
     return mean.state()
 
 
-def mean_of(process: Process, state: list[float]) -> float:
+def mean_of(process: Process, state: list) -> float:
     mean = Mean(process.device)
     mean.load_state(state)
     return mean.compute()
@@ -121,6 +121,7 @@ def mean_of(process: Process, state: list[float]) -> float:
 def test_sums_are_taken_up_by_another_number_of_processes():
     state = in_ranks(numbers, 3)[0]
     expected = pytest.approx(sum((0.2 + rank) * (rank + 1) for rank in range(3)) / 6, rel=1e-13)
+    assert len(state) == 3
     for world_size in (1, 2, 3):
         assert in_ranks(mean_of, world_size, state) == [expected] * world_size
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from configs.rules import RULES
-from engine.optimizer import build_optimizer, parameter_groups
+from engine.optimizer import build_optimizer, match_layout, parameter_groups
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 class Exempting(nn.Module):
@@ -98,6 +100,22 @@ def test_updates_equal_those_of_torch_unfused(name, plain):
     for own, other, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-14)
         assert not torch.equal(own, before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_moments_take_the_layout_of_their_parameters(name):
+    kernel = torch.randn(4, 3, 3, 3)
+    parameters = {layout: nn.Parameter(kernel.clone(memory_format=layout)) for layout in LAYOUTS}
+    holders = {layout: nn.ParameterDict({"kernel": p, "bias": torch.zeros(3)}) for layout, p in parameters.items()}
+    ours, theirs = (build_optimizer(holders[layout], name=name, lr=0.1, weight_decay=0.1) for layout in LAYOUTS)
+    gradients(holders[LAYOUTS[0]], 1)
+    ours.step()
+    theirs.load_state_dict(deepcopy(ours.state_dict()))
+    match_layout(theirs)
+    for parameter, moments in theirs.state.items():
+        assert all(moment.stride() == parameter.stride() for key, moment in moments.items() if key != "step")
+    before = ours.state_dict()["state"]
+    torch.testing.assert_close(theirs.state_dict()["state"], before, rtol=0, atol=0)
 
 
 def test_adamw_by_hand():

@@ -169,6 +169,37 @@ def test_the_moving_average_sees_every_update(plain_network, trainer_of, batch_o
     assert largest_difference(weights(model), after_two) > 0
 
 
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("second", LAYOUTS, ids=str)
+@pytest.mark.parametrize("first", LAYOUTS, ids=str)
+def test_the_layout_in_memory_changes_nothing_even_in_the_middle_of_a_run(
+    plain_network, trainer_of, batch_of, tmp_path, first, second, accumulation, name
+):
+    """The fused optimizers go through memory, whatever the indices: all that they read must lie alike."""
+    batches = [batch_of(5, seed=number) for number in range(4 * accumulation)]
+
+    def build(layout: torch.memory_format) -> Trainer:
+        model = plain_network().to(memory_format=layout)
+        optimizer = build_optimizer(model, name=name, lr=0.05, weight_decay=0.1)
+        return trainer_of(model, optimizer=optimizer, accumulation=accumulation, clip_grad=1.0)
+
+    straight = build(torch.contiguous_format)
+    straight.train_epoch(batches)
+    stopped, resumed = build(first), build(second)
+    stopped.train_epoch(batches, lambda: stopped.progress.update == 2)
+    CheckpointFolder(tmp_path, keep=1, meta={}, config="").save(stopped)
+    resume(resumed, tmp_path / "latest.pth")
+    resumed.train_epoch(batches[2 * accumulation :])
+    assert resumed.network[0].weight.is_contiguous(memory_format=second)
+    torch.testing.assert_close(weights(resumed.network), weights(straight.network), rtol=1e-12, atol=1e-14)
+    for own, other in zip(resumed.optimizer.state.values(), straight.optimizer.state.values(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-14)
+
+
 def test_half_precision_scales_the_loss_and_trains(trainer_of, batch_of):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))

@@ -109,6 +109,26 @@ def test_checkpointing_under_autocast() -> None:
     assert all(torch.equal(value, buffers[name]) for name, value in plain.named_buffers())
 
 
+@pytest.mark.parametrize("half", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float64", "bf16"])
+def test_checkpointing_in_a_compiled_network(half: torch.dtype | None) -> None:
+    """Bit for bit, with drop path: a backend that draws and computes as torch does without compilation."""
+    plain, thrifty = (tiny_network(drop_path_rate=0.5).train() for _ in range(2))
+    thrifty.set_grad_checkpointing()
+    images = random_tensor(6, 3, 16, 16)
+    if half is not None:
+        plain, thrifty, images = plain.float(), thrifty.float(), images.float()
+    torch.compiler.reset()
+    for forward in (plain, torch.compile(thrifty, backend="aot_eager")):
+        for step in range(2):
+            torch.manual_seed(step)
+            with torch.autocast("cpu", half, enabled=half is not None):
+                loss = F.cross_entropy(forward(images), torch.arange(6) % 5)
+            loss.backward()
+    actual, buffers = gradients(thrifty), dict(thrifty.named_buffers())
+    assert all(torch.equal(gradient, actual[name]) for name, gradient in gradients(plain).items())
+    assert all(torch.equal(value, buffers[name]) for name, value in plain.named_buffers())
+
+
 def test_checkpointing_is_for_training_alone_and_can_be_switched_off() -> None:
     images = random_tensor(2, 3, 16, 16)
     model = tiny_network()
