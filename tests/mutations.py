@@ -2,14 +2,12 @@
 
     python -m tests.mutations --sample 60 --seed 0 --traces /tmp/traces
 
-Every mutation swaps an operator or a constant, negates a condition, or leaves out an early return, a `raise` or a call.
-It is made in a copy of the checkout, never in the checkout itself. The tests that execute the changed line are run,
-fastest first; which ones these are comes from one traced run of all tests, which must pass. Annotations, messages
-(f-strings), assertions, `strict=` of `zip`, which is one too, and `__all__` are left as they are.
+Every mutation (see `tests/mutation_sites.py`) is made in a copy of the checkout, never in the checkout itself. The
+tests that execute the changed statement are run, fastest first; which ones these are comes from one traced run of all
+tests, which must pass.
 """
 
 import argparse
-import ast
 import os
 import queue
 import random
@@ -27,52 +25,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+
+from tests.mutation_sites import Mutation, find_mutations
 
 ROOT = Path(__file__).parents[1]
 MUTATED = ("models/*.py", "engine/*.py", "configs/*.py", "data/samplers.py", "data/mixing.py", "utils/distributed.py")
-SWAPS = {
-    ast.Lt: ("<", "<="),
-    ast.LtE: ("<=", "<"),
-    ast.Gt: (">", ">="),
-    ast.GtE: (">=", ">"),
-    ast.Eq: ("==", "!="),
-    ast.NotEq: ("!=", "=="),
-    ast.Is: ("is", "is not"),
-    ast.IsNot: ("is not", "is"),
-    ast.In: ("in", "not in"),
-    ast.NotIn: ("not in", "in"),
-    ast.Add: ("+", "-"),
-    ast.Sub: ("-", "+"),
-    ast.Mult: ("*", "/"),
-    ast.Div: ("/", "*"),
-    ast.FloorDiv: ("//", "%"),
-    ast.Mod: ("%", "//"),
-    ast.And: ("and", "or"),
-    ast.Or: ("or", "and"),
-}
 FIRST = 15.0  # seconds of tests that are tried before pytest is started a second time for the others
-
-
-class Mutation(NamedTuple):
-    """Bytes of a file to replace; `lines` are those of the statement, none at the top of a module or class."""
-
-    path: str
-    line: int
-    start: int
-    end: int
-    new: str
-    lines: range
-
-    def apply(self, source: bytes) -> bytes:
-        return source[: self.start] + self.new.encode() + source[self.end :]
-
-    def describe(self, source: bytes) -> str:
-        def shown(text: str) -> str:
-            return " ".join(text.split())
-
-        line = source.splitlines()[self.line - 1].decode().strip()
-        return f"{self.path}:{self.line}: {shown(source[self.start : self.end].decode())!r} -> {self.new!r} in: {line}"
 
 
 @dataclass
@@ -97,103 +55,24 @@ class Trace:
                 path, _, number = entry.rpartition(":")
                 lines.add((path, int(number)))
 
-    def tests_for(self, mutation: Mutation) -> list[str]:
-        """Those that execute the statement, then the others of their files, which may share fixtures; fastest first."""
-        lines = [(mutation.path, line) for line in mutation.lines]
+    def tests_for(self, mutation: Mutation, text: str) -> list[str]:
+        """Those that execute the statement, then the others of their files, which may share fixtures; fastest first.
+
+        Statements outside of functions are executed at import. For these it is the tests that execute any line of the
+        file, and first the ones whose parameters are named in `text`, the line itself: architectures, keys.
+        """
+        lines, words = [(mutation.path, line) for line in mutation.lines], []
         if not lines:
-            lines = [line for line in self.of_line if line[0] == mutation.path]
+            lines, words = [line for line in self.of_line if line[0] == mutation.path], re.findall(r"[\w.-]{4,}", text)
         hits = set[str]().union(*(self.of_line[line] for line in lines))
         files = {file_of(test) for test in hits}
         candidates = [test for test in self.seconds if file_of(test) in files]
-        return sorted(candidates, key=lambda test: (test not in hits, self.seconds[test]))
+        named = {test for test in candidates if any(word in test.partition("[")[2] for word in words)}
+        return sorted(candidates, key=lambda test: (test not in hits, test not in named, self.seconds[test]))
 
 
 def file_of(test: str) -> str:
     return test.partition("::")[0]
-
-
-def find_mutations(path: str, source: bytes) -> list[Mutation]:
-    """Returns all of a file, in the order of the syntax tree."""
-    starts = [0]
-    for line in source.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-
-    def begin(node: ast.AST) -> int:
-        return starts[node.lineno - 1] + node.col_offset
-
-    def end(node: ast.AST) -> int:
-        return starts[node.end_lineno - 1] + node.end_col_offset
-
-    def whole(node: ast.AST, new: str) -> tuple[int, int, str]:
-        return begin(node), end(node), new
-
-    def swap(operator: ast.AST, left: int, right: int) -> Iterator[tuple[int, int, str]]:
-        if type(operator) in SWAPS:
-            old, new = SWAPS[type(operator)]
-            at = source.index(old.encode(), left, right)
-            yield at, at + len(old), new
-
-    def changes(node: ast.AST) -> Iterator[tuple[int, int, str]]:
-        match node:
-            case ast.Compare():
-                operands = [node.left, *node.comparators]
-                for operator, left, right in zip(node.ops, operands, operands[1:], strict=False):
-                    yield from swap(operator, end(left), begin(right))
-            case ast.BoolOp():
-                for left, right in zip(node.values, node.values[1:], strict=False):
-                    yield from swap(node.op, end(left), begin(right))
-            case ast.BinOp():
-                yield from swap(node.op, end(node.left), begin(node.right))
-            case ast.AugAssign():
-                yield from swap(node.op, end(node.target), begin(node.value))
-            case ast.UnaryOp(op=ast.Not()):
-                yield begin(node), begin(node) + len("not "), ""
-            case ast.Constant(value=bool()):
-                yield whole(node, str(not node.value))
-            case ast.Constant(value=int()):
-                yield whole(node, str(node.value + 1))
-            case ast.Raise() | ast.Expr(value=ast.Call()):
-                yield whole(node, "pass")
-            case ast.If() | ast.IfExp():
-                if not negated_anyway(node.test):
-                    yield whole(node.test, f"not ({source[begin(node.test) : end(node.test)].decode()})")
-                if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Return):
-                    yield whole(node.body[-1], "pass")
-
-    def walk(node: ast.AST, lines: range, in_function: bool) -> Iterator[Mutation]:
-        if left_alone(node):
-            return
-        if isinstance(node, ast.stmt) and in_function:
-            body = getattr(node, "body", None)
-            lines = range(node.lineno, max(node.lineno, body[0].lineno - 1 if body else node.end_lineno) + 1)
-        for start, stop, new in changes(node):
-            yield Mutation(path, source[:start].count(b"\n") + 1, start, stop, new, lines)
-        for name, value in ast.iter_fields(node):
-            inside = in_function or (isinstance(node, ast.FunctionDef) and name == "body")
-            for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST) and name not in ("annotation", "returns"):
-                    yield from walk(child, lines, inside)
-
-    return list(walk(ast.parse(source), range(0), False))
-
-
-def left_alone(node: ast.AST) -> bool:
-    match node:
-        case ast.Assert() | ast.JoinedStr() | ast.keyword(arg="strict"):
-            return True
-        case ast.Assign(targets=[ast.Name(id="__all__")]):
-            return True
-    return False
-
-
-def negated_anyway(test: ast.expr) -> bool:
-    """Tells whether another mutation of a condition is its negation: `not` left out, `==` in place of `!=`, ..."""
-    match test:
-        case ast.UnaryOp(op=ast.Not()):
-            return True
-        case ast.Compare(ops=[ast.Eq() | ast.NotEq() | ast.Is() | ast.IsNot() | ast.In() | ast.NotIn()]):
-            return True
-    return False
 
 
 class Copy:
@@ -249,14 +128,14 @@ class Copy:
 
     def try_mutation(self, mutation: Mutation, trace: Trace, budget: float) -> str:
         """Returns which test notices a mutation first, empty where none does within so many seconds of tests."""
-        tests, total, parts = trace.tests_for(mutation), 0.0, ([], [])
-        for test in tests:
+        file = self.root / mutation.path
+        source = file.read_bytes()
+        total, parts = 0.0, ([], [])
+        for test in trace.tests_for(mutation, source.splitlines()[mutation.line - 1].decode()):
             total += trace.seconds[test]
             if total > budget and total > trace.seconds[test]:
                 break
             parts[total > FIRST].append(test)
-        file = self.root / mutation.path
-        source = file.read_bytes()
         file.write_bytes(mutation.apply(source))
         try:
             return next(filter(None, (self._first_failure(part, trace) for part in parts if part)), "")

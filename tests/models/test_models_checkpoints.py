@@ -283,12 +283,13 @@ def test_a_damaged_file(damage: str, suffix: str, reason: str, weights: dict[str
         ({"model": {}}, "holds no weights: found nothing"),
         ({"optimizer": {"lr": 1}, "epoch": 3}, "holds no weights: found 'optimizer', 'epoch'"),
         ({"model": {"conv": 3}}, "holds no weights: found 'conv'"),
+        (dict.fromkeys("abcdef", 1), "holds no weights: found 'a', 'b', 'c', 'd', 'e'"),
         ({0: torch.ones(3)}, "holds no weights: found 0"),
     ],
     ids=str,
 )
 def test_a_file_without_weights(payload: object, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"a.pth {message}")):
+    with pytest.raises(ValueError, match=re.escape(f"a.pth {message}") + "$"):
         read_checkpoint(saved(tmp_path / "a.pth", payload))
 
 
@@ -510,6 +511,23 @@ def test_an_old_file_is_replaced_at_once(tmp_path: Path) -> None:
     assert seen == ["old", "old"]
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_the_whole_file_reaches_the_disk_before_it_gets_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sync = tmp_path / "new" / "folder" / "a.pth", os.fsync
+    synced: list[tuple[str, bool]] = []
+
+    def observed(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.append(("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes", path.exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", observed)
+    write_atomically(path, lambda file: file.write(b"short"))
+    assert synced == [("5 bytes", False), ("folder", True)]
+    assert path.read_bytes() == b"short"
 
 
 def test_equal_content_is_equal_bytes_and_the_users_mask_holds(tmp_path: Path) -> None:
