@@ -3,7 +3,7 @@
 For `tests.mutations`, which puts this module into a folder of `PYTHONPATH` as `sitecustomize`, so that every
 interpreter imports it at its start, and names it to pytest as a plugin. `LINE_TRACE` is the file, `LINE_TRACE_ROOT` the
 project. In the file `path:number` is a line that was executed; `> seconds id` and `< seconds id` are a test's start and
-end. (PYTEST_DONT_REWRITE: it would warn that the module is there already.)
+end.
 """
 
 import os

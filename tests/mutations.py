@@ -8,6 +8,7 @@ tests, which must pass.
 """
 
 import argparse
+import multiprocessing
 import os
 import queue
 import random
@@ -26,11 +27,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import pytest
+
 from tests.mutation_sites import Mutation, find_mutations
 
 ROOT = Path(__file__).parents[1]
 MUTATED = ("models/*.py", "engine/*.py", "configs/*.py", "data/samplers.py", "data/mixing.py", "utils/distributed.py")
 FIRST = 15.0  # seconds of tests that are tried before pytest is started a second time for the others
+# Processes are forked from one that has done the imports that take seconds.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["torch.utils.tensorboard", "timm", "segmentation_models_pytorch", "hypothesis"])
 
 
 @dataclass
@@ -75,6 +81,19 @@ def file_of(test: str) -> str:
     return test.partition("::")[0]
 
 
+def run_pytest(root: Path, command: list[str], environment: dict[str, str], output: Path) -> None:
+    """Runs pytest in this process, which knows nothing of the project yet, on the copy in `root`."""
+    os.setsid()
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.chdir(root)
+    os.environ.update(environment)
+    sys.path[:] = [str(root), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    sys.path[1:1] = filter(None, [environment.get("PYTHONPATH")])
+    sys.exit(pytest.main(command))
+
+
 class Copy:
     """A copy of the checkout to run tests in."""
 
@@ -89,29 +108,19 @@ class Copy:
 
     def pytest(self, tests: list[str], seconds: float, *options: str, **environment: str) -> tuple[int | None, str]:
         """Runs tests, up to the first that fails; returns the status, None where time was up, and the output."""
-        arguments = self.root / "tests.txt"
-        arguments.write_text("\n".join(tests))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *options]
-        with subprocess.Popen(
-            [*command, f"@{arguments}"],
-            cwd=self.root,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        ) as run:
-            try:
-                output = run.communicate(timeout=seconds)[0]
-                return run.returncode, output
-            except subprocess.TimeoutExpired:
-                run.send_signal(signal.SIGINT)  # so that fixtures end the processes that they have started
-                try:
-                    run.wait(30)
-                except subprocess.TimeoutExpired:
-                    os.killpg(run.pid, signal.SIGKILL)
-                return None, ""
+        listed, output = self.root / "tests.txt", self.root / "output.txt"
+        listed.write_text("\n".join(tests))
+        command = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", "--assert=plain", *options, f"@{listed}"]
+        run = FORKED.Process(target=run_pytest, args=(self.root, command, environment, output))
+        run.start()
+        run.join(seconds)
+        status = run.exitcode
+        if status is None:
+            os.kill(run.pid, signal.SIGINT)  # so that fixtures end the processes that they have started
+            run.join(30)
+            run.kill()
+            run.join()
+        return status, output.read_text(errors="replace")
 
     def trace(self, tests: list[str], file: Path) -> None:
         """Runs tests that must pass, with every line that they execute in `file`."""
@@ -176,6 +185,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell switches off for what it runs behind
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     names = [str(path.relative_to(ROOT)) for pattern in MUTATED for path in sorted(ROOT.glob(pattern))]
     sources = {name: (ROOT / name).read_bytes() for name in names if fnmatchcase(name, arguments.only)}
     mutations = [mutation for name, source in sources.items() for mutation in find_mutations(name, source)]
