@@ -140,6 +140,8 @@ def find_mutations(path: str, content: bytes) -> list[Mutation]:
         for change in source.changes(node):
             yield Mutation(path, content[: change.start].count(b"\n") + 1, *change, lines)
         for name, value in ast.iter_fields(node):
+            if isinstance(node, ast.FunctionDef) and name == "args":  # defaults matter where the function is called
+                lines = range(node.body[0].lineno, node.end_lineno + 1)
             inside = in_function or (isinstance(node, ast.FunctionDef) and name == "body")
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST) and name not in ("annotation", "returns"):

@@ -61,7 +61,7 @@ def test_a_change_names_the_lines_of_its_statement() -> None:
     source = b"LIMIT = 1\ndef f(a, b=2):\n    if (\n        a > 3\n    ):\n        g(a,\n          4)\n"
     places = {m.new: (m.line, m.lines) for m in find_mutations("a.py", source)}
     assert places["2"] == (1, range(0))
-    assert places["3"] == (2, range(0))
+    assert places["3"] == (2, range(3, 8))
     assert places["4"] == (4, range(3, 6))
     assert places["5"] == (7, range(6, 8))
 
