@@ -35,6 +35,7 @@ def _trace_call(frame, event, argument):
 
 
 def pytest_runtest_logstart(nodeid):
+    sys.settrace(_trace_call)  # anew, since a test that exhausts the stack ends it
     _seen.clear()
     _write(f"> {time.monotonic()} {nodeid}")
 

@@ -160,7 +160,7 @@ class Copy:
             status, output = self.pytest(files, limit + 300)
         if status == 0:
             return ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
         return failed[1] if failed else "timeout" if status is None else f"pytest's status {status}"
 
 
