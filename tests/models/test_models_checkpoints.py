@@ -387,6 +387,17 @@ def test_an_unknown_architecture_is_refused(weights: dict[str, Tensor], tmp_path
         build_from(checkpoint, "RepMLPNet-Digit")
 
 
+def test_weights_without_a_head_are_of_a_network_that_never_had_one(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    headless = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    with pytest.raises(ValueError, match=rf"a.pth holds no head \(head\.weight\) of {ARCH}"):
+        build_from(read_checkpoint(saved(tmp_path / "a.pth", headless)), ARCH)
+    network = create_model(ARCH, 0)
+    network.load_state_dict(headless)
+    meta = describe(ARCH, network, network.img_size, "train")
+    built = build_from(read_checkpoint(saved(tmp_path / "b.pth", {"model": headless, "meta": meta})))
+    assert (built.num_classes, same(headless, built.model.state_dict())) == (0, True)
+
+
 # Loading
 
 
