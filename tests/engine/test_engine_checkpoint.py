@@ -23,6 +23,7 @@ from engine.state import ALWAYS, SOMETIMES, read_state
 from engine.train import Progress, Trainer
 from models.checkpoints import describe, read_checkpoint
 from models.reparam import to_deploy
+from utils.distributed import Process
 
 ARCH = "RepMLPNet-Digits"
 LOGGER = logging.getLogger("tests.engine")
@@ -562,3 +563,49 @@ def test_what_another_loss_has_learned_is_refused(tmp_path, run_of):
         again.criterion = other
         with pytest.raises(ValueError, match="another loss or other classes: give this run another --tag"):
             resume(again, tmp_path / "latest.pth")
+
+
+def running_statistics(trainer: Trainer) -> set[float]:
+    """Every value of the running means and variances of the trained network, each once."""
+    norms = [module for module in trainer.network.modules() if isinstance(module, nn.BatchNorm2d)]
+    return {value for norm in norms for value in (*norm.running_mean.tolist(), *norm.running_var.tolist())}
+
+
+@pytest.mark.parametrize(("rank", "world_size", "expected"), [(0, 2, 1.0), (1, 2, 5.0), (0, 1, 3.0), (2, 3, 3.0)])
+def test_each_process_gets_its_own_running_statistics_back_or_the_mean_of_all(
+    tmp_path, run_of, rank, world_size, expected
+):
+    trainer = run_of(1)
+    trainer.train_epoch(epoch(0))
+    (of_one,) = torch.load(saved(tmp_path / "one.pth", trainer), weights_only=True)["rank_statistics"]
+    path = saved(tmp_path / "two.pth", trainer, rank_statistics=[torch.full_like(of_one, v) for v in (1.0, 5.0)])
+    resumed = run_of(2, process=Process(rank, world_size, rank, torch.device("cpu")))
+    resume(resumed, path)
+    assert running_statistics(resumed) == {expected}
+
+
+def test_running_statistics_of_processes_without_the_average_that_now_begins_are_left_out(tmp_path, run_of):
+    trainer = run_of(1)
+    trainer.train_epoch(epoch(0))
+    (of_one,) = torch.load(saved(tmp_path / "one.pth", trainer), weights_only=True)["rank_statistics"]
+    path = saved(tmp_path / "two.pth", trainer, rank_statistics=[torch.full_like(of_one, v) for v in (1.0, 5.0)])
+    averaging = run_of(2, ema=True)
+    resume(averaging, path)
+    assert_equal(averaging.network.state_dict(), trainer.network.state_dict())
+    assert_equal(averaging.ema.module.state_dict(), trainer.network.state_dict())
+
+
+def test_a_run_that_was_killed_between_two_names_of_a_state_gets_the_newer_one(tmp_path, run_of):
+    trainer, checkpoints = run_of(1), folder(tmp_path, keep=1)
+    for number in range(2):
+        trainer.train_epoch(epoch(number))
+        checkpoints.save(trainer, numbered=True, best=True)
+        if number == 0:
+            older = (tmp_path / "best_ckpt.pth").read_bytes(), (tmp_path / "ckpt_epoch_0.pth").read_bytes()
+    (tmp_path / "best_ckpt.pth").write_bytes(older[0])
+    (tmp_path / "ckpt_epoch_1.pth").unlink()
+    (tmp_path / "ckpt_epoch_0.pth").write_bytes(older[1])
+    assert checkpoints.start(LOGGER) == tmp_path / "latest.pth"
+    assert names(tmp_path) == {"latest.pth", "best_ckpt.pth", "ckpt_epoch_1.pth"}
+    updates = [read_checkpoint(path).payload["progress"]["update"] for path in sorted(tmp_path.iterdir())]
+    assert updates == [10, 10, 10]
