@@ -56,15 +56,17 @@ def decode_rgb(file: BinaryIO) -> Image.Image:
             kind = "32-bit float" if image.mode == "F" else "signed or 32-bit integer"
             raise ValueError(f"{kind} pixels have no known range: convert to 8 or 16 bit")
         if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # noqa: PLW2901 - Pillow wants this step where the palette has it
+            return image.convert("RGBA").convert("RGB")  # Pillow warns of the direct way
         return image.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Returns grey pixels of up to 16 bits in 8, rounded, as a viewer shows them."""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    white = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
-    pixels = np.asarray(image).astype(np.uint32)
+    values = np.asarray(image).astype(np.uint16)
+    if tags.get(BITS_PER_SAMPLE) == (12,):
+        values = values << 4 | values >> 8
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        pixels = white - pixels
-    return Image.fromarray(((pixels * 255 + white // 2) // white).astype(np.uint8))
+        values = ~values
+    steps, rest = np.divmod(values, 257)  # 65535 = 255 * 257
+    return Image.fromarray((steps + (rest > 128)).astype(np.uint8))

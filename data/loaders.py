@@ -44,8 +44,8 @@ class Batch(NamedTuple):
 
     def pin_memory(self) -> "Batch":
         """Returns the same in page-locked memory."""
-        tensors = (self.images, self.labels, self.indices)
-        return Batch(*(tensor.pin_memory() for tensor in tensors), self.unreadable)
+        images, labels, indices = (tensor.pin_memory() for tensor in self[:3])
+        return Batch(images, labels, indices, self.unreadable)
 
 
 class TransformedDataset(Dataset[Sample]):
@@ -193,7 +193,7 @@ class BatchLoader(DataLoader[Sample]):
             ) from error
 
 
-def _as_it_is(batch: Batch | Parcel | Failure) -> Batch | Parcel | Failure:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
