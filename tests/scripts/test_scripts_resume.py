@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 ARCH = "RepMLPNet-Digits"
 ROOT = Path(__file__).parents[2]
@@ -60,17 +61,8 @@ def test_a_file_that_was_chosen_by_its_average_is_evaluated_by_it(script, averag
     tested = script("test.py", "digits", "train", path, "-j", 0, *flags)
     assert f"{ARCH}: {what} from {path}\n" in tested.out
     assert accuracy(tested.out) == expected
-    evaluated = script(
-        "main_repmlp.py",
-        "--cfg",
-        ROOT / "configs/quickstart.yaml",
-        "--eval",
-        "--resume",
-        path,
-        "--output",
-        tmp_path,
-        *flags,
-    )
+    words = ("--cfg", ROOT / "configs/quickstart.yaml", "--eval", "--resume", path, "--output", tmp_path)
+    evaluated = script("main_repmlp.py", *words, *(("--opts", "TEST.EMA", "false") if flags else ()))
     assert f" {what} from {path}, 359 images" in evaluated.out
     assert accuracy(evaluated.out) == expected
 
@@ -86,6 +78,9 @@ def test_what_is_converted_exported_and_predicted_with_is_the_same(script, avera
     assert accuracy(tested.out) == expected
     exported = script("tools/export.py", path, tmp_path / "a.pt2", *flags)
     assert f"{ARCH}: {what} from {path} -> " in exported.out
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    predicted = script("tools/predict.py", path, tmp_path / "a.png", *flags)
+    assert predicted.err == f"by {what} from {path}\n"
 
 
 def test_a_training_starts_from_the_average_where_the_file_was_chosen_by_it(averaged, train):

@@ -59,7 +59,7 @@ def test_predict_gives_the_probabilities_of_the_network(form, fuse, trained, dep
     weights = trained.folder / "best_ckpt.pth" if form == "trained" else deployed
     flags = ["-k", 10, "-b", 2, "--json", tmp_path / "p.json", *["--fuse"] * fuse]
     status, out, err = tool("tools.predict", weights, *scans, *flags)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"by {'training' if form == 'trained' else 'deploy'} weights from {weights}\n")
     found = json.loads((tmp_path / "p.json").read_text())
     assert list(found) == list(map(str, scans))
     rows = torch.tensor([[dict(found[str(path)])[str(label)] for label in range(10)] for path in scans])
