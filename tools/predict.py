@@ -21,7 +21,7 @@ from data.transforms import Transform
 from models.checkpoints import Checkpoint, build_from, read_checkpoint
 from models.fusion import fuse_verified
 from utils import cli
-from utils.files import check_target
+from utils.files import check_target, write_json
 from utils.text import printable
 
 
