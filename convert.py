@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import models
 from models.checkpoints import build_from, describe, read_checkpoint, write_checkpoint
 from models.reparam import injection_error, input_channels, relative_difference, to_deploy
 from utils import cli
@@ -23,7 +24,8 @@ ROUNDING_TOLERANCE = 100  # of the written weights, in units of their dtype's ep
 
 def parser() -> cli.Parser:
     """Describes the command line."""
-    result = cli.Parser(description=__doc__, argument_default=None)
+    architectures = cli.listing("architectures", models.list_models())
+    result = cli.Parser(description=__doc__, epilog=architectures, argument_default=None)
     result.add_argument("load", metavar="TRAIN", help="training checkpoint: ours, the published code's, MMPretrain's")
     result.add_argument("save", metavar="DEPLOY", help="where to write; .safetensors is possible too")
     result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")

@@ -6,7 +6,8 @@ if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt()
 
 import logging
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,10 +40,22 @@ from models.reparam import is_reparameterizable, to_deploy
 from utils import cli, distributed
 from utils.distributed import Process
 from utils.files import clear_about_space
-from utils.lock import folder_lock
+from utils.lock import first_missing, folder_lock, without_trace
 from utils.log import NAME, MetricsWriter, create_logger, log_failure
 from utils.seed import seed_everything
 from utils.signals import Stopped, StopRequest
+
+EXAMPLES = """  and every architecture of timm
+
+examples:
+  python main_repmlp.py --cfg configs/quickstart.yaml
+  torchrun --nproc_per_node 8 main_repmlp.py --cfg configs/repmlpnet_t224_100ep.yaml --data-path IMAGENET --tag first
+  python main_repmlp.py --eval --resume WEIGHTS.pth --data-path IMAGENET
+  python main_repmlp.py --throughput --arch RepMLPNet-T224 --batch-size 16
+  python main_repmlp.py --data-path digits --arch RepMLPNet-Digits --opts TRAIN.EPOCHS 20 TRAIN.BASE_LR 0.01
+Every key that --opts sets is explained in configs/defaults.py.
+"""
+ROOM = "make room and start again, the run resumes from its latest checkpoint"
 
 
 class Task(NamedTuple):
@@ -97,8 +110,7 @@ class Task(NamedTuple):
     def build_model(self, num_classes: int) -> nn.Module:
         """Builds the network on the device, with fresh weights that are the same on every process."""
         seed_everything(self.cfg.SEED)
-        options = build_options(self.cfg) | {"img_size": self.train_size}
-        check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in options if part != "img_size"})
+        options = structure_options(self.cfg) | {"img_size": self.train_size}
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         return self.place(models.create_model(self.arch, num_classes, **options))
@@ -116,35 +128,57 @@ class Task(NamedTuple):
         return wanted
 
 
-def build_options(cfg: CfgNode) -> dict[str, Any]:
-    """Returns image size and parts of the structure, as far as the configuration does not leave them open."""
-    given = {
-        "img_size": cfg.DATA.IMG_SIZE and to_2tuple(cfg.DATA.IMG_SIZE),
-        "branches": cfg.MODEL.BRANCHES,
-        "share_sets": cfg.MODEL.SHARE_SETS,
-        "global_perceptron": cfg.MODEL.GLOBAL_PERCEPTRON,
+def given_structure(cfg: CfgNode) -> dict[str, Any]:
+    """Returns the parts of the structure that the configuration does not leave to the architecture."""
+    model = cfg.MODEL
+    parts = {
+        "branches": model.BRANCHES,
+        "share_sets": model.SHARE_SETS,
+        "global_perceptron": model.GLOBAL_PERCEPTRON,
     }
-    return {part: value for part, value in given.items() if value is not None}
+    return {part: value for part, value in parts.items() if value is not None}
 
 
-def run_folder(cfg: CfgNode) -> Path:
-    """Returns where a training writes to."""
-    return Path(cfg.OUTPUT, models.canonical_name(cfg.MODEL.ARCH), cfg.TAG)
+def structure_options(cfg: CfgNode) -> dict[str, Any]:
+    """Returns in which parts of its structure the architecture is to be built otherwise.
+
+    Raises:
+        ValueError: it has no such part.
+    """
+    options = given_structure(cfg)
+    check_changeable(cfg.MODEL.ARCH, {f"MODEL.{part.upper()}": part for part in options})
+    return options
 
 
-def prepare(options: Options, process: Process, arch: str, train_size: tuple[int, int]) -> Task:
-    """Opens the log and settles the precision of a run with an architecture and a size of training images."""
-    cfg = options.config
-    folder = Path(cfg.OUTPUT, arch, cfg.TAG)
-    logger = create_logger(folder, process.rank)
-    for notice in options.notices:
-        logger.warning(notice)
-    if cfg.DETERMINISTIC:
-        torch.use_deterministic_algorithms(True)
-    amp = ("bf16" if process.device.type == "cuda" else "off") if cfg.AMP == "auto" else cfg.AMP
-    logger.info(f"{process.world_size} process(es) on {process.device.type}, amp {amp}, output in {folder}")
-    test_size = to_2tuple(cfg.DATA.TEST_SIZE or train_size)
-    return Task(cfg, arch, process, logger, folder, train_size, test_size, PRECISIONS[amp])
+def run_folder(cfg: CfgNode, arch: str | None = None) -> Path:
+    """Returns where a run of an architecture writes to; None: of the configured one."""
+    return Path(cfg.OUTPUT, arch or models.canonical_name(cfg.MODEL.ARCH), cfg.TAG)
+
+
+@contextmanager
+def prepared(
+    options: Options, process: Process, arch: str, train_size: tuple[int, int], *, lock: bool = False
+) -> Iterator[Task]:
+    """Settles the precision and opens the log of a run with an architecture and a size of training images.
+
+    With `lock` no other run writes to its folder meanwhile. A start that fails leaves no folder behind.
+    """
+    cfg, folder = options.config, run_folder(options.config, arch)
+    with ExitStack() as stack:
+        made = distributed.from_main(lambda: first_missing(folder))
+        if lock:  # before anything is written, so that a run that is under way stays undisturbed
+            distributed.from_main(lambda: stack.enter_context(folder_lock(folder)))
+        stack.enter_context(without_trace(folder, made, locked=lock))
+        stack.enter_context(clear_about_space(folder, ROOM))
+        logger = create_logger(folder, process.rank)
+        for notice in options.notices:
+            logger.warning(notice)
+        if cfg.DETERMINISTIC:
+            torch.use_deterministic_algorithms(True)
+        amp = ("bf16" if process.device.type == "cuda" else "off") if cfg.AMP == "auto" else cfg.AMP
+        logger.info(f"{process.world_size} process(es) on {process.device.type}, amp {amp}, output in {folder}")
+        test_size = to_2tuple(cfg.DATA.TEST_SIZE or train_size)
+        yield Task(cfg, arch, process, logger, folder, train_size, test_size, PRECISIONS[amp])
 
 
 def configured(options: Options) -> tuple[str, tuple[int, int]]:
@@ -162,35 +196,38 @@ def evaluate_only(options: Options, process: Process) -> None:
     cfg = options.config
     checkpoint = read_checkpoint(cfg.MODEL.RESUME, ema=cfg.TEST.EMA)
     arch = cfg.MODEL.ARCH if "MODEL.ARCH" in options.given else None
-    network = build_from(checkpoint, arch, **build_options(cfg))
-    task = prepare(options, process, network.arch, network.image_size)
-    source = task.source("val")
-    classes = len(source.classes)
-    if classes != network.num_classes and network.num_classes != cfg.MODEL.NUM_CLASSES:
-        raise ValueError(f"{checkpoint.path} is for {network.num_classes} classes, {cfg.DATA.DATA_PATH} has {classes}")
-    task.logger.info(f"{checkpoint}, {len(source)} images of {classes} classes")
-    precision, model = autocast(process.device, task.dtype), task.place(network.model.float())
-    result = evaluate(model, task.eval_batches(source), task.normalize(), process.device, precision)
-    refuse_nonfinite(result.nonfinite, result.images)
-    task.logger.info(f"* {result}")
+    size = {"img_size": to_2tuple(cfg.DATA.IMG_SIZE)} if cfg.DATA.IMG_SIZE else {}
+    network = build_from(checkpoint, arch, **size, **given_structure(cfg))
+    with prepared(options, process, network.arch, network.image_size) as task:
+        source = task.source("val")
+        classes = len(source.classes)
+        if classes != network.num_classes and network.num_classes != cfg.MODEL.NUM_CLASSES:
+            raise ValueError(
+                f"{checkpoint.path} is for {network.num_classes} classes, {cfg.DATA.DATA_PATH} has {classes}"
+            )
+        task.logger.info(f"{checkpoint}, {len(source)} images of {classes} classes")
+        precision, model = autocast(process.device, task.dtype), task.place(network.model.float())
+        result = evaluate(model, task.eval_batches(source), task.normalize(), process.device, precision)
+        refuse_nonfinite(result.nonfinite, result.images)
+        task.logger.info(f"* {result}")
 
 
 def measure_throughput(options: Options, process: Process) -> None:
     """Times the network in its training structure, its deploy structure, and fused for inference."""
-    task = prepare(options, process, *configured(options))
-    cfg, device = task.cfg, process.device
-    model = task.build_model(cfg.MODEL.NUM_CLASSES or 1000).eval()
-    images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *task.test_size, device=device)
-    precision = autocast(device, task.dtype)
-    forms = [("training structure", model, images, precision)]
-    if is_reparameterizable(model):
-        forms.append(("deploy structure", to_deploy(model), images, precision))
-    if isinstance(model, models.RepMLPNet):  # fused, it computes in the dtype of its weights
-        dtype = task.dtype or images.dtype
-        forms.append(("fused for inference", fuse_verified(model).to(dtype), images.to(dtype), nullcontext()))
-    for name, network, inputs, context in forms:
-        speed = throughput(compiled(network, cfg), inputs, context)
-        task.logger.info(f"{task.arch} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
+    with prepared(options, process, *configured(options)) as task:
+        cfg = task.cfg
+        model = task.build_model(cfg.MODEL.NUM_CLASSES or 1000).eval()
+        images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *task.test_size, device=process.device)
+        precision = autocast(process.device, task.dtype)
+        forms = [("training structure", model, images, precision)]
+        if is_reparameterizable(model):
+            forms.append(("deploy structure", to_deploy(model), images, precision))
+        if isinstance(model, models.RepMLPNet):  # fused, it computes in the dtype of its weights
+            dtype = task.dtype or images.dtype
+            forms.append(("fused for inference", fuse_verified(model).to(dtype), images.to(dtype), nullcontext()))
+        for name, network, inputs, context in forms:
+            speed = throughput(compiled(network, cfg), inputs, context)
+            task.logger.info(f"{task.arch} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
 
 
 def train_batches(task: Task, source: data.ImageSource) -> tuple[DataLoader, data.TrainSampler]:
@@ -271,6 +308,9 @@ def build_trainer(task: Task, model: nn.Module, derived: Derived, source: data.I
             global_batch=derived.global_batch,
             epochs=cfg.TRAIN.EPOCHS,
             warmup_updates=derived.warmup_updates,
+        )
+        task.logger.info(
+            f"moving average of the weights: decay {ema.decay:.6g}, every {cfg.TRAIN.EMA_UPDATE_PERIOD} updates"
         )
     return Trainer(
         network=model,
@@ -392,14 +432,11 @@ def evaluate_epoch(task: Task, trainer: Trainer, batches: DataLoader) -> tuple[b
 
 def train(options: Options, process: Process) -> None:
     """Trains in a folder that no other run writes to."""
-    folder = run_folder(options.config)
-    with ExitStack() as stack:  # before anything is written, so that a run that is under way stays undisturbed
-        distributed.from_main(lambda: stack.enter_context(folder_lock(folder)))
-        stack.enter_context(clear_about_space(folder))
-        run(prepare(options, process, *configured(options)))
+    with prepared(options, process, *configured(options), lock=True) as task:
+        fit(task)
 
 
-def run(task: Task) -> None:
+def fit(task: Task) -> None:
     """Trains, evaluates, saves and logs, epoch by epoch."""
     cfg, process, logger = task.cfg, task.process, task.logger
     train_source, val_source = task.source("train"), task.source("val")
@@ -457,7 +494,7 @@ def run(task: Task) -> None:
 
 def main() -> None:
     """Runs the mode that the command line asks for."""
-    options = parse(description=__doc__)
+    options = parse(description=__doc__, epilog=f"{cli.listing('architectures', models.list_models())}\n{EXAMPLES}")
     cfg, process = options.config, distributed.init(options.local_rank)
     mode = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_only if cfg.EVAL_MODE else train
     try:

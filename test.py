@@ -18,6 +18,7 @@ from timm.layers import to_2tuple
 from torch.utils.data import DataLoader
 
 import data
+import models
 from engine.evaluate import Comparison, compare, evaluate, refuse_nonfinite
 from engine.train import PRECISIONS, autocast
 from models.checkpoints import Network, build_from, read_checkpoint
@@ -36,7 +37,8 @@ REMEDY = {
 
 def parser() -> cli.Parser:
     """Describes the command line."""
-    result = cli.Parser(description=__doc__, argument_default=None)
+    architectures = cli.listing("architectures", [*models.list_models(), "any of timm"])
+    result = cli.Parser(description=__doc__, epilog=architectures, argument_default=None)
     result.add_argument("data", metavar="DATA", help="folder with val/<class>/*, or digits, or shapes")
     result.add_argument("mode", metavar="MODE", choices=["train", "deploy", "check"], help="train, deploy or check")
     result.add_argument("weights", metavar="WEIGHTS", help="checkpoint")

@@ -1,7 +1,6 @@
 """The command line of a run: flags that set keys, recipes, and any key by `--opts`."""
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from yacs.config import CfgNode
@@ -9,6 +8,8 @@ from yacs.config import CfgNode
 from utils import cli
 
 from .load import Override, load, parse_opts
+from .schema import DEFAULTS, KINDS
+from .words import meant_by
 
 # Each flag and the configuration key that it sets.
 FLAGS: dict[str, tuple[str, dict]] = {
@@ -33,10 +34,6 @@ FLAGS: dict[str, tuple[str, dict]] = {
     "--output": ("OUTPUT", {"metavar": "DIR", "help": "a run writes to DIR/<arch>/<tag>/"}),
     "--tag": ("TAG", {"metavar": "NAME", "help": "name of the run"}),
     "--eval": ("EVAL_MODE", {"action": "store_true", "help": "only evaluate"}),
-    "--ema": (
-        "TEST.EMA",
-        {"action": argparse.BooleanOptionalAction, "help": "evaluate the averaged weights; as the file says if absent"},
-    ),
     "--throughput": ("THROUGHPUT_MODE", {"action": "store_true", "help": "only measure speed"}),
 }
 APEX_LEVELS = {"O0": "off", "O1": "fp16", "O2": "fp16"}
@@ -51,22 +48,23 @@ class Options(NamedTuple):
     notices: list[str]
 
 
-def parse(argv: Sequence[str] | None = None, description: str | None = None) -> Options:
+def parse(argv: Sequence[str] | None = None, description: str | None = None, epilog: str | None = None) -> Options:
     """Reads the command line and the files that it names into a frozen configuration.
 
     Args:
         argv: the words; those of this process where None.
         description: what `--help` begins with.
+        epilog: what it ends with.
 
     Raises:
         ValueError: an unknown key, a wrong value, or one key given two values.
         SystemExit: an unknown flag, or `--help`.
     """
-    parser = cli.Parser(description=description, argument_default=None)
+    parser = cli.Parser(description=description, epilog=epilog, argument_default=None, hint=_hint)
     parser.add_argument("--cfg", metavar="FILE", help="recipe, a YAML file")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys of the configuration")
-    for flag, (_, options) in FLAGS.items():
-        parser.add_argument(flag, default=None, **options)
+    for flag, (key, options) in FLAGS.items():
+        parser.add_argument(flag, default=None, **options | {"help": f"{options['help']} ({_default(key)})"})
     parser.add_argument("--amp-opt-level", choices=list(APEX_LEVELS), help="the old name of --amp")
     parser.add_argument("--local-rank", "--local_rank", type=int, help="set by old launchers; the environment wins")
     args, notices = parser.parse_args(argv), []
@@ -77,3 +75,20 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None) -> 
         notices.append(f"--amp-opt-level {args.amp_opt_level} is the old name of --amp {amp}")
         overrides.append(Override("--amp-opt-level", "AMP", amp))
     return Options(*load(args.cfg, [*overrides, *parse_opts(args.opts)]), args.local_rank, notices)
+
+
+def _default(key: str) -> str:
+    """Tells the default that the schema has for a key."""
+    default = DEFAULTS[key]
+    return f"default: {'off' if default is False else default}" if default not in (None, "") else "default: none"
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    """Tells what to give in place of an unknown flag."""
+    meant = meant_by(word)
+    flags = {key: flag for flag, (key, _) in FLAGS.items()}
+    if meant in KINDS:
+        return f": use {flags.get(meant) or f'--opts {meant} VALUE'}"
+    if meant:
+        return f": {meant}"
+    return cli.did_you_mean(word, known) or "; --opts KEY VALUE sets any key of configs/defaults.py"

@@ -6,7 +6,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from .files import parse_yaml
-from .schema import DEFAULTS, KINDS, flatten
+from .schema import DEFAULTS, KINDS, flatten, read_setting
 
 # Keys that say where a run is or how it was started, and nothing about what it computes.
 ABOUT_THE_START = {"OUTPUT", "TAG", "MODEL.RESUME", "EVAL_MODE", "THROUGHPUT_MODE"}
@@ -20,8 +20,9 @@ def changed_settings(recorded: str, cfg: CfgNode) -> list[str]:
     Raises:
         ValueError: the text is no configuration.
     """
-    tree = parse_yaml(recorded.encode(), "the configuration in the checkpoint")
-    before = DEFAULTS | {key: KINDS[key].read(value) for key, value in _leaves(tree) if key in KINDS}
+    place = "the configuration in the checkpoint"
+    known = [leaf for leaf in _leaves(parse_yaml(recorded.encode(), place)) if leaf[0] in KINDS]
+    before = DEFAULTS | {key: read_setting(key, value, place).value for key, value in known}
     after = flatten(cfg)
     changed = (key for key in KINDS if key not in ABOUT_THE_START and before[key] != after[key])
     return [f"{key} {before[key]!r} -> {after[key]!r}" for key in changed]

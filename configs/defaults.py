@@ -5,7 +5,7 @@ Numbers stand here as the user writes them; `configs.derive` turns them into wha
 
 from yacs.config import CfgNode
 
-from .values import BOOLEAN, INTEGER, INTEGERS, NUMBER_PAIR, SIZE, TEXT, Kind, optional
+from .values import BOOLEAN, INTEGER, INTEGERS, NUMBER_PAIR, PATH, SIZE, TEXT, Kind, optional
 
 _C = CfgNode()
 
@@ -120,7 +120,10 @@ _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
 # Momentum of sgd; 0 to below 1.
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
 
-# Decay of the moving average of the weights, at every update of it; 0 (off) to below 1.
+# Weight of the newest weights in the moving average, per image of global batch, for an average of every update in a run
+# of one epoch; 0 (off) to below 1. As published, the average forgets more slowly in a longer run: its decay is
+# 1 - EMA_ALPHA x global batch / EPOCHS x EMA_UPDATE_PERIOD, 0.998 for EMA_ALPHA 1e-4 with a global batch of 256, 100
+# epochs and a period of 8. The log names it; so small a decay that the average would be a mere copy is refused.
 _C.TRAIN.EMA_ALPHA = 0.0
 # Optimizer updates between two updates of that average; at least 1.
 _C.TRAIN.EMA_UPDATE_PERIOD = 8
@@ -181,7 +184,7 @@ _C.CHANNELS_LAST = False
 _C.DETERMINISTIC = False
 # Folder of all runs; a run writes to OUTPUT/ARCH/TAG.
 _C.OUTPUT = "output"
-# Name of this run.
+# Name of this run, which is that of its folder.
 _C.TAG = "default"
 # Epochs between two numbered checkpoints; at least 1.
 _C.SAVE_FREQ = 20
@@ -191,7 +194,7 @@ _C.SAVE_STEPS = 0
 _C.KEEP_CHECKPOINTS = 3
 # Epochs between two evaluations, at least 1; the last epoch is always evaluated.
 _C.EVAL_FREQ = 1
-# Steps between two lines of the log; at least 1.
+# Steps between two lines of the log; 1 to 10000.
 _C.PRINT_FREQ = 10
 # Seed of every random number; 0 to 2^32 - 1.
 _C.SEED = 0
@@ -200,8 +203,12 @@ _C.EVAL_MODE = False
 # Whether images per second are measured, and nothing trained.
 _C.THROUGHPUT_MODE = False
 
-# What the keys hold whose default is null, and which therefore tell no type.
-OPTIONAL: dict[str, Kind] = {
+# What the keys hold whose default does not tell it: it is null, or text that is a path.
+SPECIAL: dict[str, Kind] = {
+    "DATA.DATA_PATH": PATH,
+    "MODEL.RESUME": PATH,
+    "MODEL.PRETRAINED": PATH,
+    "OUTPUT": PATH,
     "DATA.IMG_SIZE": optional(SIZE),
     "DATA.TEST_SIZE": optional(SIZE),
     "DATA.TEST_BATCH_SIZE": optional(INTEGER),

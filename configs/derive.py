@@ -46,7 +46,8 @@ def derive(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Derived:
         steps_per_epoch: batches that each process sees in one epoch.
 
     Raises:
-        ValueError: the training images do not fill one batch, or the batches not one update.
+        ValueError: the training images do not fill one batch, or the batches not one update, or the moving average of
+            the weights would be a mere copy of them.
     """
     assert world_size >= 1
     if steps_per_epoch < 1:
@@ -61,6 +62,7 @@ def derive(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Derived:
             "no update would ever be made; lower it, or DATA.BATCH_SIZE"
         )
     global_batch = cfg.DATA.BATCH_SIZE * world_size * accumulation
+    _check_average(cfg, global_batch)
     updates_per_epoch = steps_per_epoch // accumulation
     return Derived(
         global_batch=global_batch,
@@ -72,3 +74,15 @@ def derive(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Derived:
         warmup_updates=cfg.TRAIN.WARMUP_EPOCHS * updates_per_epoch,
         decay_updates=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch,
     )
+
+
+def _check_average(cfg: CfgNode, global_batch: int) -> None:
+    alpha, epochs, period = cfg.TRAIN.EMA_ALPHA, cfg.TRAIN.EPOCHS, cfg.TRAIN.EMA_UPDATE_PERIOD
+    scale = global_batch / epochs * period  # as in engine/ema.py
+    if alpha * scale >= 1:
+        raise ValueError(
+            f"TRAIN.EMA_ALPHA = {alpha:g}: with a global batch of {global_batch}, {epochs} epochs and "
+            f"TRAIN.EMA_UPDATE_PERIOD {period} the newest weights would have the weight {alpha * scale:.3g} in their "
+            f"moving average, which would be a copy of them (decay 0): it must be below {1 / scale:.2g}; "
+            f"{0.01 / scale:.2g} gives a decay of 0.99, {0.001 / scale:.2g} one of 0.999"
+        )

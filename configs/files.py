@@ -86,8 +86,10 @@ def parse_yaml(content: bytes, place: str) -> Any:
     """Returns what YAML holds: text, None, lists and mappings of them; `place` says where it is from, for messages.
 
     Raises:
-        ValueError: no YAML, too many values, a key twice, or anything but these types.
+        ValueError: too long, no YAML, too many values, a key twice, or anything but these types.
     """
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{place}: is larger than {MAX_BYTES} bytes, which no configuration is")
     try:
         return yaml.load(content, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -106,7 +108,4 @@ def _content(path: Path, origin: str) -> bytes:
     if not path.is_file():  # reading a pipe or a device may have no end
         raise ValueError(f"{path} ({origin}): is no regular file; give a YAML file")
     with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{path} ({origin}): is larger than {MAX_BYTES} bytes; give a YAML file")
-    return content
+        return file.read(MAX_BYTES + 1)

@@ -20,9 +20,9 @@ def one_of(*choices: str) -> Rule:
     return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
 
 
-def at_least(bound: float) -> Rule:
-    """The bound or more."""
-    return Rule(f"at least {bound}", lambda value: value >= bound)
+def at_least(bound: float, most: float) -> Rule:
+    """From the bound to what still makes sense; beyond that, a slip of the hand would take all memory or no end."""
+    return Rule(f"at least {bound} and at most {most}", lambda value: bound <= value <= most)
 
 
 def from_0_to(bound: float) -> Rule:
@@ -34,84 +34,100 @@ def _inside_unit(value: float) -> bool:
     return 0 <= value < 1
 
 
-def _positive_size(value: int | tuple[int, int]) -> bool:
-    return min(value) >= 1 if isinstance(value, tuple) else value >= 1
+def _possible_size(value: int | tuple[int, int]) -> bool:
+    return all(1 <= side <= MAX_SIDE for side in (value if isinstance(value, tuple) else (value,)))
 
 
-def _rising_shares(value: tuple[float, float]) -> bool:
-    return 0 <= value[0] <= value[1] <= 1
+def _different_odd_sizes(value: tuple[int, ...]) -> bool:
+    return all(k > 0 and k % 2 and k < MAX_SIDE for k in value) and len({*value}) == len(value)
 
+
+def _names_a_folder(value: str) -> bool:
+    short = len(value.encode(errors="replace")) <= 200
+    return short and value.isprintable() and not {*value} & {*"/\\"} and value.strip() not in ("", ".", "..")
+
+
+MAX_SIDE = 16384  # of an image, in pixels
+MANY = 10**6  # epochs, images of a batch, ...: more than any run has
+COUNTER = 10**9
 
 PROBABILITY = from_0_to(1)
 BELOW_ONE = Rule("at least 0 and below 1", _inside_unit)
-POSITIVE = Rule("above 0", lambda value: value > 0)
-ODD = Rule("odd numbers, each once", lambda value: all(k > 0 and k % 2 for k in value) and len({*value}) == len(value))
-COUNTS = Rule("at least 1 each", lambda value: len(value) > 0 and min(value) >= 1)
-PIXELS = Rule("at least 1 pixel", _positive_size)
+ODD = Rule(f"odd numbers, each once, below {MAX_SIDE}", _different_odd_sizes)
+COUNTS = Rule(f"at least 1 each and at most {MANY}", lambda value: value and all(1 <= count <= MANY for count in value))
+PIXELS = Rule(f"at least 1 pixel and at most {MAX_SIDE}", _possible_size)
 NOT_EMPTY = Rule("given and not empty", lambda value: value.strip() != "")
+# A run writes to OUTPUT/ARCH/TAG, and both are printed in every log.
+FOLDER_NAME = Rule(
+    "given and a plain name: printable, at most 200 bytes, without / and \\, not . or ..", _names_a_folder
+)
+PRINTABLE = Rule("printable text", str.isprintable)
 POLICIES = ("rand", "augmix", "original", "v0", "3a")
 
 RULES: dict[str, Rule] = {
-    "DATA.BATCH_SIZE": at_least(1),
+    "DATA.BATCH_SIZE": at_least(1, MANY),
     "DATA.DATA_PATH": NOT_EMPTY,
     "DATA.DATASET": one_of("imagenet", "cf100", "digits", "shapes"),
     "DATA.IMG_SIZE": PIXELS,
     "DATA.TEST_SIZE": PIXELS,
-    "DATA.TEST_BATCH_SIZE": at_least(1),
+    "DATA.TEST_BATCH_SIZE": at_least(1, MANY),
     "DATA.INTERPOLATION": one_of("random", "bilinear", "bicubic"),
     "DATA.CACHE_MODE": one_of("no", "part", "full"),
-    "DATA.NUM_WORKERS": at_least(0),
-    "DATA.MAX_UNREADABLE": at_least(0),
-    "MODEL.ARCH": NOT_EMPTY,
-    "MODEL.NUM_CLASSES": at_least(1),
+    "DATA.NUM_WORKERS": at_least(0, 1024),
+    "DATA.MAX_UNREADABLE": at_least(0, COUNTER),
+    "MODEL.ARCH": FOLDER_NAME,
+    "MODEL.NUM_CLASSES": at_least(1, 10 * MANY),
     "MODEL.LABEL_SMOOTHING": BELOW_ONE,
     "MODEL.DROP_PATH": BELOW_ONE,
     "MODEL.BRANCHES": ODD,
     "MODEL.SHARE_SETS": COUNTS,
-    "TRAIN.START_EPOCH": at_least(0),
-    "TRAIN.EPOCHS": at_least(1),
-    "TRAIN.WARMUP_EPOCHS": at_least(0),
-    "TRAIN.WEIGHT_DECAY": at_least(0),
-    "TRAIN.BASE_LR": at_least(0),
-    "TRAIN.WARMUP_LR": at_least(0),
-    "TRAIN.MIN_LR": at_least(0),
-    "TRAIN.CLIP_GRAD": at_least(0),
-    "TRAIN.MAX_SKIPPED": at_least(0),
-    "TRAIN.ACCUMULATION_STEPS": at_least(0),
+    "TRAIN.START_EPOCH": at_least(0, MANY),
+    "TRAIN.EPOCHS": at_least(1, MANY),
+    "TRAIN.WARMUP_EPOCHS": at_least(0, MANY),
+    "TRAIN.WEIGHT_DECAY": at_least(0, 1000),
+    "TRAIN.BASE_LR": at_least(0, 1000),
+    "TRAIN.WARMUP_LR": at_least(0, 1000),
+    "TRAIN.MIN_LR": at_least(0, 1000),
+    "TRAIN.CLIP_GRAD": at_least(0, COUNTER),
+    "TRAIN.MAX_SKIPPED": at_least(0, COUNTER),
+    "TRAIN.ACCUMULATION_STEPS": at_least(0, MANY),
     "TRAIN.LR_SCHEDULER.NAME": one_of("cosine", "linear", "step"),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": at_least(1),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": at_least(1, MANY),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Rule("above 0 and at most 1", lambda value: 0 < value <= 1),
     "TRAIN.OPTIMIZER.NAME": one_of("adamw", "sgd"),
-    "TRAIN.OPTIMIZER.EPS": POSITIVE,
+    "TRAIN.OPTIMIZER.EPS": Rule("above 0, from 1e-30 to 1", lambda value: 1e-30 <= value <= 1),
     "TRAIN.OPTIMIZER.BETAS": Rule(
         "two numbers, each at least 0 and below 1", lambda value: all(map(_inside_unit, value))
     ),
     "TRAIN.OPTIMIZER.MOMENTUM": BELOW_ONE,
     "TRAIN.EMA_ALPHA": BELOW_ONE,
-    "TRAIN.EMA_UPDATE_PERIOD": at_least(1),
-    "AUG.MIXUP": at_least(0),
-    "AUG.CUTMIX": at_least(0),
-    "AUG.CUTMIX_MINMAX": Rule("two numbers from 0 to 1, the smaller first", _rising_shares),
+    "TRAIN.EMA_UPDATE_PERIOD": at_least(1, MANY),
+    "AUG.MIXUP": at_least(0, 1000),
+    "AUG.CUTMIX": at_least(0, 1000),
+    "AUG.CUTMIX_MINMAX": Rule(
+        "two numbers from 0 to 1, the smaller first and not equal", lambda value: 0 <= value[0] < value[1] <= 1
+    ),
     "AUG.MIXUP_PROB": PROBABILITY,
     "AUG.MIXUP_SWITCH_PROB": PROBABILITY,
     "AUG.MIXUP_MODE": one_of("batch", "pair", "elem"),
     "AUG.PRESET": one_of("none", "flip", "weak", "raug10", "raug15", "raug20", "raug25", "shift", "crop"),
-    "AUG.COLOR_JITTER": at_least(0),
+    "AUG.COLOR_JITTER": at_least(0, 10),
     "AUG.AUTO_AUGMENT": Rule(
         f"none, or a policy of timm, whose name starts with one of {', '.join(POLICIES)}",
         lambda value: value == "none" or value.startswith(POLICIES),
     ),
     "AUG.REPROB": PROBABILITY,
     "AUG.REMODE": one_of("const", "rand", "pixel"),
-    "AUG.RECOUNT": at_least(1),
+    "AUG.RECOUNT": at_least(1, 1000),
     "AMP": one_of("auto", "off", "bf16", "fp16"),
     "COMPILE_MODE": one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    "TAG": NOT_EMPTY,
-    "SAVE_FREQ": at_least(1),
-    "SAVE_STEPS": at_least(0),
-    "KEEP_CHECKPOINTS": at_least(0),
-    "EVAL_FREQ": at_least(1),
-    "PRINT_FREQ": at_least(1),
+    "OUTPUT": PRINTABLE,
+    "TAG": FOLDER_NAME,
+    "SAVE_FREQ": at_least(1, MANY),
+    "SAVE_STEPS": at_least(0, COUNTER),
+    "KEEP_CHECKPOINTS": at_least(0, MANY),
+    "EVAL_FREQ": at_least(1, MANY),
+    "PRINT_FREQ": at_least(1, 10_000),
     "SEED": from_0_to(2**32 - 1),
 }
 

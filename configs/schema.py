@@ -8,8 +8,9 @@ from yacs.config import CfgNode
 from utils.cli import did_you_mean
 from utils.text import shortened
 
-from .defaults import OPTIONAL, RETIRED, defaults
+from .defaults import RETIRED, SPECIAL, defaults
 from .values import Kind, kind_of
+from .words import meant_by
 
 
 class Setting(NamedTuple):
@@ -34,7 +35,7 @@ def _leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 DEFAULTS = flatten(defaults())
 KINDS: dict[str, Kind] = {
-    key: OPTIONAL.get(key) or kind_of(default) for key, default in DEFAULTS.items() if key != "BASE"
+    key: SPECIAL.get(key) or kind_of(default) for key, default in DEFAULTS.items() if key != "BASE"
 }
 # What stands before a dot of some key: TRAIN, TRAIN.OPTIMIZER, ...
 SECTIONS = frozenset(key[:at] for key in KINDS for at, letter in enumerate(key) if letter == ".")
@@ -68,6 +69,9 @@ def _why_no_key(key: str) -> str:
     for known in KINDS:
         if key.startswith(f"{known}."):
             return f"{known} holds a value, there are no keys below it; set {known} itself"
+    meant = meant_by(key)
+    if meant:
+        return f"unknown key; did you mean {meant}?" if meant in KINDS else f"unknown key; {meant}"
     return f"unknown key{did_you_mean(key, [*KINDS, *SECTIONS]) or '; configs/defaults.py lists all'}"
 
 

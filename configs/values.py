@@ -11,6 +11,8 @@ from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+from utils.files import user_path
+
 NULL_WORDS = ("None", "null")  # how nothing is spelt on a command line, and by a Python hand in YAML
 
 
@@ -62,6 +64,11 @@ def _text(value: object) -> str:
     return str(value)
 
 
+def _path(value: object) -> str:
+    text = _text(value)
+    return str(user_path(text)) if text.startswith("~") else text
+
+
 def _items(value: object) -> list[object]:
     """Splits a list, a tuple, or their text with or without brackets: `(0.9, 0.999)`, `[0.9,0.999]`, `0.9,0.999`."""
     if isinstance(value, str):
@@ -102,6 +109,7 @@ BOOLEAN = Kind("true or false", _boolean)
 INTEGER = Kind("an integer", _integer)
 NUMBER = Kind("a finite number", _number)
 TEXT = Kind("text", _text)
+PATH = Kind("text, a path in which ~ or ~USER stands for the home of a user who exists", _path)
 NUMBER_PAIR = Kind("a pair of finite numbers such as [0.5, 1]", lambda value: _pair(_number, value))
 INTEGERS = Kind("integers such as [1, 3]", _integers)
 SIZE = Kind("an integer, or a pair of integers such as [224, 256]", _size)

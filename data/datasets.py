@@ -11,6 +11,7 @@ from typing import Any
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from utils.cli import did_you_mean
+from utils.text import printable
 
 from .shapes import ShapesSource
 from .sources import DIGITS, SHAPES, SPLITS, CifarSource, DigitsSource, FolderSource, ImageSource
@@ -67,19 +68,34 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
 }
 WITHOUT_PATH = (DIGITS, SHAPES)
+# What stands for no data path, nothing and what the configuration has by default; and for no data set, its default.
+NO_PATH = ("", "/path/to/imgnet/")
+DEFAULT = "imagenet"
 
 
 def resolve_name(dataset: str, data_path: str | Path) -> str:
-    """Returns the key in `DATASETS`: `dataset`, unless the data path is a word that names one, which always wins.
+    """Returns the key in `DATASETS`: that of `dataset`, or of a data path that is a word and names one.
 
-    Raises ValueError for an unknown data set.
+    Raises ValueError for an unknown data set, and where the two contradict each other: a word wins over the default
+    alone, and a data set without files has no folder to read.
     """
-    if str(data_path) in WITHOUT_PATH:
-        return str(data_path)
+    path = str(data_path)
     if dataset not in DATASETS:
         raise ValueError(
             f"unknown data set {dataset!r} in DATA.DATASET{did_you_mean(dataset, DATASETS)} "
             f"(known: {', '.join(DATASETS)})"
+        )
+    if path in WITHOUT_PATH:
+        if dataset not in (path, DEFAULT):
+            raise ValueError(
+                f"the data set {dataset} (DATA.DATASET, --dataset) and the data path {path!r}, which stands for a data "
+                f"set of its own, contradict each other: give another data path, or --dataset {path}"
+            )
+        return path
+    if dataset in WITHOUT_PATH and path not in NO_PATH:
+        raise ValueError(
+            f"the data set {dataset} (DATA.DATASET, --dataset) has no folder and would leave {printable(path)} unread: "
+            f"give --dataset {DEFAULT} to read image folders there, or the word {dataset} as data path"
         )
     return dataset
 
@@ -98,7 +114,8 @@ def open_source(
     """Opens the images of a split, `train` or `val`, without ever building the other one.
 
     `zip_mode`, `cache_mode`, `rank` and `world_size` are for zipped image folders (see `ZipSource`), `download` is
-    for data sets that can be fetched. Raises ValueError, with the remedy, where the data is missing or malformed.
+    for data sets that can be fetched. Raises ValueError, with the remedy, where the data is missing or malformed, and
+    where the options contradict each other.
     """
     assert split in SPLITS
     name = resolve_name(dataset, data_path)
@@ -106,6 +123,8 @@ def open_source(
         raise ValueError(
             f"no data path for {name}: give --data-path PATH, or one of {', '.join(WITHOUT_PATH)}, which need none"
         )
+    if zip_mode and name != DEFAULT:
+        raise ValueError(f"--zip (DATA.ZIP_MODE) is for zipped image folders, which {name} is not: leave it out")
     return DATASETS[name].open(
         data_path,
         split,

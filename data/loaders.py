@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from utils.seed import keyed_rng
 from utils.signals import SIGNALS
+from utils.text import printable
 
 from .samplers import Draw, EvalSampler, TrainSampler
 from .sources import Source
+from .transport import REFUSALS, SHARED_MEMORY, Failure, Parcel, check_room, with_remedy
 
 MAX_TRIES = 16  # more unreadable images in a row than this mean that the storage is gone
 DEATH_S = 2.0  # a worker that dies has ended so long after its connections
@@ -40,6 +42,11 @@ class Batch(NamedTuple):
     indices: Tensor  # int64 (N,)
     unreadable: list[str]
 
+    def pin_memory(self) -> "Batch":
+        """Returns the same in page-locked memory."""
+        images, labels, indices = (tensor.pin_memory() for tensor in self[:3])
+        return Batch(images, labels, indices, self.unreadable)
+
 
 class TransformedDataset(Dataset[Sample]):
     """The images of a source under a transform whose random draws depend on (seed, epoch, index) alone."""
@@ -61,6 +68,19 @@ class TransformedDataset(Dataset[Sample]):
         with keyed_rng(self.seed, draw.epoch, draw.index):
             return Sample(*self.transformed(image, label), index, unreadable)
 
+    def __getitems__(self, draws: list[Draw]) -> Batch | Parcel | Failure:
+        """Returns the batch of these draws; in a data loading process it is packed, or says why there is none."""
+        if get_worker_info() is None:
+            return self._batch(draws)
+        try:
+            return Parcel(self._batch(draws))
+        except (OSError, ValueError) as error:
+            return Failure.of(error)
+
+    def _batch(self, draws: list[Draw]) -> Batch:
+        with with_remedy():
+            return collate([self[draw] for draw in draws])
+
     def transformed(self, image: Image.Image, label: Any) -> tuple[Tensor, Any]:
         """Returns the image, uint8 (C, H, W), and its label."""
         return self.transform(image), label
@@ -72,7 +92,9 @@ class TransformedDataset(Dataset[Sample]):
             try:
                 image, label = self.source.load(index)
             except (OSError, ValueError) as error:
-                unreadable.append(f"{self.source.locate(index)}: {error}")
+                if isinstance(error, OSError) and error.errno in REFUSALS:
+                    raise  # no fault of the image
+                unreadable.append(printable(f"{self.source.locate(index)}: {error}"))
             else:
                 return image, label, index, unreadable
         raise OSError(f"{len(unreadable)} images in a row cannot be read, the first being {unreadable[0]}")
@@ -132,27 +154,47 @@ def build_eval_loader(
 
 
 class BatchLoader(DataLoader[Sample]):
-    """A loader that says what to do when the system has killed one of its workers."""
+    """A loader whose workers' failures reach the run as they were raised, with the remedy, their deaths included."""
+
+    _has_workers = False
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yields the batches; raises OSError where the system refuses something, or kills one of the workers."""
+        for item in self._items():
+            if isinstance(item, Failure):
+                raise item.kind(item.text)
+            yield item
+
+    def _items(self) -> Iterator[Batch | Failure]:
         at_death = signal.getsignal(signal.SIGCHLD)
         workers: list[multiprocessing.process.BaseProcess] = []
         try:
+            if self.num_workers and not self._has_workers:  # they stay for all epochs
+                check_room(self.num_workers)
             batches = super().__iter__()
+            self._has_workers = True
             workers = multiprocessing.active_children()
             if threading.current_thread() is threading.main_thread():
                 # torch's handler would raise wherever the run happens to be, in the middle of an update too; without
                 # it the loader finds a death out by itself, within seconds, when it waits for a batch.
                 signal.signal(signal.SIGCHLD, at_death or signal.SIG_DFL)
-            yield from batches
+            for item in batches:
+                yield item.open() if isinstance(item, Parcel) else item
         except (RuntimeError, ConnectionError, EOFError) as error:
             # torch reports the processes that have ended; one that is about to has closed its connections before.
             reported = str(error).startswith("DataLoader worker (pid")
             if not reported and not connection.wait([worker.sentinel for worker in workers], timeout=DEATH_S):
                 raise
+            if any(worker.exitcode == -signal.SIGBUS for worker in workers):
+                raise OSError(SHARED_MEMORY) from error
+            reason = (str(error) or type(error).__name__).splitlines()[-1]
             raise OSError(
-                f"a data loading process was killed, probably for want of memory: lower DATA.NUM_WORKERS ({error})"
+                f"a data loading process was killed, probably for want of memory: lower DATA.NUM_WORKERS ({reason})"
             ) from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _leave_signals_to_the_run(_worker: int) -> None:
@@ -168,6 +210,7 @@ def _leave_signals_to_the_run(_worker: int) -> None:
             pass
         os._exit(0)
 
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch's handler would print lines of its own
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=wait, daemon=True).start()
 
@@ -180,7 +223,7 @@ def _build_loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         num_workers=num_workers,  # torch gives each worker a single thread
         worker_init_fn=_leave_signals_to_the_run,
         persistent_workers=num_workers > 0,

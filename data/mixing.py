@@ -48,8 +48,21 @@ class Mixing:
                 erase = RandomErasing(self._reprob, mode=self._remode, max_count=self._recount, device=images.device)
                 images = erase(images)
             if self._mixup is not None:
+                if self._mixup.cutmix_minmax is not None:
+                    _check_box(self._mixup.cutmix_minmax, images)
                 return self._mixup(images, labels)
         return images, labels
+
+
+def _check_box(minmax: Sequence[float], images: Tensor) -> None:
+    """Raises ValueError where both bounds of CutMix's box are the same number of pixels."""
+    for side in images.shape[-2:]:
+        low, high = (int(side * share) for share in minmax)
+        if low == high:
+            raise ValueError(
+                f"AUG.CUTMIX_MINMAX is {list(minmax)}: both are {low} of {side} pixels, and CutMix draws a side from "
+                "the first to below the second: set them further apart"
+            )
 
 
 @contextmanager
@@ -89,20 +102,12 @@ def build_mixing(
     An image is erased with probability `reprob`, in 1 to `recount` rectangles of 0 (`const`), one random colour
     (`rand`) or noise (`pixel`). `batch_size` is that of one process.
 
-    Raises ValueError for values out of range, naming the key, and for an odd batch where images would be mixed.
+    Raises ValueError for an odd batch where images would be mixed; the range of each value is checked by the caller.
     """
+    assert mode in MIXUP_MODES
+    assert remode in ERASING_MODES
     minmax = None if cutmix_minmax is None else tuple(cutmix_minmax)
     mixes = mixup > 0 or cutmix > 0 or minmax is not None
-    _require(mixup >= 0, "AUG.MIXUP", mixup, "a number from 0 on (0: off)")
-    _require(cutmix >= 0, "AUG.CUTMIX", cutmix, "a number from 0 on (0: off)")
-    _require(_is_range(minmax), "AUG.CUTMIX_MINMAX", cutmix_minmax, "null or [min, max] with 0 <= min < max <= 1")
-    _require(0 <= prob <= 1, "AUG.MIXUP_PROB", prob, "a probability")
-    _require(0 <= switch_prob <= 1, "AUG.MIXUP_SWITCH_PROB", switch_prob, "a probability")
-    _require(mode in MIXUP_MODES, "AUG.MIXUP_MODE", mode, f"one of {', '.join(MIXUP_MODES)}")
-    _require(0 <= label_smoothing < 1, "MODEL.LABEL_SMOOTHING", label_smoothing, "a number in [0, 1)")
-    _require(0 <= reprob <= 1, "AUG.REPROB", reprob, "a probability")
-    _require(remode in ERASING_MODES, "AUG.REMODE", remode, f"one of {', '.join(ERASING_MODES)}")
-    _require(recount >= 1, "AUG.RECOUNT", recount, "an integer from 1 on")
     if mixes and batch_size % 2:
         raise ValueError(
             f"--batch-size {batch_size} is odd, and AUG.MIXUP and AUG.CUTMIX mix pairs of images: "
@@ -112,13 +117,3 @@ def build_mixing(
         return None
     mixer = Mixup(mixup, cutmix, minmax, prob, switch_prob, mode, True, label_smoothing, num_classes) if mixes else None
     return Mixing(mixer, reprob=reprob, remode=remode, recount=recount, seed=seed, rank=rank)
-
-
-def _require(condition: bool, key: str, value: object, expected: str) -> None:
-    """Raises a ValueError that names the key, its value and what it should be, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{key} is {value!r}: expected {expected}")
-
-
-def _is_range(minmax: tuple[float, ...] | None) -> bool:
-    return minmax is None or (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1)

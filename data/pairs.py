@@ -31,8 +31,7 @@ def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no list of pairs at {path}")
-    places = (Path(source.locate(i)).relative_to(source.folder).as_posix() for i in range(len(source)))
-    positions = {place: i for i, place in enumerate(places)}
+    positions = {place: i for i, place in enumerate(source.paths)}
     rows: list[tuple[int, int, bool]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.startswith("#"):

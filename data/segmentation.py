@@ -14,9 +14,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize, to_image
 
 from utils.files import user_path
+from utils.text import printable
 
+from .decode import decode_rgb, image_file
 from .loaders import TransformedDataset
-from .sources import SPLITS, Source, decode_rgb
+from .sources import SPLITS, Source
 from .transforms import Size
 
 IGNORED = 255  # in a mask, a pixel that neither trains nor counts
@@ -60,7 +62,7 @@ class CityscapesSource(Source):
         self.classes = list(CITYSCAPES)
         root = user_path(root)
         folder = root / "leftImg8bit" / split
-        self._images = sorted(folder.glob(f"*/*{IMAGE_SUFFIX}"))
+        self._images = sorted(folder.glob(f"[!.]*/[!.]*{IMAGE_SUFFIX}"))
         if not self._images:
             raise ValueError(
                 f"no images at {folder}/<city>/*{IMAGE_SUFFIX}: a Cityscapes folder holds leftImg8bit/ and gtFine/"
@@ -82,9 +84,9 @@ class CityscapesSource(Source):
         """Returns the image in RGB and its mask, uint8 (H, W) of training ids; raises OSError or ValueError."""
         with self._images[index].open("rb") as file:
             image = decode_rgb(file)
-        with Image.open(self._masks[index]) as mask:
+        with self._masks[index].open("rb") as file, image_file(file) as mask:
             if mask.mode != "L":
-                raise ValueError(f"{self._masks[index]} holds {mask.mode} pixels instead of 8-bit label ids")
+                raise ValueError(f"{printable(self._masks[index])} holds {mask.mode} pixels instead of 8-bit label ids")
             ids = self._training_ids[np.asarray(mask)]
         if ids.shape != (image.height, image.width):
             raise ValueError(f"its mask is {ids.shape[0]}x{ids.shape[1]}, the image {image.height}x{image.width}")
@@ -92,7 +94,7 @@ class CityscapesSource(Source):
 
     def locate(self, index: int) -> str:
         """Returns the path of the image."""
-        return str(self._images[index])
+        return printable(self._images[index])
 
 
 class MaskedDataset(TransformedDataset):

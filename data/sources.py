@@ -1,25 +1,24 @@
 """Raw images from where they are stored: a folder, CIFAR-100's files, the embedded digits."""
 
-import os
-import struct
-import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.datasets import CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from utils.files import user_path
+from utils.text import printable
+
+from .decode import EXTENSIONS, decode_rgb
+from .folders import class_names, image_files
 
 SPLITS = ("train", "val")
 # The words that stand for a data set without files of the user, wherever a data path is taken.
 DIGITS, SHAPES = "digits", "shapes"
-
-# What decoders raise for bytes that are no image, besides OSError and ValueError.
-_DECODING_ERRORS = (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class Source(ABC):
@@ -39,7 +38,7 @@ class Source(ABC):
 
     @abstractmethod
     def locate(self, index: int) -> str:
-        """Returns where the image comes from (`path/to/cat.jpg`, `digits image 17`), for messages."""
+        """Returns where the image comes from (`path/to/cat.jpg`, `digits image 17`), printable, for messages."""
 
 
 class ImageSource(Source):
@@ -63,29 +62,38 @@ class ImageSource(Source):
         """Returns the image in RGB; raises as `load` does."""
 
 
-def decode_rgb(file: BinaryIO) -> Image.Image:
-    """Decodes an image file into RGB; whatever the decoder dislikes becomes an OSError or a ValueError."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError:  # its text is another one each time
-        raise ValueError("not an image of a known format") from None
-    except _DECODING_ERRORS as error:
-        raise ValueError(f"not a readable image ({error})") from error
+class PackedStrings:
+    """Many strings in two objects instead of a million: forked workers share them, and others receive them quickly."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+        self._bytes = b"".join(encoded)
+        self._ends = np.fromiter(accumulate(map(len, encoded), initial=0), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
 
 
 class FolderSource(ImageSource):
-    """The images below `root/split/<class>/`, at any depth; symbolic links are followed.
+    """The images below `root/split/<class>/`, at any depth; symbolic links are followed, hidden names left out.
 
-    Raises ValueError for a missing folder, a class without images, and a class that only one of `train` and `val`
-    has: labels are positions in the sorted class names, so those of the two splits would mean different things. With
-    `same_classes` off they may, as people whom a face network has never seen do.
+    `paths` are theirs, relative to `folder`.
+
+    Raises ValueError for a missing folder, a class without images, a folder that is reached in two ways, and a class
+    that only one of `train` and `val` has: labels are positions in the sorted class names, so those of the two splits
+    would mean different things. With `same_classes` off they may, as people whom a face network has never seen do.
     """
 
     def __init__(self, root: str | Path, split: str, *, same_classes: bool = True) -> None:
         assert split in SPLITS
         self.folder = user_path(root) / split
-        self.classes = _class_names(self.folder)
+        self.classes = class_names(self.folder)
         if not self.classes:
             raise ValueError(
                 f"no class folders at {self.folder}: a data path holds train/<class>/* and val/<class>/*"
@@ -93,37 +101,32 @@ class FolderSource(ImageSource):
             )
         if same_classes:
             _check_same_classes(self.folder, self.folder.with_name("val" if split == "train" else "train"))
-        labels = {name: label for label, name in enumerate(self.classes)}
-        samples = make_dataset(self.folder, labels, IMG_EXTENSIONS, allow_empty=True)
-        self.labels = np.array([label for _, label in samples], dtype=np.int64)
+        paths, labels = [], []
+        for path, label in image_files(self.folder, self.classes):
+            paths.append(path)
+            labels.append(label)
+        self.paths = PackedStrings(paths)
+        self.labels = np.array(labels, dtype=np.int64)
         self._check_no_class_is_empty()
-        prefix = len(os.path.join(self.folder, ""))
-        # One array instead of a million strings: forked workers then share the list, and others receive it quickly.
-        self._paths = np.array([os.fsencode(path[prefix:]) for path, _ in samples])
 
     def _check_no_class_is_empty(self) -> None:
         counts = np.bincount(self.labels, minlength=len(self.classes))
         if not counts.all():
-            empty = self.folder / self.classes[int(counts.argmin())]
-            raise ValueError(f"no image in {empty}: add one ({', '.join(IMG_EXTENSIONS)}) or remove the folder")
+            empty = printable(self.folder / self.classes[int(counts.argmin())])
+            raise ValueError(f"no image in {empty}: add one ({', '.join(EXTENSIONS)}) or remove the folder")
 
     def _image(self, index: int) -> Image.Image:
-        with open(self.locate(index), "rb") as file:
+        with open(self.folder / self.paths[index], "rb") as file:
             return decode_rgb(file)
 
     def locate(self, index: int) -> str:
         """Returns the path of the file."""
-        return str(self.folder / os.fsdecode(self._paths[index]))
-
-
-def _class_names(folder: Path) -> list[str]:
-    """Returns the sorted names of the folders in `folder`, none where it does not exist."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+        return printable(self.folder / self.paths[index])
 
 
 def _check_same_classes(folder: Path, other: Path) -> None:
     """Raises a ValueError that names a class which only one of two splits has; reads no more than class names."""
-    names, other_names = _class_names(folder), _class_names(other)
+    names, other_names = class_names(folder), class_names(other)
     differing = sorted(set(names) ^ set(other_names))
     if other_names and differing:
         present, absent = (folder, other) if differing[0] in names else (other, folder)

@@ -3,29 +3,35 @@
 import contextlib
 import io
 import os
-import zlib
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 from PIL import Image
 
 from utils.files import user_path
+from utils.text import printable, shortened
 
-from .sources import SPLITS, ImageSource, decode_rgb
+from .decode import decode_rgb
+from .sources import SPLITS, ImageSource, PackedStrings
 
 CACHE_MODES = ("no", "part", "full")
+MAX_BYTES = 2**29  # of one image unpacked: those of the pixels of the largest one that Pillow decodes
+FEW_CLASSES, LABELS_A_CLASS = 1000, 10  # classes that there may always be, and for each one that has images
+_LABEL = re.compile(r" *([0-9]{1,9}) *")
 
 
 class ZipSource(ImageSource):
     """The images of `root/split.zip` that `root/split_map.txt` lists, one `path/in/the/zip.jpg<TAB>label` a line.
 
-    The classes are numbered from 0 to the largest label of the map. `cache_mode` says which images' bytes are kept in
-    memory from the start: none (`no`), all (`full`), or those with `index % world_size == rank` (`part`).
+    The classes are numbered from 0 to the largest label of the map; where there are more than a thousand, every tenth
+    at least must have images. `cache_mode` says which images' bytes are kept in memory from the start: none (`no`), all
+    (`full`), or those with `index % world_size == rank` (`part`).
 
-    Raises ValueError for missing or damaged files and for map lines that cannot be right, naming file and line.
+    Raises ValueError for missing or damaged files and for map lines that can't be right, naming file and line.
     """
 
     def __init__(
@@ -39,8 +45,7 @@ class ZipSource(ImageSource):
                 raise ValueError(f"{path} is missing: --zip reads {split}.zip and {split}_map.txt from the data path")
         self._archive = _Archive(archive)
         entries, labels = _read_map(map_file, known=self._archive.names())
-        # One array instead of a million strings: forked workers then share the list, and others receive it quickly.
-        self._entries = np.array([entry.encode() for entry in entries])
+        self._entries = PackedStrings(entries)
         self.labels = np.array(labels, dtype=np.int64)
         self.classes = [str(label) for label in range(max(labels) + 1)]
         self._cache = self._read_all(_cached_indices(cache_mode, len(labels), rank, world_size))
@@ -50,57 +55,74 @@ class ZipSource(ImageSource):
         cache = {}
         for index in indices:
             with contextlib.suppress(OSError, ValueError):
-                cache[index] = self._archive.read(self._entries[index].decode())
+                cache[index] = self._archive.read(self._entries[index])
         return cache
 
     def _image(self, index: int) -> Image.Image:
-        content = self._cache.get(index) or self._archive.read(self._entries[index].decode())
+        content = self._cache.get(index) or self._archive.read(self._entries[index])
         return decode_rgb(io.BytesIO(content))
 
     def locate(self, index: int) -> str:
         """Returns the path of the zip file, continued by that of the entry."""
-        return f"{self._archive.path}/{self._entries[index].decode()}"
+        return printable(f"{self._archive.path}/{self._entries[index]}")
 
 
 def _cached_indices(cache_mode: str, length: int, rank: int, world_size: int) -> range:
     """Returns the indices whose bytes `cache_mode` keeps in memory."""
-    ranges = {"no": range(0), "part": range(rank, length, world_size), "full": range(length)}
-    if cache_mode not in ranges:
-        raise ValueError(f"DATA.CACHE_MODE is {cache_mode!r}: choose one of {', '.join(ranges)}")
-    return ranges[cache_mode]
+    assert cache_mode in CACHE_MODES
+    return {"no": range(0), "part": range(rank, length, world_size), "full": range(length)}[cache_mode]
 
 
 def _read_map(path: Path, known: set[str]) -> tuple[list[str], list[int]]:
-    """Returns the entries and the labels of a map file; ValueError with file and line for what cannot be right."""
-    entries, labels = [], []
-    with open(path, encoding="utf-8") as lines:
+    """Returns the entries and the labels of a map file; ValueError with file and line for what can't be right."""
+    line_of: dict[str, int] = {}
+    labels: list[int] = []
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                entry, label = _parse_line(line)
+                entry, label = _parse_line(line.decode())
                 if entry not in known:
-                    raise ValueError(f"the zip has no entry {entry!r}")
+                    raise ValueError(f"the zip has no entry {_shown(entry)}")
+                if entry in line_of:
+                    raise ValueError(f"{_shown(entry)} is in line {line_of[entry]} already, and would count twice")
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
-            entries.append(entry)
+            line_of[entry] = number
             labels.append(label)
     if not labels:
         raise ValueError(f"{path} lists no image: write one `path/in/the/zip.jpg<TAB>label` a line")
-    return entries, labels
+    _check_largest(path, labels, list(line_of.values()))
+    return list(line_of), labels
+
+
+def _check_largest(path: Path, labels: list[int], lines: list[int]) -> None:
+    """Raises ValueError for a largest label that must be a mistake, as it would leave most classes without images."""
+    largest, used = max(labels), len(set(labels))
+    if largest >= max(FEW_CLASSES, LABELS_A_CLASS * used):
+        raise ValueError(
+            f"{path}, line {lines[labels.index(largest)]}: with the label {largest} there would be {largest + 1} "
+            f"classes, of which {used} have images: number the classes from 0 on"
+        )
 
 
 def _parse_line(line: str) -> tuple[str, int]:
     """Splits `path<TAB>label`; ValueError where it is something else, or where the path leaves the zip."""
     fields = line.rstrip("\r\n").split("\t")
     if len(fields) != 2:
-        raise ValueError(f"expected `path<TAB>label`, found {line.strip()!r}")
+        raise ValueError(f"expected `path<TAB>label`, found {_shown(line.strip())}")
     entry, label = fields
-    if not label.strip().isdecimal():
-        raise ValueError(f"the label {label!r} is not an integer from 0 on")
+    number = _LABEL.fullmatch(label)
+    if number is None:
+        raise ValueError(f"the label {_shown(label)} is not an integer from 0 to 999999999")
     if PurePosixPath(entry).is_absolute() or ".." in PurePosixPath(entry).parts:
-        raise ValueError(f"{entry!r} is not a path inside the zip: write it relative, without `..`")
-    return entry, int(label)
+        raise ValueError(f"{_shown(entry)} is not a path inside the zip: write it relative, without `..`")
+    return entry, int(number[1])
+
+
+def _shown(text: str) -> str:
+    return shortened(repr(text))
 
 
 class _Archive:
@@ -118,7 +140,9 @@ class _Archive:
         if self._zip is None or self._opened_by != os.getpid():
             try:
                 self._zip = ZipFile(self.path)
-            except BadZipFile as error:
+            except OSError:
+                raise
+            except Exception as error:  # bytes that are no zip file may raise anything
                 raise ValueError(f"{self.path} is not a readable zip file ({error}): copy or pack it again") from error
             self._opened_by = os.getpid()
         return self._zip
@@ -128,8 +152,17 @@ class _Archive:
         return set(self._open().namelist())
 
     def read(self, entry: str) -> bytes:
-        """Returns the bytes of an entry; OSError or ValueError where they are damaged."""
+        """Returns the bytes of an entry; OSError or ValueError where they are damaged, or too many."""
         try:
-            return self._open().read(entry)
-        except (BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, unknown method
+            archive = self._open()
+            info = archive.getinfo(entry)
+            if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):  # others unpack all that there is at once
+                raise ValueError(f"compression method {info.compress_type}: pack the images stored or deflated")
+            if info.file_size > MAX_BYTES:
+                raise ValueError(f"{info.file_size} bytes unpacked are no image, {MAX_BYTES} are the limit")
+            with archive.open(info) as file:
+                return file.read(info.file_size)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # damaged bytes may raise anything
             raise ValueError(f"damaged zip entry ({error})") from error

@@ -11,7 +11,8 @@ import secrets
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,6 +25,7 @@ from . import __version__, schema
 from .build import (
     OWN,
     canonical_name,
+    check_changeable,
     classifier_name,
     create_model,
     default_image_size,
@@ -173,9 +175,8 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) 
     if arch is None:
         raise ValueError(f"{checkpoint.path} does not say which architecture it is of, and none fits: name it with -a")
     arch = canonical_name(arch)
-    classes = weights.get(f"{classifier_name(arch)}.weight", torch.empty(0)).shape[:1].numel()
-    if classes == 0 and checkpoint.meta.get("num_classes") != 0:
-        raise ValueError(f"{checkpoint.path} holds no head ({classifier_name(arch)}.weight) of {arch}")
+    head = weights.get(f"{classifier_name(arch)}.weight")
+    classes = checkpoint.meta.get("num_classes", 1000) if head is None else head.shape[:1].numel()
     options = _build_options(checkpoint, arch, changes)
     if arch in OWN:
         _try_out(checkpoint, arch, classes, options)
@@ -192,29 +193,33 @@ def _build_options(checkpoint: Checkpoint, arch: str, changes: Mapping[str, Any]
     structure = checkpoint.meta.get("structure", {}) | {k: v for k, v in changes.items() if k != "img_size"}
     height, width = changes.get("img_size") or checkpoint.meta.get("image_size") or default_image_size(arch)
     options: dict[str, Any] = {"img_size": (height, width)}
-    if arch in OWN:
-        try:
-            spec = own_spec(arch, structure)
-        except ValueError as error:
-            raise ValueError(f"the structure that {checkpoint.path} names can't be built: {error}") from error
-        if spec.depth > len(checkpoint.state_dict):  # before as many blocks are built
-            raise ValueError(f"{checkpoint.path} names more blocks than it holds tensors")
-        made = OWN[arch].network.built_for(checkpoint.state_dict, spec, (height, width))
-        options = made | options if "img_size" in changes else made
-        options |= {"deploy": is_deploy(arch, checkpoint.form)} | structure
-    return options
+    with _structure_errors(checkpoint):
+        check_changeable(arch, {part: part for part in structure})
+        if arch not in OWN:
+            return options
+        spec = own_spec(arch, structure)
+    if spec.depth > len(checkpoint.state_dict):  # before as many blocks are built
+        raise ValueError(f"{checkpoint.path} names more blocks than it holds tensors")
+    made = OWN[arch].network.built_for(checkpoint.state_dict, spec, (height, width))
+    options = made | options if "img_size" in changes else made
+    return options | {"deploy": is_deploy(arch, checkpoint.form)} | structure
 
 
 def _try_out(checkpoint: Checkpoint, arch: str, classes: int, options: Mapping[str, Any]) -> None:
     """Builds a network without memory first, for sizes come from a file; ValueError where the weights do not fit."""
+    with torch.device("meta"), _structure_errors(checkpoint):
+        model = create_model(arch, classes, **options)
+    form = "deploy" if options["deploy"] else "train"
+    check_fit(model, checkpoint, Identity(arch, options["img_size"], classes, form))
+
+
+@contextmanager
+def _structure_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Names the file where a structure that it or the user asks for can't be built."""
     try:
-        with torch.device("meta"):
-            model = create_model(arch, classes, **options)
+        yield
     except ValueError as error:
-        raise ValueError(f"the structure that {checkpoint.path} names can't be built: {error}") from error
-    check_fit(
-        model, checkpoint, Identity(arch, options["img_size"], classes, "deploy" if options["deploy"] else "train")
-    )
+        raise ValueError(f"{checkpoint.path}: its structure, or the one asked for, can't be built: {error}") from error
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:

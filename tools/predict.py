@@ -1,9 +1,13 @@
 """Classifies image files: prints the likeliest classes of each, most probable first.
 
+Files that can't be read are named on stderr, and the exit status is then 2.
+
 python -m tools.predict output/RepMLPNet-Digits/quickstart/deploy.pth IMAGE...
 """
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,7 +16,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 import data
-from data.sources import decode_rgb
+from data.decode import decode_rgb
 from data.transforms import Transform
 from models.checkpoints import Checkpoint, build_from, read_checkpoint
 from models.fusion import fuse_verified
@@ -35,7 +39,7 @@ def parser() -> cli.Parser:
         "--dataset", choices=list(data.DATASETS), help="trained on; what the checkpoint tells, or imagenet, if absent"
     )
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
-    result.add_argument("--ema", action="store_true", default=False, help="use the averaged weights")
+    cli.add_ema_option(result)
     result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
     result.add_argument("--json", type=Path, metavar="FILE", help="also write the probabilities there")
     return result
@@ -45,11 +49,14 @@ def class_names(path: Path | None, count: int) -> list[str]:
     """Returns the names of all classes, or their numbers where no file gives names.
 
     Raises:
-        ValueError: the file has more or fewer names than the network has classes.
+        ValueError: the file has more or fewer names than the network has classes, or is no text.
     """
     if path is None:
         return [str(label) for label in range(count)]
-    names = path.read_text(encoding="utf-8").splitlines()
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} holds no class names in UTF-8: {error}") from error
     if len(names) != count:
         raise ValueError(f"{path} names {len(names)} classes, the network has {count}")
     return names
@@ -67,31 +74,37 @@ def normalization(dataset: str | None, checkpoint: Checkpoint) -> data.Normalize
     return data.Normalize(data.DATASETS[name].mean, data.DATASETS[name].std)
 
 
+def readable(paths: Iterable[Path], unreadable: list[Path]) -> Iterator[tuple[Path, Image]]:
+    """Yields the images in RGB; the other files are named on stderr, with the reason, and added to `unreadable`."""
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                image = decode_rgb(file)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            cli.print_error(printable(f"{path}: {reason}"))
+            unreadable.append(path)
+        else:
+            yield path, image
+
+
 @torch.inference_mode()
 def probabilities(
-    model: nn.Module, paths: Sequence[Path], transform: Transform, normalize: data.Normalize, batch_size: int
-) -> Iterator[Tensor]:
-    """Yields the probabilities (classes,) of each image, on the CPU.
-
-    Raises:
-        ValueError: a file is missing or no image.
-    """
+    model: nn.Module,
+    images: Iterator[tuple[Path, Image]],
+    transform: Transform,
+    normalize: data.Normalize,
+    batch_size: int,
+) -> Iterator[tuple[Path, Tensor]]:
+    """Yields each image's path with its probabilities (classes,), on the CPU."""
     device = next(model.parameters()).device
-    for start in range(0, len(paths), batch_size):
-        images = torch.stack([transform(_read(path)) for path in paths[start : start + batch_size]])
-        yield from model(normalize(images.to(device))).softmax(1).cpu()
+    while batch := [(path, transform(image)) for path, image in islice(images, batch_size)]:
+        paths, pixels = zip(*batch, strict=True)
+        yield from zip(paths, model(normalize(torch.stack(pixels).to(device))).softmax(1).cpu(), strict=True)
 
 
-def _read(path: Path) -> Image:
-    try:
-        with path.open("rb") as file:
-            return decode_rgb(file)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def main() -> None:
-    """Reads the weights, classifies, prints."""
+def main() -> int:
+    """Reads the weights, classifies, prints; returns the exit status, which tells whether all images were read."""
     args = parser().parse_args()
     if args.batch_size < 1 or args.top < 1:
         raise ValueError("-b and -k must be at least 1")
@@ -105,15 +118,19 @@ def main() -> None:
     model = fuse_verified(model) if args.fuse else model
     size = to_2tuple(args.resolution or network.image_size)
     transform = data.eval_transform(size, crop=args.crop)
-    results = probabilities(model, args.images, transform, normalize, args.batch_size)
+    unreadable: list[Path] = []
+    images = readable(args.images, unreadable)
     figures: dict[str, list[tuple[str, float]]] = {}
-    for path, values in zip(args.images, results, strict=True):
+    for path, values in probabilities(model, images, transform, normalize, args.batch_size):
         best = values.topk(min(args.top, len(names)))
         labels = [names[i] for i in best.indices.tolist()]
         figures[str(path)] = list(zip(labels, best.values.tolist(), strict=True))
         print(printable(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)])))
+    if figures:  # on stderr, for programs read the other lines
+        print(printable(f"by {checkpoint}"), file=sys.stderr)
     if args.json:
         write_json(args.json, figures)
+    return cli.USER_ERROR if unreadable else 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ COMMANDS = (
 
 def main() -> int:
     """Runs the commands one after the other, as a user would type them; returns the status of the first that fails."""
+    cli.Parser(description=__doc__).parse_args()
     for command in COMMANDS:
         print(f"\n$ python {command}", flush=True)
         status = subprocess.run([sys.executable, *shlex.split(command)], check=False).returncode

@@ -227,7 +227,7 @@ def main() -> None:
         if args.eval:
             evaluate(args, process.device)
             return
-        args.arch = args.arch or "RepMLP-FaceRes"
+        args.arch = models.canonical_name(args.arch or "RepMLP-FaceRes")
         folder = args.output / args.arch / args.tag
         with folder_lock(folder):
             train(args, process, folder)

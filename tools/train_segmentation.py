@@ -29,7 +29,7 @@ from engine.segmentation import SegmentationEvaluation, evaluate_segmentation
 from engine.state import restore
 from engine.sync_batch_norm import synchronise_batch_norms
 from engine.train import PRECISIONS, Trainer, autocast, data_parallel
-from models.build import OWN, default_image_size, structure_changes
+from models.build import OWN, canonical_name, default_image_size, structure_changes
 from models.checkpoints import build_from, read_checkpoint, write_checkpoint
 from models.dense import DOWNSAMPLINGS, FULL_RANK
 from models.reparam import is_reparameterizable, to_deploy
@@ -119,7 +119,7 @@ def build_network(args: Namespace) -> SegmentationNetwork:
         ValueError: the weights do not fit, or an option does not fit the architecture.
     """
     trained = build_from(read_checkpoint(args.pretrained), args.arch) if args.pretrained else None
-    arch = trained.arch if trained else args.arch or "RepMLPNet-D256"
+    arch = trained.arch if trained else canonical_name(args.arch or "RepMLPNet-D256")
     if arch not in OWN and (trained or args.downsample or args.img_size):
         raise ValueError(f"--pretrained, --downsample and --img-size are for our own architectures, not for {arch}")
     options: dict[str, Any] = {"drop_path_rate": args.drop_path} if args.drop_path else {}

@@ -5,6 +5,7 @@ import difflib
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import NoReturn, cast
 
@@ -21,29 +22,42 @@ USER_ERROR = 2  # the exit status of a mistake that the user can mend, as argpar
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean X?"` for the closest of the known words, or nothing where none is close."""
     lookup = {candidate.lower(): candidate for candidate in known}
-    longer = [candidate for candidate in lookup if candidate.startswith(word.lower())]
-    close = longer or difflib.get_close_matches(word.lower(), lookup, n=1, cutoff=0.5)
+    lower = word.lower()
+    longer = [candidate for candidate in lookup if candidate.startswith(lower)]
+    shorter = [candidate for candidate in lookup if len(candidate) > 4 and lower.startswith(candidate)]
+    close = longer or difflib.get_close_matches(lower, lookup, n=1, cutoff=0.75) or shorter
     return f"; did you mean {lookup[close[0]]}?" if close else ""
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names the default of an option only where it has one of its own."""
+def listing(title: str, words: Iterable[str]) -> str:
+    """Returns `title: word, word, ...` in lines for the end of a `--help`."""
+    return textwrap.fill(f"{title}: {', '.join(words)}", 100, subsequent_indent="  ", break_on_hyphens=False)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Names the default of an option only where it has one of its own, and keeps the lines of what is around them."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default else action.help
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` without abbreviations, whose error for an unknown flag names the closest known one."""
+    """An `ArgumentParser` without abbreviations, whose error for an unknown flag names the closest known one.
 
-    def __init__(self, **kwargs: object) -> None:
+    Args:
+        hint: called with an unknown argument and all known ones; returns what to say after it, such as "; did you ...".
+        kwargs: of `ArgumentParser`.
+    """
+
+    def __init__(self, *, hint: Callable[[str, Iterable[str]], str] = did_you_mean, **kwargs: object) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)  # type: ignore[arg-type]
+        self._hint = hint
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with status 2."""
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-            message = f"unknown argument {word}{did_you_mean(word, self._option_string_actions)} (--help lists all)"
+            message = f"unknown argument {word}{self._hint(word, self._option_string_actions)} (--help lists all)"
         print_error(message)
         raise SystemExit(USER_ERROR)
 

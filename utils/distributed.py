@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def init(local_rank_flag: int | None = None) -> Process:
     `local_rank_flag` hands over; the environment wins), and that of Slurm's srun. Uses NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        ValueError: the environment is incomplete, or a node has more processes than GPUs that they can see.
+        ValueError: the environment is incomplete or makes no sense, the processes don't find each other, or a node has
+            more processes than GPUs that they can see.
     """
     if "RANK" not in os.environ:
         os.environ.update(_slurm_environment(os.environ))
@@ -53,15 +55,7 @@ def init(local_rank_flag: int | None = None) -> Process:
         )
     device = _device(local_rank)
     if world_size > 1:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise ValueError(f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start with torchrun")
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            **_meeting_place(rank, world_size),
-            timeout=TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
-        )
+        _join(rank, world_size, device)
     return Process(rank, world_size, local_rank, device)
 
 
@@ -121,6 +115,28 @@ def gather_objects(value: T) -> list[T]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def _join(rank: int, world_size: int, device: torch.device) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start with torchrun")
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    if not 0 < port < 2**16:
+        raise ValueError(f"the environment variable MASTER_PORT must be a port from 1 to 65535, not {port}")
+    try:
+        socket.getaddrinfo(address, port)  # torch itself would try for as long as its timeout is
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            **_meeting_place(rank, world_size),
+            timeout=TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (OSError, UnicodeError, dist.DistError) as error:
+        raise ValueError(
+            f"the processes can't meet at MASTER_ADDR={address}, MASTER_PORT={port} ({str(error).splitlines()[0]}): "
+            "give a name or address of the node of rank 0 and a port that is free there, or start with torchrun"
+        ) from error
 
 
 def _number(name: str, default: int) -> int:
@@ -190,15 +206,20 @@ def _slurm_environment(slurm: os._Environ[str]) -> dict[str, str]:
     """Translates the variables of a task that srun started into torchrun's; nothing where srun did not start it."""
     if "SLURM_STEP_NUM_TASKS" not in slurm or "SLURM_PROCID" not in slurm:
         return {}
-    nodes = slurm.get("SLURM_STEP_NODELIST", "localhost")
-    first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
-    assert first is not None
     # Below the ephemeral ports; two jobs that share a node have different numbers.
-    port = 15000 + int(slurm.get("SLURM_JOB_ID", "0")) % 15000
+    port = 15000 + _number("SLURM_JOB_ID", 0) % 15000
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": slurm.get("MASTER_ADDR", first[1] + (first[2] or "")),
-        "MASTER_PORT": slurm.get("MASTER_PORT", str(port)),
+        "MASTER_ADDR": slurm.get("MASTER_ADDR") or _first_node(slurm.get("SLURM_STEP_NODELIST", "localhost")),
+        "MASTER_PORT": slurm.get("MASTER_PORT") or str(port),
     }
+
+
+def _first_node(nodes: str) -> str:
+    """Returns the first node of a list in Slurm's notation: `n3` of `n[3-4,7],m1`."""
+    found = re.match(r"([^][,\s]+)(?:\[(\w+)[-,\w]*\]([^][,\s]*))?(?:,|$)", nodes)
+    if found is None:
+        raise ValueError(f"SLURM_STEP_NODELIST is {nodes!r}, whose first node is not clear: set MASTER_ADDR to it")
+    return "".join(part or "" for part in found.groups())

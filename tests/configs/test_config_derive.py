@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs import derive, flatten, load_config, parse_opts
+from engine.ema import ModelEma
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,3 +87,32 @@ def test_derived_numbers_stay():
     derived = derive(load(), world_size=1, steps_per_epoch=10)
     with pytest.raises(dataclasses.FrozenInstanceError):
         derived.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("opts", "weight", "remedies"),
+    [
+        ("TRAIN.EMA_ALPHA 0.9", "9.22", "below 0.098; 0.00098 gives a decay of 0.99, 9.8e-05 one of 0.999"),
+        ("TRAIN.EMA_ALPHA 0.9 TRAIN.EPOCHS 20", "46.1", "below 0.02; 0.0002 gives a decay of 0.99, 2e-05 one of 0.999"),
+        ("TRAIN.EMA_ALPHA 0.5 DATA.BATCH_SIZE 200 TRAIN.EMA_UPDATE_PERIOD 1", "1", "below 0.5; 0.005 gives"),
+    ],
+)
+def test_an_average_that_would_be_a_copy_is_refused(opts, weight, remedies):
+    with pytest.raises(ValueError, match=r"^TRAIN.EMA_ALPHA = 0.\d: with a global batch of") as caught:
+        derive(load(opts), world_size=1, steps_per_epoch=10)
+    assert f"would have the weight {weight} in their moving average" in str(caught.value)
+    assert f"it must be {remedies}" in str(caught.value)
+
+
+def test_an_average_just_below_that_is_allowed():
+    derive(load("TRAIN.EMA_ALPHA 0.097"), world_size=1, steps_per_epoch=10)
+    with pytest.raises(ValueError, match=r"TRAIN.EMA_ALPHA = 0.097"):
+        derive(load("TRAIN.EMA_ALPHA 0.097"), world_size=2, steps_per_epoch=10)
+
+
+def test_the_example_that_the_schema_gives():
+    text = (ROOT / "configs/defaults.py").read_text()
+    assert "0.998 for EMA_ALPHA 1e-4 with a global batch of 256, 100" in text
+    model = torch.nn.Linear(1, 1)
+    ema = ModelEma(model, alpha=1e-4, period=8, global_batch=256, epochs=100, warmup_updates=0)
+    assert ema.decay == pytest.approx(0.998, abs=1e-4)

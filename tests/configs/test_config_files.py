@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from configs import Override, defaults, dump_config, flatten, load_config
 from configs.rules import CONFLICTS, RULES, TRAINING_CONFLICTS
 from configs.schema import DEFAULTS, KINDS
-from configs.values import BOOLEAN, INTEGER, INTEGERS, NULL_WORDS, NUMBER, NUMBER_PAIR, SIZE, TEXT
+from configs.values import BOOLEAN, INTEGER, INTEGERS, NULL_WORDS, NUMBER, NUMBER_PAIR, PATH, SIZE, TEXT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -245,12 +245,14 @@ def test_flatten_is_in_the_order_of_the_schema():
     assert flat["TRAIN.OPTIMIZER.BETAS"] == (0.9, 0.999)
 
 
+_TEXT = st.text().filter(lambda text: text.strip() and text not in NULL_WORDS)
 _BY_KIND = {
     BOOLEAN.name: st.booleans(),
-    INTEGER.name: st.integers(1, 2**32 - 1),
-    NUMBER.name: st.floats(0, 1, exclude_min=True, exclude_max=True),
-    TEXT.name: st.text().filter(lambda text: text.strip() and text not in NULL_WORDS),
-    NUMBER_PAIR.name: st.tuples(st.floats(0, 0.5), st.floats(0.5, 0.9)),
+    INTEGER.name: st.integers(1, 1000),
+    NUMBER.name: st.floats(1e-30, 1, exclude_max=True),
+    TEXT.name: _TEXT,
+    PATH.name: _TEXT.filter(lambda text: not text.startswith("~")),
+    NUMBER_PAIR.name: st.tuples(st.floats(0, 0.4), st.floats(0.5, 0.9)),
     INTEGERS.name: st.lists(st.sampled_from((1, 3, 5, 7)), min_size=1, unique=True).map(tuple),
     SIZE.name: st.integers(1, 512) | st.tuples(st.integers(1, 512), st.integers(1, 512)),
 }
@@ -264,6 +266,8 @@ def allowed_values(key: str) -> st.SearchStrategy:
         return st.sampled_from(rule.allowed.removeprefix("one of ").split(", "))
     if key == "AUG.AUTO_AUGMENT":
         return st.sampled_from(["none", "rand-m7-mstd0.5", "augmix-m3-w3"])
+    if key in ("MODEL.ARCH", "OUTPUT", "TAG"):
+        return _BY_KIND[name].filter(rule.holds)
     values = _BY_KIND[name.removesuffix(", or null")]
     return st.none() | values if name.endswith(", or null") else values
 

@@ -1,8 +1,10 @@
 """Values that make no sense are refused with what is allowed, and so are keys that contradict each other."""
 
+import contextlib
+
 import pytest
 
-from configs import load_config, parse_opts
+from configs import Override, load_config, parse_opts
 from configs.rules import CONFLICTS, RULES, TRAINING_CONFLICTS
 from configs.schema import DEFAULTS, KINDS
 from configs.values import BOOLEAN
@@ -19,7 +21,7 @@ CHOICES = {
     "AMP": "auto off bf16 fp16",
     "COMPILE_MODE": "default reduce-overhead max-autotune max-autotune-no-cudagraphs",
 }
-FREE_TEXT = {"MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT"}
+FREE_TEXT = {"MODEL.RESUME", "MODEL.PRETRAINED"}
 
 # key, values at the edge of what is allowed, values just beyond it, the words for what is allowed
 EDGES = [
@@ -53,7 +55,12 @@ EDGES = [
     ("TRAIN.EMA_UPDATE_PERIOD", "1", "0", "at least 1"),
     ("AUG.MIXUP", "0 2", "-0.1", "at least 0"),
     ("AUG.CUTMIX", "0 2", "-0.1", "at least 0"),
-    ("AUG.CUTMIX_MINMAX", "0,1 0.5,0.5 None", "0.5,0.2 -0.1,1 0,1.1", "two numbers from 0 to 1, the smaller first"),
+    (
+        "AUG.CUTMIX_MINMAX",
+        "0,1 0.5,0.6 None",
+        "0.5,0.2 0.5,0.5 0,0 1,1 -0.1,1 0,1.1",
+        "two numbers from 0 to 1, the smaller first",
+    ),
     ("AUG.MIXUP_PROB", "0 1", "-0.1 1.1", "from 0 to 1"),
     ("AUG.MIXUP_SWITCH_PROB", "0 1", "-0.1 1.1", "from 0 to 1"),
     ("AUG.COLOR_JITTER", "0", "-0.1", "at least 0"),
@@ -65,6 +72,14 @@ EDGES = [
     ("KEEP_CHECKPOINTS", "0", "-1", "at least 0"),
     ("EVAL_FREQ", "1", "0", "at least 1"),
     ("PRINT_FREQ", "1", "0", "at least 1"),
+    ("OUTPUT", "a/b .. /tmp \u00c4", "a\x1b[2J a\x00b \udce9", "printable text"),
+    (
+        "TAG",
+        "a 1 a..b .a a:b \u00c4 ~a",
+        "a/b .. . / a\\b a\x1b[2J a\x00b \udce9 \u202e " + "x" * 201,
+        "given and a plain name",
+    ),
+    ("MODEL.ARCH", "resnet18 a.b-c", "../resnet18 .. /tmp/x a\\b a\x1b[2J a\x00b", "given and a plain name"),
     ("SEED", "0 4294967295", "-1 4294967296", "from 0 to 4294967295"),
     *((key, words, "unheard-of", f"one of {words.replace(' ', ', ')}") for key, words in CHOICES.items()),
 ]
@@ -133,6 +148,33 @@ def test_every_contradiction_is_tried_here():
 @pytest.mark.parametrize("opts", AGREEMENTS)
 def test_what_only_looks_like_a_contradiction(opts):
     load(opts)
+
+
+HUGE = (10**12, 10**16, 10**400, "1" * 5000, -(10**12))
+TINY = ("1e300", "-1e300", "1e308", "1e-300")
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, kind in KINDS.items() if kind.name.startswith(("an integer", "integers"))]
+)
+def test_no_integer_is_huge(key):
+    for value in HUGE:
+        with pytest.raises(ValueError, match=rf"^{key} = .*: (must be|expects) .*") as caught:
+            load_config(overrides=[Override("--opts", key, str(value) if value != 10**400 else value)])
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("key", [key for key, kind in KINDS.items() if "number" in kind.name])
+def test_no_number_is_huge(key):
+    for value in TINY:
+        text = f"{value},{value}" if "pair" in KINDS[key].name else value
+        overrides = [Override("--opts", key, text)]
+        if value == "1e-300":
+            with contextlib.suppress(ValueError):
+                load_config(overrides=overrides)
+            continue
+        with pytest.raises(ValueError, match=rf"^{key} = .*: must be "):
+            load_config(overrides=overrides)
 
 
 def test_every_key_has_a_rule_or_needs_none():

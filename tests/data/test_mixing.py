@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from data import build_mixing
+from data.mixing import Mixing
 
 CLASSES = 5
 
@@ -181,3 +182,47 @@ def test_values_out_of_range_are_refused_by_key(options, key):
 def test_odd_batches_cannot_be_mixed(options):
     with pytest.raises(ValueError, match="--batch-size 7 is odd"):
         build(**options, batch_size=7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cutmix_minmax": [0, 1]},
+        {"mixup": 1.0, "prob": 0},
+        {"mixup": 1.0, "prob": 1},
+        {"mixup": 1.0, "cutmix": 1.0, "switch_prob": 0},
+        {"mixup": 1.0, "cutmix": 1.0, "switch_prob": 1},
+        {"mixup": 1.0, "label_smoothing": 0},
+        {"reprob": 1},
+        {"reprob": 0.5, "recount": 1},
+    ],
+    ids=str,
+)
+def test_the_limits_of_a_range_belong_to_it(options):
+    images, targets = build(**options)(*batch(), epoch=0, step=0)
+    assert images.shape == (8, 3, 16, 16)
+    assert targets.shape == ((8,) if "reprob" in options else (8, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"cutmix_minmax": [-0.1, 0.5]}, "AUG.CUTMIX_MINMAX"),
+        ({"mixup": 1.0, "prob": -0.1}, "AUG.MIXUP_PROB"),
+        ({"mixup": 1.0, "switch_prob": 1.1}, "AUG.MIXUP_SWITCH_PROB"),
+        ({"mixup": 1.0, "label_smoothing": -0.1}, "MODEL.LABEL_SMOOTHING"),
+        ({"reprob": -0.1}, "AUG.REPROB"),
+    ],
+)
+def test_what_lies_beyond_the_other_limit_is_refused_too(options, key):
+    with pytest.raises(ValueError, match=f"{key} is "):
+        build(**options)
+
+
+def test_draws_are_those_of_seed_0_and_rank_0_and_erase_once_unless_told_otherwise():
+    told = {"seed": 0, "rank": 0, "recount": 1, "remode": "pixel"}
+    for mixing in (build(reprob=0.5), Mixing(None, reprob=0.5)):
+        (images, _), (expected, _) = (m(*batch(), epoch=1, step=2) for m in (mixing, build(reprob=0.5, **told)))
+        assert torch.equal(images, expected)
+    assert not Mixing(None).soft_targets
+    assert torch.equal(Mixing(None)(*batch(), epoch=0, step=0)[0], batch()[0])

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import EvalSampler, TrainSampler
+from data.samplers import Draw
 
 unhurried = settings(deadline=None)  # the machine may be busy
 worlds = st.integers(1, 8)
@@ -77,6 +78,20 @@ def test_order_is_new_in_each_epoch_and_for_each_seed():
     assert draws(100, 1, batch_size=1, seed=3, epoch=4)[0] == np.random.default_rng([3, 4]).permutation(100).tolist()
 
 
+def test_a_new_sampler_begins_with_the_first_epoch_of_seed_0():
+    order = np.random.default_rng([0, 0]).permutation(20)
+    assert list(TrainSampler(20, batch_size=10)) == [Draw(0, index) for index in order]
+    assert list(EvalSampler(3)) == [Draw(0, index) for index in range(3)]
+
+
+@pytest.mark.parametrize("fixed_shards", [False, True])
+def test_images_that_just_fill_a_step(fixed_shards):
+    sampler = TrainSampler(16, batch_size=8, world_size=2, fixed_shards=fixed_shards)
+    assert (sampler.steps, len(sampler)) == (1, 8)
+    sampler.set_position(3, 16)
+    assert (sampler.steps, list(sampler)) == (0, [])
+
+
 def test_too_few_images_for_a_step():
     with pytest.raises(ValueError, match=r"15 training images .* step of 16 .*: lower --batch-size"):
         TrainSampler(15, batch_size=8, world_size=2)
@@ -85,6 +100,8 @@ def test_too_few_images_for_a_step():
 def test_positions_that_cannot_be_resumed():
     with pytest.raises(ValueError, match="after 101 images of an epoch of 100"):
         TrainSampler(100, batch_size=10).set_position(0, 101)
+    with pytest.raises(ValueError, match="after -1 images of an epoch of 100"):
+        TrainSampler(100, batch_size=10).set_position(0, -1)
     sampler = TrainSampler(100, batch_size=10, world_size=4, fixed_shards=True)
     with pytest.raises(ValueError, match=r"DATA\.CACHE_MODE no"):
         sampler.set_position(0, 30)

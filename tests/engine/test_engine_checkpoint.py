@@ -1,6 +1,9 @@
 """The folder of a run: names, retention, contents; and resuming from a checkpoint, ours or a published one."""
 
+import errno
 import logging
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ from engine.checkpoint import CheckpointFolder, resume
 from engine.ema import ModelEma
 from engine.optimizer import build_optimizer, parameter_groups
 from engine.schedule import build_schedule
-from engine.train import Trainer
+from engine.state import ALWAYS, SOMETIMES, read_state
+from engine.train import Progress, Trainer
 from models.checkpoints import describe, read_checkpoint
 from models.reparam import to_deploy
+from utils.distributed import Process
 
 ARCH = "RepMLPNet-Digits"
 LOGGER = logging.getLogger("tests.engine")
@@ -300,6 +305,241 @@ def test_an_optimizer_of_other_groups_is_refused(tmp_path, run_of):
         resume(run_of(2), path)
 
 
+# Payloads that no run could have saved
+
+
+@pytest.fixture
+def whole(tmp_path, run_of) -> tuple[Path, dict[str, Any]]:
+    """A file of a run with an average after five updates, and what is in it."""
+    trainer = run_of(1, ema=True)
+    trainer.train_epoch(epoch(0))
+    folder(tmp_path).save(trainer, numbered=True, best=True)
+    return tmp_path / "latest.pth", torch.load(tmp_path / "latest.pth", weights_only=True)
+
+
+def change(payload: dict[str, Any], place: str, value: object) -> dict[str, Any]:
+    """Returns a payload in which one entry, named by its path, has another value."""
+    *parents, name = place.split("/")
+    target = payload
+    for parent in parents:
+        target = target[int(parent) if isinstance(target, list) or parent.isdecimal() else parent]
+    target[int(name) if isinstance(target, list) or name.isdecimal() else name] = value
+    return payload
+
+
+HUGE = torch.zeros(1).expand(10**12)
+MUTATIONS: list[tuple[str, object]] = [
+    ("epoch", "x/../../../victim/best"),
+    ("epoch", 3),
+    ("epoch", -2),
+    ("epoch", 1.0),
+    ("epoch", torch.tensor(0)),
+    ("epoch", True),
+    ("max_accuracy", "high"),
+    ("max_accuracy", math.nan),
+    ("progress", []),
+    ("progress", {}),
+    ("progress", {"epoch": 1}),
+    ("progress/epoch", "1"),
+    ("progress/epoch", -1),
+    ("progress/epoch", 10**30),
+    ("progress/consumed", None),
+    ("progress/update", 5.5),
+    ("progress/update", "5"),
+    ("progress/best_top1", math.inf),
+    ("progress/skipped", [1]),
+    ("saved_as", 3),
+    ("saved_as", {"numbered": True}),
+    ("saved_as/best", "yes"),
+    ("run", None),
+    ("run/seed", "0"),
+    ("run/images", [40]),
+    ("meters", []),
+    ("meters/loss", [1.0]),
+    ("meters/loss", ["1", 2]),
+    ("meters/loss", [math.nan, 1.0]),
+    ("unreadable", "a.png"),
+    ("unreadable", [3]),
+    ("rank_statistics", torch.zeros(3)),
+    ("rank_statistics", [[0.0]]),
+    ("rank_statistics", [torch.zeros(3)]),
+    ("rank_statistics", [HUGE]),
+    ("rank_statistics", [torch.zeros(3), torch.zeros(3)]),
+    ("optimizer", []),
+    ("optimizer", {}),
+    ("optimizer", {"state": {}, "param_groups": []}),
+    ("optimizer/state", []),
+    ("optimizer/state/0", None),
+    ("optimizer/state/0", {}),
+    ("optimizer/state/0/exp_avg", "x"),
+    ("optimizer/state/0/exp_avg", torch.zeros(3)),
+    ("optimizer/state/0/exp_avg", HUGE),
+    ("optimizer/state/0/exp_avg_sq", torch.zeros(2, 2).to_sparse()),
+    ("optimizer/state/0/exp_avg", torch.tensor(math.nan)),
+    ("optimizer/state/0/step", torch.zeros(4)),
+    ("optimizer/state/0/step", math.nan),
+    ("optimizer/state/0/colour", torch.zeros(1)),
+    ("optimizer/state/99999", {"step": 1.0}),
+    ("optimizer/param_groups", {}),
+    ("optimizer/param_groups/0", {"lr": 1}),
+    ("optimizer/param_groups/0/params", "all"),
+    ("optimizer/param_groups/0/params/0", "0"),
+    ("optimizer/param_groups/0/params/0", 1),
+    ("scaler", []),
+    ("scaler", {"scale": 65536.0}),
+    ("model", []),
+    ("model", "weights"),
+    ("model/head.bias", HUGE),
+    ("model/head.bias", torch.zeros(10).to("meta")),
+    ("model/head.bias", torch.full((10,), math.nan)),
+    ("model/head.bias", torch.zeros(10, dtype=torch.int64)),
+    ("ema", [1]),
+    ("ema/head.bias", "x"),
+    ("ema/head.bias", torch.full((10,), math.inf)),
+    ("criterion", []),
+    ("criterion", {"weight": torch.zeros(3)}),
+    ("meta", []),
+    ("meta", "digits"),
+    ("meta/arch", 3),
+    ("meta/image_size", "16x16"),
+    ("meta/num_classes", [10]),
+    ("meta/weights", "best"),
+    ("config", 7),
+    ("config", {"TAG": "test"}),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), MUTATIONS, ids=[f"{p}-{i}" for i, (p, _) in enumerate(MUTATIONS)])
+def test_a_payload_that_no_run_could_have_saved(tmp_path, run_of, whole, place, value):
+    """It is refused in one line, before anything of it is used, and passed over for an older checkpoint."""
+    path, payload = whole
+    path.unlink()  # a link would change the other files too
+    torch.save(change(payload, place, value), path)
+    before = {entry: entry.read_bytes() for entry in tmp_path.rglob("*.pth")}
+    fresh = run_of(2, ema=True)
+    weights = {name: value.clone() for name, value in fresh.network.state_dict().items()}
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        resume(fresh, path)
+    assert len(str(error.value).splitlines()) == 1
+    checked_later = re.match("(model|ema|criterion|optimizer|rank_statistics)/?", place)
+    assert checked_later or all(torch.equal(v, weights[k]) for k, v in fresh.network.state_dict().items())
+    if not checked_later:
+        assert folder(tmp_path).start(LOGGER).path.name in ("best_ckpt.pth", "ckpt_epoch_0.pth")
+        assert {entry: entry.read_bytes() for entry in tmp_path.rglob("*.pth") if entry != path} == {
+            entry: content for entry, content in before.items() if entry != path
+        }
+
+
+def test_a_file_name_comes_from_nothing_but_a_number(tmp_path, run_of):
+    """A checkpoint in a run's folder can't make the run write elsewhere."""
+    victim = tmp_path / "victim" / "best.pth"
+    victim.parent.mkdir()
+    victim.write_bytes(b"somebody's weights")
+    run = tmp_path / "output" / "arch" / "tag"
+    folder(run).save(run_of(1), numbered=True)
+    payload = torch.load(run / "latest.pth", weights_only=True) | {"epoch": "x/../../../../victim/best"}
+    (run / "ckpt_epoch_x").mkdir()
+    for path in run.glob("*.pth"):
+        path.unlink()
+    torch.save(payload, run / "latest.pth")
+    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+        folder(run).start(LOGGER)
+    assert victim.read_bytes() == b"somebody's weights"
+
+
+def test_the_schema_holds_for_every_state_that_is_saved(tmp_path, run_of):
+    trainer = run_of(1, ema=True)
+    trainer.criterion = torch.nn.Linear(2, 3)
+    folder(tmp_path).save(trainer, best=True, best_ema=True)
+    payload = torch.load(tmp_path / "latest.pth", weights_only=True)
+    assert payload.keys() == ALWAYS.keys() | SOMETIMES.keys()
+    assert vars(Progress()).keys() == payload["progress"].keys()
+    for name in ("latest.pth", "best_ckpt.pth", "best_ema.pth"):
+        assert read_state(tmp_path / name).payload.keys() == payload.keys()
+
+
+# One state, several names
+
+
+def test_a_state_is_written_once(tmp_path, run_of):
+    trainer, checkpoints = run_of(1, ema=True), folder(tmp_path)
+    trainer.progress.epoch = 1
+    checkpoints.save(trainer, numbered=True, best=True, best_ema=True)
+    inodes = {path.name: path.stat().st_ino for path in tmp_path.glob("*.pth")}
+    assert inodes["latest.pth"] == inodes["best_ckpt.pth"] == inodes["ckpt_epoch_0.pth"] != inodes["best_ema.pth"]
+    best = (tmp_path / "best_ckpt.pth").read_bytes()
+    trainer.train_epoch(epoch(1))
+    checkpoints.save(trainer)
+    assert (tmp_path / "best_ckpt.pth").read_bytes() == best != (tmp_path / "latest.pth").read_bytes()
+    assert (tmp_path / "best_ckpt.pth").stat().st_nlink == 2
+
+
+def test_a_file_system_without_hard_links(tmp_path, run_of, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    trainer, checkpoints = run_of(1), folder(tmp_path)
+    checkpoints.save(trainer, best=True)
+    assert (tmp_path / "best_ckpt.pth").read_bytes() == (tmp_path / "latest.pth").read_bytes()
+    assert names(tmp_path) == {"latest.pth", "best_ckpt.pth"}
+
+
+@pytest.mark.parametrize("left", ["latest.pth", "best_ckpt.pth", "best_ema.pth"])
+def test_whichever_file_a_killed_run_has_left_the_others_are_made_of_it(tmp_path, run_of, left):
+    trainer, checkpoints = run_of(1, ema=True), folder(tmp_path)
+    checkpoints.save(trainer, best=True, best_ema=True)
+    before = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pth")}
+    assert {name: "ema" if state["meta"].get("weights") == "ema" else None for name, state in before.items()} == {
+        "latest.pth": None,
+        "best_ckpt.pth": None,
+        "best_ema.pth": "ema",
+    }
+    for path in tmp_path.glob("*.pth"):
+        if path.name != left:
+            path.unlink()
+    assert checkpoints.start(LOGGER).path.name == left
+    after = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pth")}
+    for name in before:
+        assert_equal(before[name], after[name])
+
+
+def test_the_best_average_is_used_as_such_and_resumes_like_any_other(tmp_path, run_of):
+    straight = run_of(1, ema=True)
+    straight.train_epoch(epoch(0))
+    folder(tmp_path).save(straight, best=True, best_ema=True)
+    assert_equal(read_checkpoint(tmp_path / "best_ema.pth").state_dict, straight.ema.module.state_dict())
+    assert_equal(read_checkpoint(tmp_path / "best_ckpt.pth").state_dict, straight.network.state_dict())
+    resumed = run_of(2, ema=True)
+    resume(resumed, tmp_path / "best_ema.pth")
+    for part in ("model", "ema", "progress"):
+        assert_equal(state(resumed)[part], state(straight)[part])
+
+
+# Another experiment
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"arch": "RepMLPNet-C100"},
+        {"num_classes": 7},
+        {"image_size": [16, 32]},
+        {"dataset": "shapes"},
+        {"structure": {"branches": [3]}},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_experiment_does_not_resume(tmp_path, run_of, other):
+    meta = META | {"dataset": "digits", "structure": {}}
+    CheckpointFolder(tmp_path, keep=1, meta=meta, config="").save(run_of(1))
+    ((key, value),) = other.items()
+    with pytest.raises(ValueError, match=re.escape(f"another experiment, with {key} {meta[key]} instead of {value}")):
+        CheckpointFolder(tmp_path, keep=1, meta=meta | other, config="").start(LOGGER)
+    versions = {"versions": {"torch": "0"}, "form": None}
+    assert CheckpointFolder(tmp_path, keep=1, meta=meta | versions, config="").start(LOGGER) is not None
+
+
 def test_an_absent_file(tmp_path, run_of):
     with pytest.raises(ValueError, match=r"no checkpoint at .*absent\.pth: no such file"):
         resume(run_of(1), tmp_path / "absent.pth")
@@ -323,3 +563,49 @@ def test_what_another_loss_has_learned_is_refused(tmp_path, run_of):
         again.criterion = other
         with pytest.raises(ValueError, match="another loss or other classes: give this run another --tag"):
             resume(again, tmp_path / "latest.pth")
+
+
+def running_statistics(trainer: Trainer) -> set[float]:
+    """Every value of the running means and variances of the trained network, each once."""
+    norms = [module for module in trainer.network.modules() if isinstance(module, nn.BatchNorm2d)]
+    return {value for norm in norms for value in (*norm.running_mean.tolist(), *norm.running_var.tolist())}
+
+
+@pytest.mark.parametrize(("rank", "world_size", "expected"), [(0, 2, 1.0), (1, 2, 5.0), (0, 1, 3.0), (2, 3, 3.0)])
+def test_each_process_gets_its_own_running_statistics_back_or_the_mean_of_all(
+    tmp_path, run_of, rank, world_size, expected
+):
+    trainer = run_of(1)
+    trainer.train_epoch(epoch(0))
+    (of_one,) = torch.load(saved(tmp_path / "one.pth", trainer), weights_only=True)["rank_statistics"]
+    path = saved(tmp_path / "two.pth", trainer, rank_statistics=[torch.full_like(of_one, v) for v in (1.0, 5.0)])
+    resumed = run_of(2, process=Process(rank, world_size, rank, torch.device("cpu")))
+    resume(resumed, path)
+    assert running_statistics(resumed) == {expected}
+
+
+def test_running_statistics_of_processes_without_the_average_that_now_begins_are_left_out(tmp_path, run_of):
+    trainer = run_of(1)
+    trainer.train_epoch(epoch(0))
+    (of_one,) = torch.load(saved(tmp_path / "one.pth", trainer), weights_only=True)["rank_statistics"]
+    path = saved(tmp_path / "two.pth", trainer, rank_statistics=[torch.full_like(of_one, v) for v in (1.0, 5.0)])
+    averaging = run_of(2, ema=True)
+    resume(averaging, path)
+    assert_equal(averaging.network.state_dict(), trainer.network.state_dict())
+    assert_equal(averaging.ema.module.state_dict(), trainer.network.state_dict())
+
+
+def test_a_run_that_was_killed_between_two_names_of_a_state_gets_the_newer_one(tmp_path, run_of):
+    trainer, checkpoints = run_of(1), folder(tmp_path, keep=1)
+    for number in range(2):
+        trainer.train_epoch(epoch(number))
+        checkpoints.save(trainer, numbered=True, best=True)
+        if number == 0:
+            older = (tmp_path / "best_ckpt.pth").read_bytes(), (tmp_path / "ckpt_epoch_0.pth").read_bytes()
+    (tmp_path / "best_ckpt.pth").write_bytes(older[0])
+    (tmp_path / "ckpt_epoch_1.pth").unlink()
+    (tmp_path / "ckpt_epoch_0.pth").write_bytes(older[1])
+    assert checkpoints.start(LOGGER) == tmp_path / "latest.pth"
+    assert names(tmp_path) == {"latest.pth", "best_ckpt.pth", "ckpt_epoch_1.pth"}
+    updates = [read_checkpoint(path).payload["progress"]["update"] for path in sorted(tmp_path.iterdir())]
+    assert updates == [10, 10, 10]

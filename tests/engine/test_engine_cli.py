@@ -3,6 +3,7 @@
 import pytest
 
 from utils import cli
+from utils.text import printable
 
 
 def outcome(main, capsys) -> tuple[object, str, str]:
@@ -24,6 +25,10 @@ def failing(error: Exception):
         ("adam", ("adamw", "sgd"), "; did you mean adamw?"),
         ("REPMLPNET-B24", ("RepMLPNet-B224", "RepMLPNet-T224"), "; did you mean RepMLPNet-B224?"),
         ("DATA.BATCHSIZE", ("DATA.BATCH_SIZE", "DATA.IMG_SIZE"), "; did you mean DATA.BATCH_SIZE?"),
+        ("--architecture", ("--arch", "-a"), "; did you mean --arch?"),
+        ("TRAIN.LOSS", ("TRAIN.EPOCHS", "TRAIN.SYNC_BN"), ""),
+        ("--lr", ("--help", "--amp", "-h"), ""),
+        ("--device", ("--resume", "--dataset"), ""),
         ("zebra", ("adamw", "sgd"), ""),
         ("x", (), ""),
     ],
@@ -92,3 +97,29 @@ def test_a_choice_lists_the_others(capsys):
     assert "fast" in error
     assert "slow" in error
     assert error.count("\n") == 1
+
+
+def test_a_parser_with_a_hint_of_its_own(capsys):
+    with pytest.raises(SystemExit):
+        cli.Parser(hint=lambda word, known: f": {word} of {len([*known])}").parse_args(["--quux=3"])
+    assert capsys.readouterr().err == "error: unknown argument --quux: --quux of 2 (--help lists all)\n"
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x07", "a\udce9", "\u202e", "a\nb"])
+def test_what_is_unprintable_is_escaped(capsys, text):
+    shown = printable(text)
+    _, _, err = outcome(failing(ValueError(f"x{text}x")), capsys)
+    assert err == f"error: x{shown if chr(10) not in text else 'a b'}x\n"
+    for argv in (["--mode", text], [f"--{text}"], ["--batch-size", text], [text]):
+        with pytest.raises(SystemExit):
+            parser().parse_args(argv)
+        line = capsys.readouterr().err
+        assert line.endswith("\n")
+        assert line[:-1].isprintable()
+
+
+def test_a_listing_is_broken_between_words():
+    text = cli.listing("names", (f"name-{number}" for number in range(40)))
+    assert text.startswith("names: name-0, name-1, ")
+    assert max(map(len, text.splitlines())) <= 100
+    assert [word.strip(",") for word in text.split()][1:] == [f"name-{number}" for number in range(40)]

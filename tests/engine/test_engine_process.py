@@ -1,6 +1,8 @@
 """Where a process learns who it is: torchrun's variables, the old launcher's flag, Slurm's steps, or nothing."""
 
+import json
 import os
+import socket
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from utils import distributed
 from utils.distributed import Process
 
 CPU = torch.device("cpu")
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on processes without a GPU")
 
@@ -63,12 +66,36 @@ def test_a_task_of_slurm(launcher):
         ("gpu[003-012]", "gpu003"),
         ("gpu[003,007]", "gpu003"),
         ("a-b.example.org", "a-b.example.org"),
+        ("n[3-4,7]-ib,m1", "n3-ib"),
+        ("n7,gpu[003-012]", "n7"),
     ],
 )
 def test_the_first_node_of_a_list(launcher, nodes, first):
     launcher(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1", SLURM_STEP_NODELIST=nodes)
     distributed.init()
     assert os.environ["MASTER_ADDR"] == first
+
+
+@pytest.mark.parametrize("nodes", ["", ",n3", "[3-4]", "n[", "n[3-4", "n[]", "r[1-2]n[3-4]", " ", "n]3", "n\n3"])
+def test_an_odd_list_of_nodes_is_a_readable_mistake(launcher, nodes):
+    task = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": nodes}
+    launcher(**task)
+    with pytest.raises(ValueError, match=r"SLURM_STEP_NODELIST is '.*, .* set MASTER_ADDR"):
+        distributed.init()
+    assert "RANK" not in os.environ
+    launcher(**task, MASTER_ADDR="n3")
+    assert distributed.init() == Process(0, 1, 0, CPU)
+    assert os.environ["MASTER_ADDR"] == "n3"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("SLURM_JOB_ID", "4711_3"), ("SLURM_PROCID", "first"), ("SLURM_STEP_NUM_TASKS", ""), ("SLURM_LOCALID", "-1")],
+)
+def test_an_odd_number_of_slurm_is_a_readable_mistake(launcher, name, text):
+    launcher(**{"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", name: text})
+    with pytest.raises(ValueError, match=r"the environment variable \w+ must be a whole number, not"):
+        distributed.init()
 
 
 def test_two_jobs_on_one_node_have_different_ports(launcher):
@@ -111,6 +138,14 @@ def test_torchrun_within_a_slurm_job_wins(launcher):
         ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE must be a whole number, not '2.0'"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK must be a whole number, not ''"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK must be a whole number, not '-1'"),
+        ({**TWO, "MASTER_ADDR": ""}, "but MASTER_ADDR is not set"),
+        ({**TWO, "MASTER_PORT": "80x"}, "MASTER_PORT must be a whole number, not '80x'"),
+        ({**TWO, "MASTER_PORT": "-1"}, "MASTER_PORT must be a whole number, not '-1'"),
+        ({**TWO, "MASTER_PORT": "0"}, "MASTER_PORT must be a port from 1 to 65535, not 0"),
+        ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT must be a port from 1 to 65535, not 65536"),
+        ({**TWO, "MASTER_PORT": "1" * 30}, "MASTER_PORT must be a port from 1 to 65535, not 1111"),
+        ({**TWO, "MASTER_ADDR": "no.such.node.invalid"}, r"can't meet at MASTER_ADDR=no.such.node.invalid, .*torchrun"),
+        ({**TWO, "MASTER_ADDR": "x" * 300}, "can't meet at MASTER_ADDR=xxx"),
     ],
 )
 def test_an_incomplete_environment_is_a_readable_mistake(launcher, variables, complaint):
@@ -120,10 +155,123 @@ def test_an_incomplete_environment_is_a_readable_mistake(launcher, variables, co
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_a_port_in_use_is_a_readable_mistake(launcher, host):
+    with socket.create_server((host, 0)) as taken:
+        port = taken.getsockname()[1]
+        launcher(**TWO | {"MASTER_PORT": str(port)})
+        with pytest.raises(
+            ValueError, match=rf"can't meet at .* MASTER_PORT={port} \(.*address already in use\): give"
+        ):
+            distributed.init()
+    assert not dist.is_initialized()
+
+
 def test_the_helpers_work_alone():
     tensor = torch.tensor([1.0, 2.0])
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.all_reduce_sum(tensor) is tensor
     assert tensor.tolist() == [1.0, 2.0]
-    distributed.barrier()
+    assert distributed.barrier() is None
+    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    assert distributed.from_main(lambda: [1, 2]) == [1, 2]
+    assert distributed.shutdown() is None
+
+
+def refuse(error: Exception):
+    def compute() -> None:
+        raise error
+
+    return compute
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("gone"), KeyError("a defect")])
+def test_alone_an_error_passes_as_it_is(error):
+    with pytest.raises(type(error)) as caught:
+        distributed.from_main(refuse(error))
+    assert caught.value is error
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
     distributed.shutdown()
+
+
+def test_the_helpers_work_in_a_group_of_one(group_of_one):
+    tensor = torch.tensor([1.0, 2.0])
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.all_reduce_sum(tensor) is tensor
+    assert tensor.tolist() == [1.0, 2.0]
+    assert distributed.barrier() is None
+    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    assert distributed.from_main(lambda: [1, 2]) == [1, 2]
+    for error in (ValueError("wrong"), FileNotFoundError("wrong")):
+        with pytest.raises(ValueError, match="^wrong$") as caught:
+            distributed.from_main(refuse(error))
+        assert type(caught.value) is ValueError
+    with pytest.raises(KeyError):
+        distributed.from_main(refuse(KeyError("a defect")))
+    distributed.shutdown()
+    assert not dist.is_initialized()
+    assert distributed.world_size() == 1
+
+
+IN_TWO = """
+import json, os, time
+import torch
+from utils import distributed
+
+process = distributed.init()
+tensor = torch.tensor([1.0, 10.0]) * (process.rank + 1)
+summed = distributed.all_reduce_sum(tensor)
+calls = []
+def compute():
+    calls.append(process.rank)
+    return {"from": process.rank}
+def refuse():
+    raise FileNotFoundError("gone")
+def error():
+    try:
+        distributed.from_main(refuse)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+computed = distributed.from_main(compute)
+if process.rank == 1:
+    time.sleep(0.5)
+entered = time.time()
+distributed.barrier()
+left = time.time()
+figures = {
+    "process": [process.rank, process.world_size, process.is_main],
+    "asked": [distributed.rank(), distributed.world_size()],
+    "summed": [summed is tensor, tensor.tolist()],
+    "computed": [computed, calls],
+    "error": error(),
+    "gathered": distributed.gather_objects(("rank", process.rank)),
+    "entered": entered,
+    "left": left,
+}
+distributed.shutdown()
+print(json.dumps(figures | {"after": [distributed.rank(), distributed.world_size()]}))
+"""
+
+
+def test_the_helpers_work_in_a_group_of_two(start, tmp_path):
+    (tmp_path / "ranks.py").write_text(IN_TWO)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [start(tmp_path / "ranks.py", environment=common | {"RANK": str(rank)}) for rank in (0, 1)]
+    assert [process.wait(60) for process in ranks] == [0, 0], [process.err for process in ranks]
+    found = [json.loads(process.out) for process in ranks]
+    for rank, figures in enumerate(found):
+        assert figures["process"] == [rank, 2, rank == 0]
+        assert figures["asked"] == [rank, 2]
+        assert figures["summed"] == [True, [3.0, 30.0]]
+        assert figures["computed"] == [{"from": 0}, [0] if rank == 0 else []]
+        assert figures["error"] == ["ValueError", "gone"]
+        assert figures["gathered"] == [["rank", 0], ["rank", 1]]
+        assert figures["after"] == [0, 1]
+    assert min(figures["left"] for figures in found) >= max(figures["entered"] for figures in found)

@@ -448,3 +448,25 @@ def test_unreadable_images_are_named_once_and_too_many_end_the_run(
 def test_none_may_be_unreadable_where_the_limit_is_zero(plain_network, trainer_of, batch_of):
     with pytest.raises(ValueError, match="1 training images can't be read"):
         trainer_of(plain_network()).train_epoch([batch_of(4, unreadable=("a.png: cut off",))])
+
+
+def test_the_time_that_is_left_and_the_rate_follow_from_each_other(
+    plain_network, trainer_of, batch_of, caplog: pytest.LogCaptureFixture
+):
+    trainer = trainer_of(plain_network(), print_freq=4, epochs=1000)  # of 5 updates, of 5 images each
+    trainer.progress.epoch, trainer.progress.update = 600, 3000
+
+    def slow() -> Iterator[Batch]:
+        for number in range(4):
+            time.sleep(0.03)
+            yield batch_of(5, seed=number)
+
+    began = time.monotonic()
+    with caplog.at_level(logging.INFO, logger="tests.engine"):
+        trainer.train_epoch(slow())
+    took = time.monotonic() - began
+    (line,) = (record.getMessage() for record in caplog.records)
+    hours, minutes, seconds = map(int, re.search(r"eta (\d+):(\d+):(\d+)", line).groups())
+    rate = float(re.search(r"([\d.]+) img/s", line)[1])
+    assert 20 / took < rate < 20 / (4 * 0.03)
+    assert (3600 * hours + 60 * minutes + seconds) * rate / 5 == pytest.approx(5000 - 3004, rel=0.03)

@@ -15,23 +15,29 @@ from models.checkpoints import read_checkpoint
 from tools import soak
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Puts a file in the place of another one, which may have other names too: those keep what they had."""
+    path.unlink()
+    path.write_bytes(content)
+
+
 def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+    replace(path, path.read_bytes()[: path.stat().st_size // 2])
 
 
 def flip(path: Path) -> None:
     """Turns over one bit in the middle, where the tensors are."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
-    path.write_bytes(content)
+    replace(path, bytes(content))
 
 
 def empty(path: Path) -> None:
-    os.truncate(path, 0)
+    replace(path, b"")
 
 
 def overwrite(path: Path) -> None:
-    path.write_bytes(random.Random(0).randbytes(1000))
+    replace(path, random.Random(0).randbytes(1000))
 
 
 DAMAGES = (truncate, flip, empty, overwrite)

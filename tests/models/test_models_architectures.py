@@ -16,6 +16,27 @@ from models.reparam import is_reparameterizable, to_deploy
 
 EXACT = 1e-12
 every_architecture = pytest.mark.parametrize("arch", list_models())
+# With a head of a thousand outputs, of the training and of the deploy form. `test_models_network.py` and others compare
+# them with the papers, which round.
+PARAMETERS = {
+    "RepMLPNet-T224": (38_293_608, 38_331_720),
+    "RepMLPNet-B224": (68_242_712, 68_332_664),
+    "RepMLPNet-T256": (58_687_848, 58_739_400),
+    "RepMLPNet-B256": (96_447_512, 96_568_184),
+    "RepMLPNet-D256": (86_887_648, 86_985_280),
+    "RepMLPNet-L256": (117_641_560, 117_820_600),
+    "RepMLPNet-C100": (8_539_944, 8_560_680),
+    "RepMLPNet-Digits": (205_464, 205_848),
+    "RepMLPNet-Shapes": (972_720, 976_176),
+    "ResMLP-S12-224": (15_351_040, 15_350_872),
+    "ResMLP-S24-224": (30_021_016, 30_020_680),
+    "ResMLP-B24-224": (129_138_616, 129_138_280),
+    "ResMLP-C100": (7_375_760, 7_375_592),
+    "ResMLP-Shapes": (660_800, 660_744),
+    "RepMLP-Res50-light-224": (87_038_248, 86_142_440),
+    "RepMLP-Res50-bottleneck-224": (41_071_144, 40_871_528),
+    "RepMLP-FaceRes": (59_105_784, 58_195_944),
+}
 
 
 def small(arch: str, **options: object) -> nn.Module:
@@ -40,6 +61,16 @@ def test_the_published_size(arch: str) -> None:
     assert is_reparameterizable(model)
     assert not is_reparameterizable(deploy)
     assert model(images).shape == deploy(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize("arch", PARAMETERS)
+def test_all_parameters_are_counted(arch: str) -> None:
+    family = OWN[arch]
+    with torch.device("meta"):
+        by_name = create_model(arch), create_model(arch, deploy=True)
+        by_class = family.network(family.specs[arch]), family.network(family.specs[arch], deploy=True)
+    for networks in (by_name, by_class):
+        assert tuple(sum(p.numel() for p in network.parameters()) for network in networks) == PARAMETERS[arch]
 
 
 @every_architecture

@@ -98,6 +98,13 @@ def test_partitions_do_not_see_each_other() -> None:
     assert (difference[~inside] == 0).all()
 
 
+def test_what_a_block_is_unless_it_is_told_otherwise() -> None:
+    block = RepMLPBlock(8, 3, 2)
+    assert (block.share_sets, block.branches, block.deploy) == (1, (1, 3), False)
+    assert block.gp.fc1.out_channels == 2
+    assert block.fc3.weight.shape == (6, 6, 1, 1)
+
+
 def test_channels_of_one_share_set_use_the_same_kernel() -> None:
     block = randomised(RepMLPBlock(6, 3, 3, share_sets=2)).eval()
     x = random_tensor(1, 1, 3, 3).expand(1, 6, 3, 3)

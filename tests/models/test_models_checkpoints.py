@@ -284,12 +284,13 @@ def test_a_damaged_file(damage: str, suffix: str, reason: str, weights: dict[str
         ({"model": {}}, "holds no weights: found nothing"),
         ({"optimizer": {"lr": 1}, "epoch": 3}, "holds no weights: found 'optimizer', 'epoch'"),
         ({"model": {"conv": 3}}, "holds no weights: found 'conv'"),
+        (dict.fromkeys("abcdef", 1), "holds no weights: found 'a', 'b', 'c', 'd', 'e'"),
         ({0: torch.ones(3)}, "holds no weights: found 0"),
     ],
     ids=str,
 )
 def test_a_file_without_weights(payload: object, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"a.pth {message}")):
+    with pytest.raises(ValueError, match=re.escape(f"a.pth {message}") + "$"):
         read_checkpoint(saved(tmp_path / "a.pth", payload))
 
 
@@ -385,6 +386,17 @@ def test_an_unknown_architecture_is_refused(weights: dict[str, Tensor], tmp_path
     checkpoint = read_checkpoint(saved(tmp_path / "a.pth", weights))
     with pytest.raises(ValueError, match="unknown architecture 'RepMLPNet-Digit'; did you mean RepMLPNet-Digits"):
         build_from(checkpoint, "RepMLPNet-Digit")
+
+
+def test_weights_without_a_head_are_of_a_network_that_never_had_one(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    headless = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    with pytest.raises(ValueError, match=r"a\.pth does not fit .*: 2 tensors missing \(head\.weight, \.\.\.\)"):
+        build_from(read_checkpoint(saved(tmp_path / "a.pth", headless)), ARCH)
+    network = create_model(ARCH, 0)
+    network.load_state_dict(headless)
+    meta = describe(ARCH, network, network.img_size, "train")
+    built = build_from(read_checkpoint(saved(tmp_path / "b.pth", {"model": headless, "meta": meta})))
+    assert (built.num_classes, same(headless, built.model.state_dict())) == (0, True)
 
 
 # Loading
@@ -697,6 +709,23 @@ def test_an_old_file_is_replaced_at_once(tmp_path: Path) -> None:
     assert seen == ["old", "old"]
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_the_whole_file_reaches_the_disk_before_it_gets_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sync = tmp_path / "new" / "folder" / "a.pth", os.fsync
+    synced: list[tuple[str, bool]] = []
+
+    def observed(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.append(("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes", path.exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", observed)
+    write_atomically(path, lambda file: file.write(b"short"))
+    assert synced == [("5 bytes", False), ("folder", True)]
+    assert path.read_bytes() == b"short"
 
 
 def test_equal_content_is_equal_bytes_and_the_users_mask_holds(tmp_path: Path) -> None:

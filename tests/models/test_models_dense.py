@@ -119,6 +119,15 @@ def test_pruning_can_keep_norm_and_head() -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_pruning_keeps_the_last_stage_and_its_norm_unless_it_is_told_otherwise() -> None:
+    model = network()
+    assert model.prune_intermediate_layers() == [3]
+    assert isinstance(model.head_norm, nn.BatchNorm2d)
+    assert isinstance(model.head, nn.Identity)
+    assert model.prune_intermediate_layers(prune_norm=True) == [3]
+    assert isinstance(model.head_norm, nn.Identity)
+
+
 @pytest.mark.parametrize("arch", SPECS)
 def test_timm_builds_every_architecture_as_a_backbone(arch: str) -> None:
     spec, (height, width) = SPECS[arch], 2 * (2 * SPECS[arch].image_size,)

@@ -111,6 +111,14 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         RepMLP(4, (3, 4), 3, 2, branches=(1, 2))
 
 
+def test_what_a_block_is_unless_it_is_told_otherwise() -> None:
+    block = RepMLP(4, (4, 6), 2, 3)
+    assert (block.fc3.groups, block.branches, block.deploy) == (1, (1, 3, 5), False)
+    assert (block.fc1_fc2.fc1.in_features, block.fc1_fc2.fc1.out_features) == (16, 16)
+    unit = FoldableConvNorm(3, 4, 3)
+    assert (unit.conv.stride, unit.conv.padding, unit.conv.bias, unit.deploy) == ((1, 1), (1, 1), None, False)
+
+
 def test_injection_twice_changes_nothing_more() -> None:
     block = randomised(RepMLP(4, (4, 6), 2, 3, groups=2)).eval()
     unit = randomised(FoldableConvNorm(3, 4, 3, 2, nn.ReLU())).eval()

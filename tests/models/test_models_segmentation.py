@@ -67,6 +67,14 @@ def test_architectures_of_timm_are_backbones_too() -> None:
         model.load_backbone(create_model("RepMLPNet-Digits"))
 
 
+def test_what_a_network_is_unless_it_is_told_otherwise() -> None:
+    with torch.device("meta"):
+        model = SegmentationNetwork("resnet18", 4)
+    assert model.arguments == {"arch": "resnet18", "num_classes": 4, "decoder": "upernet", "width": 512, "in_chans": 3}
+    assert isinstance(model.model, smp.UPerNet)
+    assert (model.num_classes, model.model.segmentation_head[0].in_channels) == (4, 512)
+
+
 @pytest.mark.parametrize("downsample", [None, "conv5"])
 def test_a_trained_classifier_becomes_the_backbone(downsample: str | None) -> None:
     options = {k: v for k, v in SMALL.items() if k in ("img_size", *STRUCTURE)}

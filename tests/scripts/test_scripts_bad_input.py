@@ -102,6 +102,17 @@ ROWS = [
         "main_repmlp.py --throughput --arch resnet19 --output {fresh}",
         ["'resnet19'", "did you mean resnet"],
     ),
+    (
+        "throughput_of_an_absent_part",
+        "main_repmlp.py --throughput --arch resnet18 --output {fresh}/a/b --opts MODEL.BRANCHES 3",
+        ["no branches"],
+    ),
+    ("arch_is_a_path", f"{FRESH} --arch ../../elsewhere", ["MODEL.ARCH", "plain name"]),
+    ("tag_is_a_path", f"{FRESH} --tag ../../elsewhere", ["TAG", "plain name"]),
+    ("resume_of_nobody", f"{FRESH} --resume ~nosuchuser/a.pth", ["MODEL.RESUME", "home of a user who exists"]),
+    ("test_data_of_nobody", "test.py ~nosuchuser/images train {weights.train}", ["~nosuchuser/images", "no such user"]),
+    ("average_is_a_copy", f"{FRESH} --opts TRAIN.EMA_ALPHA 0.9", ["TRAIN.EMA_ALPHA = 0.9", "gives a decay of 0.99"]),
+    ("huge_print_freq", f"{FRESH} --opts PRINT_FREQ 1000000000000", ["PRINT_FREQ", "at most 10000"]),
     # Files
     ("missing_cfg", "main_repmlp.py --cfg {root}/configs/quikstart.yaml", ["quikstart.yaml", "quickstart.yaml"]),
     ("cfg_is_a_folder", "main_repmlp.py --cfg {root}/configs", ["configs", "folder"]),
@@ -194,7 +205,7 @@ ROWS = [
     (
         "eval_other_classes",
         f"{EVAL} --resume {{weights.seven}}",
-        ["head.weight (7, 64), not (10, 64)", "with 7 classes"],
+        ["seven.pth is for 7 classes", "digits has 10"],
     ),
     ("eval_other_architecture", f"{EVAL} --resume {{weights.resnet}}", ["does not fit the network", "unexpected"]),
     (
@@ -322,6 +333,8 @@ def check(run, places: SimpleNamespace, command: str, expected: list[str]) -> No
     assert contents(places.guarded) == before
     assert contents(places.weights.folder) == inputs
     assert not list(places.fresh.rglob("*.pth"))
+    # A start that fails leaves no folder; what goes wrong later leaves its log.
+    assert not places.fresh.exists() or list(places.fresh.rglob("config.yaml"))
 
 
 @pytest.mark.parametrize(("command", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])

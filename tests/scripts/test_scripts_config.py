@@ -1,6 +1,7 @@
 """The scripts and the configuration fit each other: no dead key, no key that does not exist, one word for one thing."""
 
 import ast
+import contextlib
 import inspect
 import re
 from pathlib import Path
@@ -19,6 +20,9 @@ from configs.rules import RULES
 from data.mixing import ERASING_MODES, MIXUP_MODES
 from data.transforms import INTERPOLATIONS
 from data.zipped import CACHE_MODES
+from engine.optimizer import build_optimizer
+from engine.schedule import build_schedule
+from engine.train import PRECISIONS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -251,11 +255,34 @@ def test_there_is_a_recipe_of_each_published_network():
         ("AUG.REMODE", ERASING_MODES),
         ("DATA.INTERPOLATION", INTERPOLATIONS),
         ("DATA.CACHE_MODE", CACHE_MODES),
-        ("AMP", ("auto", "off", "bf16", "fp16")),
+        ("AMP", ("auto", *PRECISIONS)),
     ],
 )
 def test_the_words_of_the_rules_are_those_of_the_code(key, registry):
     assert choices(key) == set(registry)
+
+
+def test_the_modes_of_compiling_are_known_to_torch():
+    assert choices("COMPILE_MODE") <= set(torch._inductor.list_mode_options())
+
+
+@pytest.mark.parametrize("name", ["adam", *sorted(choices("TRAIN.OPTIMIZER.NAME"))])
+def test_the_optimizers_of_the_rules_are_those_that_there_are(name):
+    known = name in choices("TRAIN.OPTIMIZER.NAME")
+    with contextlib.nullcontext() if known else pytest.raises(ValueError, match="unknown optimizer 'adam'"):
+        build_optimizer(torch.nn.Linear(2, 2), name=name, lr=0.1, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["poly", *RULES["TRAIN.LR_SCHEDULER.NAME"].allowed.removeprefix("one of ").split(", ")]
+)
+def test_the_schedules_of_the_rules_are_those_that_there_are(name):
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), name="sgd", lr=0.1, weight_decay=0.0)
+    lengths = {"total_updates": 10, "warmup_updates": 2, "decay_updates": 3}
+    rates = {"warmup_lr": 0.0, "min_lr": 0.0, "decay_rate": 0.1}
+    known = name in choices("TRAIN.LR_SCHEDULER.NAME")
+    with contextlib.nullcontext() if known else pytest.raises(ValueError, match="unknown schedule 'poly'"):
+        build_schedule(optimizer, name=name, **lengths, **rates)
 
 
 def test_the_words_of_the_flags_are_those_of_the_rules():

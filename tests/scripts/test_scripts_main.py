@@ -11,6 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import configs
+import models
 from configs import command_line
 
 ARCH = "RepMLPNet-Digits"
@@ -268,7 +269,13 @@ def test_the_flag_of_old_launchers_is_accepted(trained, script, tmp_path, flag):
     assert figures(result.out) == figures(trained.result.out)[-1:]
 
 
-def test_help(script):
-    result = script("main_repmlp.py", "--help")
+@pytest.mark.parametrize("name", ["main_repmlp.py", "test.py", "convert.py"])
+def test_help(script, name):
+    result = script(name, "--help")
     assert (result.status, result.err) == (0, "")
-    assert "--data-path" in result.out
+    assert result.out.startswith("usage: ")
+    words = re.split(r"[\s,]+", result.out)
+    assert set(models.list_models()) <= set(words)
+    if name == "main_repmlp.py":
+        assert "--data-path" in result.out
+        assert "torchrun --nproc_per_node 8 main_repmlp.py" in result.out

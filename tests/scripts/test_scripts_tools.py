@@ -4,6 +4,7 @@ import io
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -13,6 +14,8 @@ from PIL import Image
 
 import data
 from models.checkpoints import build_from, read_checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_predict_gives_the_probabilities_of_the_network(form, fuse, trained, dep
     weights = trained.folder / "best_ckpt.pth" if form == "trained" else deployed
     flags = ["-k", 10, "-b", 2, "--json", tmp_path / "p.json", *["--fuse"] * fuse]
     status, out, err = tool("tools.predict", weights, *scans, *flags)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"by {'training' if form == 'trained' else 'deploy'} weights from {weights}\n")
     found = json.loads((tmp_path / "p.json").read_text())
     assert list(found) == list(map(str, scans))
     rows = torch.tensor([[dict(found[str(path)])[str(label)] for label in range(10)] for path in scans])
@@ -149,3 +152,31 @@ def test_export_writes_nothing_where_the_format_is_unknown_or_the_check_fails(tr
         assert status == 2
         assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+PROGRAMS = sorted(
+    path
+    for folder in ("tools", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_every_program_explains_itself_and_knows_its_arguments(path, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    name = f"{path.parent.name}.{path.stem}"
+    monkeypatch.delitem(sys.modules, name, raising=False)  # that of another test
+    for argument, status, beginning in (("--help", 0, "usage: "), ("--nonsense", 2, "error: ")):
+        monkeypatch.setattr(sys, "argv", [path.name, argument])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module(name, run_name="__main__")
+        printed = capsys.readouterr()
+        assert stop.value.code == status
+        assert (printed.out if status == 0 else printed.err).startswith(beginning)
+        assert (printed.err if status == 0 else printed.out) == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_programs_are_found():
+    assert {"quickstart", "predict", "soak", "inference"} <= {path.stem for path in PROGRAMS}

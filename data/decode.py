@@ -1,0 +1,72 @@
+"""From the bytes of an image file to RGB pixels: which formats are read, and what becomes of bytes that are none."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
+
+# The formats that are decoded, whatever a file is called, and the endings by which an image folder knows its images.
+# Pillow knows many more, among them EPS, for which it starts another program.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg"),  # and several in one file, MPO
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
+}
+if "avif" in features.get_supported_modules():
+    FORMATS["AVIF"] = (".avif",)
+EXTENSIONS = tuple(ending for endings in FORMATS.values() for ending in endings)
+
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+
+# Damaged metadata is no reason for lines on the console, one for each such image and worker.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@contextmanager
+def image_file(file: BinaryIO) -> Iterator[Image.Image]:
+    """Opens an image, of an animation the first one; its pixels are to be decoded within the `with`.
+
+    Raises:
+        OSError, ValueError: whatever the decoder dislikes.
+    """
+    try:
+        with Image.open(file, formats=list(FORMATS)) as image:
+            yield image
+    except UnidentifiedImageError:  # its text is another one each time
+        raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from None
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a decoder may raise anything for bytes that it was not written for
+        raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
+
+
+def decode_rgb(file: BinaryIO) -> Image.Image:
+    """Decodes an image file into RGB; raises as `image_file`, and ValueError for pixels whose range is not known."""
+    with image_file(file) as image:
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            return _to_8_bits(image).convert("RGB")
+        if image.mode in ("I", "F"):
+            kind = "32-bit float" if image.mode == "F" else "signed or 32-bit integer"
+            raise ValueError(f"{kind} pixels have no known range: convert to 8 or 16 bit")
+        if image.mode == "P" and "transparency" in image.info:
+            return image.convert("RGBA").convert("RGB")  # Pillow warns of the direct way
+        return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Returns grey pixels of up to 16 bits in 8, rounded, as a viewer shows them."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    values: np.ndarray = np.asarray(image).astype(np.uint16)
+    if tags.get(BITS_PER_SAMPLE) == (12,):
+        values = values << 4 | values >> 8
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = ~values
+    steps, rest = np.divmod(values, 257)  # 65535 = 255 * 257
+    return Image.fromarray((steps + (rest > 128)).astype(np.uint8))

@@ -1,0 +1,84 @@
+"""The image files of a folder with a folder for each class, in the order of torchvision's ImageFolder."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from utils.text import printable
+
+from .decode import EXTENSIONS
+
+Identity = tuple[int, int]  # of a folder, by whichever path it is reached: device, inode
+
+
+def class_names(folder: Path) -> list[str]:
+    """Returns the sorted names of the folders in `folder`, hidden ones apart; none where it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if not _is_hidden(entry) and _is_folder(entry))
+
+
+def image_files(folder: Path, classes: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Yields the path of each image below `folder/<class>/`, relative to `folder`, with the position of its class.
+
+    Symbolic links are followed; what is hidden (`.ipynb_checkpoints/`, `._cat.jpg`) is left out. A link that leads
+    nowhere counts as an image if it has the name of one.
+
+    Raises:
+        ValueError: links lead to one folder in two ways, so that its images would count twice, or without end.
+    """
+    seen = {_identity(place): place for place in (folder, *folder.resolve().parents)}
+    for label, name in enumerate(classes):
+        for place, images in sorted(_walk(folder, name, seen)):
+            yield from ((f"{place}/{image}", label) for image in sorted(images))
+
+
+def _walk(folder: Path, name: str, seen: dict[Identity, Path]) -> Iterator[tuple[str, list[str]]]:
+    """Yields `name` and every folder below it, relative to `folder`, with the names of the images in it."""
+    waiting = [name]
+    while waiting:
+        place = waiting.pop()
+        _enter(folder / place, seen)
+        images = []
+        with os.scandir(folder / place) as entries:
+            for entry in entries:  # a million of them: no system call for any but links
+                if _is_hidden(entry):
+                    continue
+                if _is_folder(entry):
+                    waiting.append(f"{place}/{entry.name}")
+                elif entry.name.lower().endswith(EXTENSIONS) and _is_file(entry):
+                    images.append(entry.name)
+        yield place, images
+
+
+def _enter(path: Path, seen: dict[Identity, Path]) -> None:
+    """Notes that a folder is being read; ValueError where it has been before, or holds all of them."""
+    other = seen.setdefault(_identity(path), path)
+    if other is not path:
+        raise ValueError(
+            f"{printable(path)} and {printable(other)} are one folder, whose images would count more than once: "
+            "remove the symbolic link"
+        )
+
+
+def _identity(path: Path) -> Identity:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_hidden(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(".")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # a link in a circle
+        return entry.is_dir()
+    return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Tells a file, or a link that leads nowhere, from a pipe or a socket, which would keep a reader waiting."""
+    with suppress(OSError):
+        return entry.is_file() or not os.path.exists(entry.path)
+    return True
