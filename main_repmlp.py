@@ -344,8 +344,26 @@ def compiled(model: nn.Module, cfg: CfgNode) -> nn.Module:
     return cast(nn.Module, torch.compile(model, mode=cfg.COMPILE_MODE)) if cfg.COMPILE else model
 
 
+def check_compilation(cfg: CfgNode, process: Process) -> None:
+    """Raises ValueError for what a compiled training does not go with on CPUs."""
+    if not cfg.COMPILE or process.device.type != "cpu":
+        return
+    if cfg.CHANNELS_LAST:  # seen with torch 2.15: layouts that its compiler takes for others than they are
+        raise ValueError("COMPILE computes wrong gradients with CHANNELS_LAST on CPUs: leave one of them away")
+    if cfg.TRAIN.SYNC_BN and cfg.TRAIN.USE_CHECKPOINT and process.world_size > 1:
+        raise ValueError(
+            "COMPILE can't compute again what TRAIN.SYNC_BN interrupts on CPUs: leave it, TRAIN.SYNC_BN or "
+            "TRAIN.USE_CHECKPOINT away"
+        )
+
+
 def wrap(model: nn.Module, cfg: CfgNode, process: Process) -> nn.Module:
-    """Compiles a network where asked, and synchronises its gradients wherever there is more than one process."""
+    """Compiles a network where asked, and synchronises its gradients wherever there is more than one process.
+
+    Raises:
+        ValueError: settings that compilation does not go with.
+    """
+    check_compilation(cfg, process)
     # A static graph does not go with steps that leave the gradients alone.
     return data_parallel(compiled(model, cfg), process, static_graph=cfg.TRAIN.ACCUMULATION_STEPS <= 1)
 

@@ -164,7 +164,9 @@ class Trainer:
         losses = [self._backward(batch, i, len(group)) for i, batch in enumerate(group)]
         self.schedule.step_update(progress.update)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad or torch.inf)
+        # What the loss learns counts, too.
+        learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(learning, self.clip_grad or torch.inf)
         loss = torch.stack(losses).mean()
         self.guard.step(progress.update, loss, grad_norm, statistics, [batch.indices for batch in group])
         self.optimizer.zero_grad(set_to_none=True)

@@ -170,8 +170,10 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
     Running statistics take in a batch once, not twice, so that training is the same with and without.
     """
-    if torch.compiler.is_compiling():  # a compiled graph writes to buffers once, and has no place for contexts
-        return checkpoint(module, x, use_reentrant=False)
+    if torch.compiler.is_compiling():
+        # A graph writes to buffers once, and has no place for contexts. Outside of one there is none: better an error.
+        with torch._dynamo.error_on_graph_break(True):
+            return checkpoint(module, x, use_reentrant=False)
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), untracked_statistics(module)

@@ -91,6 +91,31 @@ def test_they_count_over_epochs(trainer_of, batch_of):
         trainer.train_epoch(batch_of(8, seed=number) for number in range(3))
 
 
+class Learning(nn.CrossEntropyLoss):
+    """A finite loss with a parameter of its own, whose gradient is not finite in some calls, counted from 0."""
+
+    def __init__(self, *spoilt: int) -> None:
+        super().__init__()
+        self.own, self.spoilt, self.calls = nn.Parameter(torch.ones(3)), spoilt, 0
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        shift = torch.zeros(()) if self.calls - 1 in self.spoilt else torch.ones(())
+        return super().forward(input, target) + (self.own * shift).abs().sqrt().sum()
+
+
+def test_gradients_of_what_the_loss_learns_count(trainer_of, batch_of):
+    """For the decision to skip an update, and for the norm that is clipped."""
+    model, criterion = network(), Learning(1)
+    optimizer = build_optimizer(nn.ModuleList([model, criterion]), name="sgd", lr=0.01, weight_decay=0.1)
+    trainer = trainer_of(model, criterion=criterion, optimizer=optimizer, max_skipped=1, clip_grad=1e-3)
+    trainer.train_epoch([batch_of(8), batch_of(8, seed=1)])
+    assert trainer.progress.skipped == 1
+    assert criterion.own.isfinite().all()
+    # One step of Nesterov momentum goes 1.9 times the gradient, whose norm over everything is a thousandth.
+    assert 0 < (criterion.own.detach() - 1).norm() < 1.9 * 0.01 * 1e-3 * (1 + 1e-3)
+
+
 def test_a_broken_batch_spoils_the_whole_accumulated_update(trainer_of, batch_of):
     model = network()
     before = learnt(model)

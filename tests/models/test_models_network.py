@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import SPECS, RepMLPNet, create_model, default_image_size
 from models.repmlpnet import RepMLPNetUnit
+from models.stages import checkpointed
 
 EXACT = 1e-12
 # A shift of every pixel alike, which the next BatchNorm takes away again.
@@ -127,6 +128,20 @@ def test_checkpointing_in_a_compiled_network(half: torch.dtype | None) -> None:
     actual, buffers = gradients(thrifty), dict(thrifty.named_buffers())
     assert all(torch.equal(gradient, actual[name]) for name, gradient in gradients(plain).items())
     assert all(torch.equal(value, buffers[name]) for name, value in plain.named_buffers())
+
+
+def test_what_a_compiler_gives_up_on_is_not_checkpointed_without_a_word() -> None:
+    """Outside of a graph, running statistics would take in a batch twice."""
+
+    class Interrupted(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(input)
+
+    norm = Interrupted(3)
+    forward = torch.compile(lambda x: checkpointed(norm, x), backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        forward(torch.randn(2, 3, 4, 4)).sum().backward()
 
 
 def test_checkpointing_is_for_training_alone_and_can_be_switched_off() -> None:
