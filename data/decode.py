@@ -63,7 +63,7 @@ def decode_rgb(file: BinaryIO) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Returns grey pixels of up to 16 bits in 8, rounded, as a viewer shows them."""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    values = np.asarray(image).astype(np.uint16)
+    values: np.ndarray = np.asarray(image).astype(np.uint16)
     if tags.get(BITS_PER_SAMPLE) == (12,):
         values = values << 4 | values >> 8
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
