@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
@@ -156,7 +156,7 @@ def build_eval_loader(
 class BatchLoader(DataLoader[Sample]):
     """A loader whose workers' failures reach the run as they were raised, with the remedy, their deaths included."""
 
-    _has_workers = False
+    _workers: Sequence[multiprocessing.process.BaseProcess] = ()  # they stay for all epochs
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yields the batches; raises OSError where the system refuses something, or kills one of the workers."""
@@ -166,14 +166,12 @@ class BatchLoader(DataLoader[Sample]):
             yield item
 
     def _items(self) -> Iterator[Batch | Failure]:
-        at_death = signal.getsignal(signal.SIGCHLD)
-        workers: list[multiprocessing.process.BaseProcess] = []
+        at_death, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
         try:
-            if self.num_workers and not self._has_workers:  # they stay for all epochs
+            if self.num_workers and not self._workers:
                 check_room(self.num_workers)
             batches = super().__iter__()
-            self._has_workers = True
-            workers = multiprocessing.active_children()
+            self._workers = self._workers or [p for p in multiprocessing.active_children() if p not in others]
             if threading.current_thread() is threading.main_thread():
                 # torch's handler would raise wherever the run happens to be, in the middle of an update too; without
                 # it the loader finds a death out by itself, within seconds, when it waits for a batch.
@@ -183,9 +181,9 @@ class BatchLoader(DataLoader[Sample]):
         except (RuntimeError, ConnectionError, EOFError) as error:
             # torch reports the processes that have ended; one that is about to has closed its connections before.
             reported = str(error).startswith("DataLoader worker (pid")
-            if not reported and not connection.wait([worker.sentinel for worker in workers], timeout=DEATH_S):
+            if not reported and not connection.wait([worker.sentinel for worker in self._workers], timeout=DEATH_S):
                 raise
-            if any(worker.exitcode == -signal.SIGBUS for worker in workers):
+            if any(worker.exitcode == -signal.SIGBUS for worker in self._workers):
                 raise OSError(SHARED_MEMORY) from error
             reason = (str(error) or type(error).__name__).splitlines()[-1]
             raise OSError(

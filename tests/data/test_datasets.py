@@ -1,6 +1,9 @@
+import contextlib
 import pickle
+import random
 import shutil
 import struct
+import tracemalloc
 import zipfile
 import zlib
 
@@ -9,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DATASETS, build_eval_loader, build_train_loader, eval_transform, open_source, resolve_name
+import configs
+from data import DATASETS, build_eval_loader, build_train_loader, eval_transform, open_source, resolve_name, zipped
+from data.datasets import DEFAULT, WITHOUT_PATH
 from data.shapes import CLASSES, ShapesSource, coverage, render
 from data.sources import DigitsSource, FolderSource
 from data.zipped import ZipSource
@@ -56,12 +61,41 @@ def test_statistics_of_a_data_set_are_plausible():
 
 def test_names_resolve():
     assert resolve_name("imagenet", "/some/path") == "imagenet"
-    assert resolve_name("cf100", "digits") == "digits"
-    assert resolve_name("no such set", "digits") == "digits"
+    assert resolve_name("imagenet", "digits") == "digits"
     assert resolve_name("imagenet", "shapes") == "shapes"
+    assert resolve_name("digits", "digits") == "digits"
     assert resolve_name("imagenet", "./digits") == "imagenet"
     with pytest.raises(ValueError, match=r"'imgenet' in DATA.DATASET; did you mean imagenet\?"):
         resolve_name("imgenet", "/some/path")
+    with pytest.raises(ValueError, match="unknown data set 'no such set'"):
+        resolve_name("no such set", "digits")
+
+
+@pytest.mark.parametrize("path", ["", configs.defaults().DATA.DATA_PATH])
+@pytest.mark.parametrize("name", WITHOUT_PATH)
+def test_a_data_set_without_files_needs_no_path(name, path):
+    assert resolve_name(name, path) == name
+
+
+@pytest.mark.parametrize("path", ["/some/images", "./digits", "digits/", "Digits", ".", "/path/to/imgnet"])
+@pytest.mark.parametrize("name", WITHOUT_PATH)
+def test_a_folder_is_not_ignored_for_a_data_set_without_files(name, path):
+    for act in (resolve_name, lambda *given: open_source(*given, "val")):
+        with pytest.raises(ValueError, match=f"^the data set {name} .* has no folder") as error:
+            act(name, path)
+        assert f"leave {path} unread: give --dataset imagenet" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "path"), [("cf100", "digits"), ("digits", "shapes"), ("shapes", "digits")])
+def test_a_word_is_not_preferred_to_another_data_set(name, path):
+    with pytest.raises(ValueError, match=f"^the data set {name} .* and the data path '{path}'.*or --dataset {path}$"):
+        resolve_name(name, path)
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != DEFAULT])
+def test_only_image_folders_can_be_zipped(name, data_path):
+    with pytest.raises(ValueError, match=f"--zip .* which {name} is not"):
+        open_source(name, data_path(name), "val", zip_mode=True)
 
 
 def test_a_data_path_is_required_except_where_no_files_are():
@@ -271,10 +305,6 @@ class TestZip:
             assert not batch.unreadable
             assert batch.images[0].permute(1, 2, 0).numpy().tobytes() == expected[index]
 
-    def test_unknown_cache_mode(self, image_zip):
-        with pytest.raises(ValueError, match=r"DATA\.CACHE_MODE is 'some'"):
-            ZipSource(image_zip, "train", cache_mode="some")
-
     @pytest.mark.parametrize(
         ("line", "message"),
         [
@@ -287,14 +317,55 @@ class TestZip:
             ("/ant/0.png\t0", "not a path inside the zip"),
             ("../train.zip\t0", "not a path inside the zip"),
             ("ant/../../0.png\t0", "not a path inside the zip"),
+            ("ant/1.png\t\uff11", "'\uff11' is not an integer"),  # full-width digits
+            ("ant/1.png\t\u00b2", "'\u00b2' is not an integer"),
+            ("ant/1.png\t\u0663", "'\u0663' is not an integer"),
+            ("ant/1.png\t1_0", "'1_0' is not an integer"),
+            ("ant/1.png\t+1", "'\\+1' is not an integer"),
+            ("ant/1.png\t", "'' is not an integer"),
+            ("ant/1.png\t" + "9" * 5000, "'9+ \\.\\.\\. 9+' is not an integer"),
+            ("ant/1.png\t1000000000", "'1000000000' is not an integer from 0 to 999999999"),
+            ("ant/1.png\t999999999", "there would be 1000000000 classes, of which 2 have images"),
+            ("ant/1.png\t1000", "there would be 1001 classes, of which 2 have images"),
+            ("ant/0.png\t1", "'ant/0.png' is in line 1 already, and would count twice"),
+            ("ant/1.png\0\t1", r"no entry 'ant/1.png\\x00'"),
+            ("\x1b[2J\u202e\t1", r"no entry '\\x1b\[2J\\u202e'"),
+            ("\ufeffant/1.png\t1", r"no entry '\\ufeffant/1.png'"),
+            ("x" * 10**6 + "\t1", "no entry 'x+ "),
+            ("x" * 10**6, "expected `path<TAB>label`, found 'x+ "),
+            (b"ant/\xff.png\t1", "can't decode byte 0xff in position 4"),
         ],
     )
     def test_wrong_map_line(self, image_zip, line, message):
-        map_file = image_zip / "train_map.txt"
-        map_file.write_text(f"ant/0.png\t0\r\n\n{line}\n")
+        map_file, line = image_zip / "train_map.txt", line if isinstance(line, bytes) else line.encode()
+        map_file.write_bytes(b"ant/0.png\t0\r\n\n" + line + b"\n")
         with pytest.raises(ValueError, match=message) as error:
             ZipSource(image_zip, "train")
         assert f"{map_file}, line 3" in str(error.value)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 1000
+
+    def test_labels_may_have_gaps(self, image_zip):
+        """As in a part of ImageNet; up to a thousand classes, and ten for each one that has images."""
+        map_file = image_zip / "train_map.txt"
+        map_file.write_text("ant/0.png\t999\nant/1.png\t 7 \n")
+        source = ZipSource(image_zip, "train")
+        assert (source.labels.tolist(), len(source.classes)) == ([999, 7], 1000)
+
+    def test_more_classes_need_more_images(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+            for number in range(200):
+                archive.writestr(f"{number}.png", "")
+        lines = [f"{number}.png\t{number}\n" for number in range(199)]
+        for largest, accepted in ((1999, True), (2000, False)):
+            (tmp_path / "val_map.txt").write_text("".join([*lines, f"199.png\t{largest}\n"]))
+            if accepted:
+                assert len(ZipSource(tmp_path, "val").classes) == 2000
+            else:
+                with pytest.raises(
+                    ValueError, match=r"val_map\.txt, line 200: with the label 2000 there would be 2001"
+                ):
+                    ZipSource(tmp_path, "val")
 
     def test_empty_map(self, image_zip):
         (image_zip / "val_map.txt").write_text("\n")
@@ -311,6 +382,66 @@ class TestZip:
         (image_zip / "train.zip").write_bytes(b"not a zip")
         with pytest.raises(ValueError, match=r"train\.zip is not a readable zip file"):
             ZipSource(image_zip, "train")
+
+    def test_bytes_that_only_look_like_a_zip(self, image_zip):
+        """Whatever is damaged: the file is named, or an entry, or nothing is wrong with what is read."""
+        archive, rng = image_zip / "train.zip", random.Random(0)
+        content = archive.read_bytes()
+        directory = content.index(b"PK\x01\x02")
+        for _ in range(300):
+            damaged = bytearray(content)
+            for _ in range(rng.choice((1, 4))):
+                damaged[rng.randrange(directory if rng.random() < 0.8 else 0, len(damaged))] = rng.randrange(256)
+            archive.write_bytes(damaged[: len(damaged) - (rng.randrange(200) if rng.random() < 0.2 else 0)])
+            try:
+                source = ZipSource(image_zip, "train", cache_mode="no")
+            except ValueError as error:
+                assert str(image_zip / "train") in str(error)  # noqa: PT017
+                continue
+            for index in range(12):
+                with contextlib.suppress(OSError, ValueError):
+                    source.load(index)
+
+    @pytest.mark.parametrize("declared", [None, 100])
+    def test_an_entry_that_unpacks_to_gigabytes(self, image_zip, declared, monkeypatch):
+        """It is refused by what it declares, and never unpacked beyond that; for the test, 10 MB are too many."""
+        monkeypatch.setattr(zipped, "MAX_BYTES", 10_000_000)
+        with zipfile.ZipFile(image_zip / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("bomb.png", bytes(200_000_000))
+        (image_zip / "train_map.txt").write_text("bomb.png\t0\n")
+        if declared:
+            content = (image_zip / "train.zip").read_bytes()
+            size, lie = struct.pack("<I", 200_000_000), struct.pack("<I", declared)
+            assert content.count(size) == 2
+            (image_zip / "train.zip").write_bytes(content.replace(size, lie))
+        source = ZipSource(image_zip, "train", cache_mode="full")
+        tracemalloc.start()
+        with pytest.raises(
+            ValueError, match="damaged zip entry" if declared else "200000000 bytes unpacked are no image"
+        ):
+            source.load(0)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 5_000_000
+
+    @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_other_compression_is_refused_by_name(self, image_zip, image_folder, method):
+        with zipfile.ZipFile(image_zip / "train.zip", "w", method) as archive:
+            archive.write(image_folder / "train/ant/0.png", "ant/0.png")
+        (image_zip / "train_map.txt").write_text("ant/0.png\t0\n")
+        with pytest.raises(ValueError, match=f"compression method {method}: pack the images stored or deflated"):
+            ZipSource(image_zip, "train").load(0)
+
+    def test_odd_names_are_found_and_shown_escaped(self, image_zip, image_folder):
+        names = ["\x1b[2J.png", "\u202egnp.png", "a\rb.png", " .png", "\u00e9.png"]
+        with zipfile.ZipFile(image_zip / "train.zip", "w") as archive:
+            for name in names:
+                archive.write(image_folder / "train/ant/0.png", name)
+        (image_zip / "train_map.txt").write_bytes("".join(f"{name}\t0\n" for name in names).encode())
+        source = ZipSource(image_zip, "train")
+        for index in range(len(names)):
+            assert source.load(index)[0].size == (40, 30)
+            assert source.locate(index).isprintable()
 
     @pytest.mark.parametrize("cache_mode", ["no", "full"])
     def test_damaged_entry_is_found_when_it_is_due(self, image_zip, cache_mode):

@@ -1,5 +1,8 @@
+import errno
 import multiprocessing
 import os
+import re
+import signal
 import threading
 
 import pytest
@@ -18,6 +21,7 @@ from data import (
     train_transform,
 )
 from data.loaders import MAX_TRIES
+from data.transport import REFUSALS
 
 
 def fingerprint(loader) -> list[tuple[bytes, list[int], list[int]]]:
@@ -194,6 +198,92 @@ def test_an_error_in_a_worker_is_not_taken_for_its_death(num_workers):
     loader = train_loader(num_workers, dataset=FailingDataset)
     with pytest.raises(RuntimeError, match="a fault of the transform"):
         next(iter(loader))
+
+
+class RefusingDataset(TransformedDataset):
+    """Raises one of the errors that are one line to the user."""
+
+    error: Exception
+
+    def __getitem__(self, draw):
+        raise self.error
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a mistake, and the remedy"),
+        OSError("the storage has gone"),
+        FileNotFoundError(2, "No such file or directory", "a.png"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    ],
+)
+def test_a_mistake_reaches_the_run_in_its_own_words(num_workers, error):
+    loader = train_loader(num_workers, dataset=type("Refusing", (RefusingDataset,), {"error": error}))
+    with pytest.raises(type(error) if num_workers == 0 else (OSError, ValueError)) as caught:
+        next(iter(loader))
+    assert str(caught.value) == str(error)
+    assert isinstance(caught.value, OSError) == isinstance(error, OSError)
+
+
+@pytest.mark.parametrize("error", [TypeError("a defect"), KeyError("a defect"), AssertionError("a defect")])
+def test_a_defect_keeps_its_traceback(error):
+    loader = train_loader(1, dataset=type("Refusing", (RefusingDataset,), {"error": error}))
+    with pytest.raises(type(error), match=r"(?s)in __getitem__.*a defect"):
+        next(iter(loader))
+
+
+def test_a_loader_goes_on_after_a_mistake():
+    loader = train_loader(1, dataset=FirstTimeRefusing)
+    with pytest.raises(ValueError, match="^not yet$"):
+        next(iter(loader))
+    assert len(fingerprint(loader)) == len(loader)
+
+
+class FirstTimeRefusing(TransformedDataset):
+    tries = 0
+
+    def __getitem__(self, draw):
+        self.tries += 1
+        if self.tries == 1:
+            raise ValueError("not yet")
+        return super().__getitem__(draw)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_the_system_refuses_is_no_fault_of_an_image(num_workers, number):
+    """It is no unreadable image, which another one would stand in for."""
+    loader = build_eval_loader(RefusedSource(number), eval_transform((8, 8)), batch_size=4, num_workers=num_workers)
+    with pytest.raises(OSError, match=rf"^{re.escape(REFUSALS[number])}$"):
+        next(iter(loader))
+
+
+class RefusedSource(DigitsSource):
+    def __init__(self, number: int) -> None:
+        super().__init__("val")
+        self.number = number
+
+    def _image(self, index: int) -> Image.Image:
+        raise OSError(self.number, os.strerror(self.number), "a.png")
+
+
+def test_a_worker_that_finds_no_shared_memory_for_what_it_has_mapped():
+    loader = train_loader(1)
+    next(iter(loader))
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGBUS)
+    worker.join()
+    with pytest.raises(OSError, match=r"^the shared memory /dev/shm is full: start the container with --shm-size"):
+        list(loader)
+
+
+def test_images_whose_names_are_odd_are_reported_escaped(image_folder):
+    (image_folder / "val" / "ant" / "\x1b[2J\n.png").write_bytes(b"no image")
+    loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((8, 8)), batch_size=7)
+    (message,) = next(iter(loader)).unreadable
+    assert message.startswith(f"{image_folder}/val/ant/\\x1b[2J\\n.png: not an image of a known format")
 
 
 def test_training_loader_has_a_training_sampler():

@@ -156,26 +156,20 @@ def test_draws_on_a_gpu_depend_on_the_key_alone():
     assert torch.equal(torch.rand(4, device="cuda"), expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"mixup": -0.1}, "AUG.MIXUP"),
-        ({"cutmix": -1.0}, "AUG.CUTMIX"),
-        ({"cutmix_minmax": [0.5]}, "AUG.CUTMIX_MINMAX"),
-        ({"cutmix_minmax": [0.5, 0.5]}, "AUG.CUTMIX_MINMAX"),
-        ({"cutmix_minmax": [0.5, 1.5]}, "AUG.CUTMIX_MINMAX"),
-        ({"mixup": 1.0, "prob": 1.5}, "AUG.MIXUP_PROB"),
-        ({"mixup": 1.0, "switch_prob": -0.5}, "AUG.MIXUP_SWITCH_PROB"),
-        ({"mixup": 1.0, "mode": "half"}, "AUG.MIXUP_MODE"),
-        ({"mixup": 1.0, "label_smoothing": 1.0}, "MODEL.LABEL_SMOOTHING"),
-        ({"reprob": 2.0}, "AUG.REPROB"),
-        ({"reprob": 0.5, "remode": "noise"}, "AUG.REMODE"),
-        ({"reprob": 0.5, "recount": 0}, "AUG.RECOUNT"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_key(options, key):
-    with pytest.raises(ValueError, match=f"{key} is "):
-        build(**options)
+@pytest.mark.parametrize("minmax", [[0.5, 0.5], [0.5, 0.51], [0.0, 0.05]])
+def test_bounds_of_the_box_must_differ_by_a_pixel(minmax):
+    """Whether they do depends on the size of the images."""
+    mixing = build(cutmix_minmax=minmax)
+    with pytest.raises(ValueError, match=rf"^AUG.CUTMIX_MINMAX is \[{minmax[0]}, {minmax[1]}\]: .* of 16 pixels"):
+        mixing(*batch(), epoch=0, step=0)
+    if minmax[0] < minmax[1]:
+        mixing(*batch(side=100), epoch=0, step=0)
+
+
+def test_the_widest_bounds_of_the_box():
+    mixing = build(cutmix_minmax=[0.0, 1.0])
+    for step in range(50):
+        mixing(*batch(side=2), epoch=0, step=step)
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"cutmix_minmax": [0.2, 0.8]}])

@@ -1,15 +1,24 @@
-"""Images that can't be read and data loading processes that the system kills."""
+"""Images that can't be read, data loading processes that the system kills, and those for which it has no room."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_runs import children, one_line
+from fault_runs import Run, children, one_line
+from processes import Process
 
 from tools import soak
+
+FULL = (
+    "error: the shared memory /dev/shm is full: start the container with --shm-size=8g (docker) or --ipc=host, "
+    "or lower DATA.NUM_WORKERS (test.py: -j) or DATA.BATCH_SIZE (-b)"
+)
 
 
 @pytest.fixture
@@ -53,6 +62,19 @@ def test_too_many_of_them_end_the_run(run, broken):
     assert error.removeprefix("error: ") in run.log
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lost_storage_is_one_line_however_the_images_are_loaded(run, images, tmp_path, workers):
+    root = Path(shutil.copytree(images, tmp_path / "lost"))
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    error = one_line(run.start(*of(root), workers=workers))
+    line = (
+        r"error: 16 images in a row cannot be read, the first being \S+/lost/train/(ant|bee)/\d+.png: not an image .*"
+    )
+    assert re.fullmatch(line, error)
+    assert error.removeprefix("error: ") in run.log
+
+
 @pytest.fixture
 def broken_val(images: Path, tmp_path: Path) -> Path:
     """The image folder with a test image that is cut off."""
@@ -92,3 +114,73 @@ def test_data_loading_processes_end_with_their_run(run):
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.fixture
+def small(start) -> Callable[..., Callable[..., Process]]:
+    """Returns a function from what a system has to a function that starts a script in it."""
+    driver = Path(__file__).with_name("small_system.py")
+
+    def of_size(**plan: object) -> Callable[..., Process]:
+        def run(*words: object, **how: object) -> Process:
+            return start(driver, json.dumps(plan), *words, **how)
+
+        return run
+
+    trial = of_size(shared_memory="1m")("nothing")
+    if trial.wait():
+        pytest.skip(f"no file system can be mounted here: {trial.err.splitlines()[-1]}")
+    return of_size
+
+
+def nobody_left(group: int) -> bool:
+    """Waits for all processes of a group to end; they must not need long."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+LARGE = ("DATA.IMG_SIZE", 64, "DATA.BATCH_SIZE", 64)
+
+
+@pytest.mark.parametrize("size", ["1m", "64k"])
+def test_too_little_shared_memory_for_a_batch_or_for_a_start(small, tmp_path, size):
+    """A batch has 0.8 MB; a start needs a few pages. torch alone prints a traceback and waits for ever."""
+    run = Run(small(shared_memory=size), tmp_path)
+    process = run.start(*LARGE, workers=2)
+    assert one_line(process) == FULL
+    assert f"stopped: {FULL.removeprefix('error: ')}\n" in run.log
+    assert "Traceback" not in run.log
+    assert nobody_left(process.pid)
+
+
+def test_too_little_shared_memory_in_each_of_two_processes(small, tmp_path):
+    ranks = Run(small(shared_memory="700k"), tmp_path).start_ranks(2, *LARGE, workers=2)
+    assert [one_line(process) for process in ranks] == [FULL, FULL]
+    assert all(nobody_left(process.pid) for process in ranks)
+
+
+def test_too_little_shared_memory_for_an_evaluation(small, undisturbed, tmp_path):
+    """A batch of 359 digits has 276 KB."""
+    weights, start = undisturbed.folder / "latest.pth", small(shared_memory="200k")
+    run = Run(start, tmp_path)
+    options = ("EVAL_MODE", True, "MODEL.RESUME", weights, "DATA.TEST_BATCH_SIZE", 359)
+    assert one_line(run.start(*options, workers=2)) == FULL
+    run.finish(*options, workers=0)
+    process = start(soak.ROOT / "test.py", "digits", "train", weights, "-b", 359, "-j", 2)
+    assert one_line(process) == FULL
+    assert nobody_left(process.pid)
+
+
+def test_too_few_open_files_for_data_loading_processes(small, tmp_path):
+    run = Run(small(files=25), tmp_path)
+    error = one_line(run.start(workers=2))
+    assert error == (
+        "error: too many open files: raise the limit, `ulimit -n 65536`, or lower DATA.NUM_WORKERS (test.py: -j)"
+    )
+    assert error.removeprefix("error: ") in run.log

@@ -100,6 +100,60 @@ def test_a_map_does_not_lead_out_of_its_zip(start, images, tmp_path, entry):
     assert f"{tmp_path}/train_map.txt, line 2: {entry!r} is not a path inside the zip" in error
 
 
+DRAWING = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\nshowpage\n%%EOF\n"
+
+
+def test_an_image_starts_no_program(run, start, images, tmp_path):
+    """Pillow hands a drawing in PostScript to the program `gs`, under whatever name the file comes."""
+    root, marker = Path(shutil.copytree(images, tmp_path / "folder")), tmp_path / "marker"
+    drawing = root / "train/ant/3.png"
+    drawing.write_bytes(DRAWING)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
+    (tmp_path / "bin/gs").chmod(0o755)
+    path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    words = ("DATA.DATA_PATH", root, "DATA.DATASET", "imagenet", "DATA.BATCH_SIZE", 16)
+    for workers in (0, 2):
+        run.finish(*words, "TAG", f"workers{workers}", environment=path, workers=workers)
+        log = (run.folder.parent / f"workers{workers}" / "log_rank0.txt").read_text()
+        assert log.count(f"unreadable image replaced: {drawing}: not an image of a known format") == 1
+    assert not marker.exists()
+    (tmp_path / "attack.py").write_text(f"from PIL import Image\nImage.open({str(drawing)!r}).load()\n")
+    start(tmp_path / "attack.py", environment=path).wait()
+    assert marker.exists(), "the attack itself must work"
+
+
+@pytest.mark.parametrize(
+    ("entry", "label", "message"),
+    [
+        ("ant/0.png", "999999999", "line 2: with the label 999999999 there would be 1000000000 classes"),
+        ("ant/0.png", "9" * 5000, "line 2: the label '9"),
+        ("ant/0.png\x1b[2J", "0", r"line 2: the zip has no entry 'ant/0.png\x1b[2J'"),
+        ("ant/1.png", "0", "line 2: 'ant/1.png' is in line 1 already"),
+    ],
+)
+def test_a_map_can_make_no_endless_list_and_forge_no_line(start, images, tmp_path, entry, label, message):
+    for split in ("train", "val"):
+        with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as archive:
+            for number in (0, 1):
+                archive.write(images / f"train/ant/{number}.png", f"ant/{number}.png")
+        (tmp_path / f"{split}_map.txt").write_text(f"ant/1.png\t0\n{entry}\t{label}\n")
+    words = ("--zip", "--data-path", tmp_path, "--arch", "RepMLPNet-Digits", "--output", tmp_path / "output")
+    error = one_line(start("main_repmlp.py", *words, "--opts", "DATA.IMG_SIZE", 16))
+    assert f"{tmp_path}/train_map.txt, {message}" in error
+    assert error.isprintable()
+    assert len(error) < 500
+
+
+def test_a_link_cannot_make_an_endless_folder(start, images, tmp_path):
+    root = Path(shutil.copytree(images, tmp_path / "folder"))
+    for name in ("ant/up", "bee/up"):
+        (root / "val" / name).symlink_to(root)
+    words = ("--data-path", root, "--arch", "RepMLPNet-Digits", "--output", tmp_path / "output")
+    error = one_line(start("main_repmlp.py", *words, "--opts", "DATA.IMG_SIZE", 16))
+    assert f"{root}/val/ant/up and {root} are one folder, whose images would count more than once" in error
+
+
 ALARM = """
 import os, sys
 

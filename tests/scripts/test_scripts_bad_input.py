@@ -170,6 +170,22 @@ ROWS = [
         f"{FOLDER} --zip --data-path {{flawed.no_map}} --opts {SIZES}",
         ["train_map.txt is missing", "--zip"],
     ),
+    (
+        "digits_from_a_folder",
+        "main_repmlp.py --cfg {root}/configs/quickstart.yaml --output {fresh} --data-path {images}",
+        ["the data set digits", "{images} unread", "--dataset imagenet"],
+    ),
+    (
+        "two_data_sets",
+        f"{FOLDER} --dataset cf100 --data-path digits --opts {SIZES}",
+        ["the data set cf100", "the data path 'digits'", "--dataset digits"],
+    ),
+    ("zip_of_digits", f"{FOLDER} --zip --data-path digits --opts {SIZES}", ["--zip", "digits is not"]),
+    (
+        "test_digits_from_a_folder",
+        "test.py {images} train {weights.train} --dataset digits",
+        ["the data set digits", "{images} unread", "--dataset imagenet"],
+    ),
     ("zip_of_a_folder", f"{FOLDER} --zip --data-path {{images}} --opts {SIZES}", ["train.zip is missing"]),
     (
         "cifar_absent",

@@ -112,11 +112,52 @@ def test_predict_says_what_is_wrong(trained, scans, tool, tmp_path):
         ((tmp_path / "text.png",), "text.png: not an image of a known format"),
         ((tmp_path / "none.png",), "No such file or directory"),
         ((path, "-k", 0), "-k must be at least 1"),
+        ((path, "--classes", path), "0.png holds no class names in UTF-8: "),
     ):
         status, out, err = tool("tools.predict", weights, *arguments)
         assert (status, out) == (2, "")
         assert err.startswith("error: ")
         assert message in err
+
+
+def test_predict_names_what_it_cannot_read_and_classifies_all_others(trained, scans, tool, tmp_path):
+    weights, (first, second, third) = trained.folder / "best_ckpt.pth", scans
+    cut, text, absent = tmp_path / "cut.png", tmp_path / "text.png", tmp_path / "none.png"
+    cut.write_bytes(first.read_bytes()[:60])
+    text.write_text("no image")
+    paths = [cut, first, text, second, absent, tmp_path, third]
+    status, out, err = tool("tools.predict", weights, *paths, "-b", 2, "-k", 10, "--json", tmp_path / "p.json")
+    assert status == 2
+    assert [line.split(": ")[0] for line in out.splitlines()] == [str(first), str(second), str(third)]
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert list(found) == [str(first), str(second), str(third)]
+    rows = torch.tensor([[dict(found[str(path)])[str(label)] for label in range(10)] for path in scans])
+    torch.testing.assert_close(rows, expected(weights, scans), rtol=1e-4, atol=1e-6)
+    lines = err.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [["error", str(p)] for p in (cut, text, absent, tmp_path)]
+    assert "not an image of a known format" in lines[1]
+    assert lines[2] == f"error: {absent}: No such file or directory"
+    assert lines[3] == f"error: {tmp_path}: Is a directory"
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "\x1b[2J.png", "\udcff.png", "\u202egnp.png"])
+def test_predict_shows_odd_names_escaped(name, trained, scans, tool, tmp_path):
+    weights, odd = trained.folder / "best_ckpt.pth", tmp_path / name
+    odd.write_bytes(next(iter(scans)).read_bytes())
+    (tmp_path / f"broken{name}").write_text("no image")
+    names = ["zero\x1b[2J", *map(str, range(1, 10))]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    options = ["--classes", tmp_path / "names.txt", "-k", 10, "--json", tmp_path / "p.json"]
+    status, out, err = tool("tools.predict", weights, odd, tmp_path / f"broken{name}", *options)
+    assert status == 2
+    assert out.removesuffix("\n").isprintable()
+    assert err.removesuffix("\n").isprintable()
+    escaped = name.encode("unicode_escape").decode()
+    assert out.startswith(f"{tmp_path}/{escaped}: ")
+    assert "zero\\x1b[2J " in out
+    assert err.startswith(f"error: {tmp_path}/broken{escaped}: not an image")
+    (key,) = json.loads((tmp_path / "p.json").read_text())
+    assert key == str(odd)
 
 
 @pytest.mark.filterwarnings("default")  # the exporters of some versions of torch warn of themselves
