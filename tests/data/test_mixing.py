@@ -198,21 +198,6 @@ def test_the_limits_of_a_range_belong_to_it(options):
     assert targets.shape == ((8,) if "reprob" in options else (8, CLASSES))
 
 
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"cutmix_minmax": [-0.1, 0.5]}, "AUG.CUTMIX_MINMAX"),
-        ({"mixup": 1.0, "prob": -0.1}, "AUG.MIXUP_PROB"),
-        ({"mixup": 1.0, "switch_prob": 1.1}, "AUG.MIXUP_SWITCH_PROB"),
-        ({"mixup": 1.0, "label_smoothing": -0.1}, "MODEL.LABEL_SMOOTHING"),
-        ({"reprob": -0.1}, "AUG.REPROB"),
-    ],
-)
-def test_what_lies_beyond_the_other_limit_is_refused_too(options, key):
-    with pytest.raises(ValueError, match=f"{key} is "):
-        build(**options)
-
-
 def test_draws_are_those_of_seed_0_and_rank_0_and_erase_once_unless_told_otherwise():
     told = {"seed": 0, "rank": 0, "recount": 1, "remode": "pixel"}
     for mixing in (build(reprob=0.5), Mixing(None, reprob=0.5)):

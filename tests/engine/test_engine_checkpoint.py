@@ -602,10 +602,11 @@ def test_a_run_that_was_killed_between_two_names_of_a_state_gets_the_newer_one(t
         checkpoints.save(trainer, numbered=True, best=True)
         if number == 0:
             older = (tmp_path / "best_ckpt.pth").read_bytes(), (tmp_path / "ckpt_epoch_0.pth").read_bytes()
+    (tmp_path / "best_ckpt.pth").unlink()  # a name of the newer state as well
     (tmp_path / "best_ckpt.pth").write_bytes(older[0])
     (tmp_path / "ckpt_epoch_1.pth").unlink()
     (tmp_path / "ckpt_epoch_0.pth").write_bytes(older[1])
-    assert checkpoints.start(LOGGER) == tmp_path / "latest.pth"
+    assert checkpoints.start(LOGGER).path == tmp_path / "latest.pth"
     assert names(tmp_path) == {"latest.pth", "best_ckpt.pth", "ckpt_epoch_1.pth"}
     updates = [read_checkpoint(path).payload["progress"]["update"] for path in sorted(tmp_path.iterdir())]
     assert updates == [10, 10, 10]

@@ -133,7 +133,8 @@ def test_predict_names_what_it_cannot_read_and_classifies_all_others(trained, sc
     assert list(found) == [str(first), str(second), str(third)]
     rows = torch.tensor([[dict(found[str(path)])[str(label)] for label in range(10)] for path in scans])
     torch.testing.assert_close(rows, expected(weights, scans), rtol=1e-4, atol=1e-6)
-    lines = err.splitlines()
+    *lines, last = err.splitlines()
+    assert last == f"by training weights from {weights}"
     assert [line.split(": ")[:2] for line in lines] == [["error", str(p)] for p in (cut, text, absent, tmp_path)]
     assert "not an image of a known format" in lines[1]
     assert lines[2] == f"error: {absent}: No such file or directory"
@@ -151,7 +152,8 @@ def test_predict_shows_odd_names_escaped(name, trained, scans, tool, tmp_path):
     status, out, err = tool("tools.predict", weights, odd, tmp_path / f"broken{name}", *options)
     assert status == 2
     assert out.removesuffix("\n").isprintable()
-    assert err.removesuffix("\n").isprintable()
+    assert all(line.isprintable() for line in err.split("\n"))
+    assert len(err.splitlines()) == 2
     escaped = name.encode("unicode_escape").decode()
     assert out.startswith(f"{tmp_path}/{escaped}: ")
     assert "zero\\x1b[2J " in out
