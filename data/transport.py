@@ -81,9 +81,9 @@ class Parcel:
         """Returns the batch in page-locked memory, or why not; a thread of torch calls this for each batch."""
         try:
             return self.open().pin_memory()
+        except ConnectionError:  # the death of the sender is found out by the run
+            raise
         except OSError as error:
-            if isinstance(error, ConnectionError):
-                raise
             return Failure.of(error)
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from data import Batch, DigitsSource, build_eval_loader, eval_transform
 from data.transport import REFUSALS, Failure, Parcel, check_room, with_remedy
@@ -17,15 +18,14 @@ def batch() -> Batch:
     return Batch(images, torch.tensor([3, 4]), torch.tensor([7, 8]), ["a.png: no image"])
 
 
-def send(connection, make) -> None:
-    connection.send(make(batch()))
+def send(connection) -> None:
+    connection.send(Parcel(batch()))
     connection.recv()  # whether it has arrived
 
 
-@pytest.mark.parametrize("make", [Parcel])
-def test_a_batch_arrives_as_it_was_sent(make):
+def test_a_batch_arrives_as_it_was_sent():
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=send, args=(there, make))
+    process = multiprocessing.get_context("fork").Process(target=send, args=(there,))
     process.start()
     received = here.recv().open()
     here.send(None)
@@ -65,6 +65,46 @@ def test_other_errors_stay_what_they_are(error):
 def test_a_failure_keeps_what_a_user_is_to_see():
     assert Failure.of(FileNotFoundError(2, "No such file", "a")) == (OSError, "[Errno 2] No such file: 'a'")
     assert Failure.of(UnicodeError("b")) == (ValueError, "b")
+
+
+class Pinnable:
+    """A batch that needs no GPU to be moved to page-locked memory."""
+
+    def pin_memory(self) -> str:
+        return "pinned"
+
+
+def without_files() -> None:
+    raise OSError(24, "Too many open files")
+
+
+class Unopenable(Pinnable):
+    def __reduce__(self):
+        return without_files, ()
+
+
+def test_a_parcel_is_opened_and_pinned_or_says_why_not():
+    """torch would make a long text of an error in the thread that does it."""
+    assert Parcel(Pinnable()).pin_memory() == "pinned"
+    assert Parcel(Unopenable()).pin_memory() == Failure(OSError, REFUSALS[24])
+    with pytest.raises(OSError, match="^too many open files"):
+        Parcel(Unopenable()).open()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_pinned_and_mistakes_are_in_their_own_words(num_workers):
+    options = {"batch_size": 16, "num_workers": num_workers, "pin_memory": True}
+    found = next(iter(build_eval_loader(DigitsSource("val"), eval_transform((8, 8)), **options)))
+    assert all(tensor.is_pinned() for tensor in found[:3])
+    with pytest.raises(OSError, match=r"^16 images in a row cannot be read, the first being digits image 4: torn$"):
+        next(iter(build_eval_loader(Torn("val"), eval_transform((8, 8)), **options)))
+
+
+class Torn(DigitsSource):
+    def _image(self, index: int) -> Image.Image:
+        raise ValueError("torn")
 
 
 def load_with(more: int) -> None:
