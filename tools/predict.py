@@ -109,7 +109,8 @@ def main() -> int:
     if args.batch_size < 1 or args.top < 1:
         raise ValueError("-b and -k must be at least 1")
     if args.json:
-        check_target(args.json, filter(None, [args.weights, *args.images, args.classes]))
+        images = [path for path in args.images if not path.is_dir()]  # a folder is no image, and not read
+        check_target(args.json, filter(None, [args.weights, *images, args.classes]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = read_checkpoint(args.weights, ema=args.ema)
     network, normalize = build_from(checkpoint, args.arch), normalization(args.dataset, checkpoint).to(device)
@@ -119,9 +120,9 @@ def main() -> int:
     size = to_2tuple(args.resolution or network.image_size)
     transform = data.eval_transform(size, crop=args.crop)
     unreadable: list[Path] = []
-    images = readable(args.images, unreadable)
+    decoded = readable(args.images, unreadable)
     figures: dict[str, list[tuple[str, float]]] = {}
-    for path, values in probabilities(model, images, transform, normalize, args.batch_size):
+    for path, values in probabilities(model, decoded, transform, normalize, args.batch_size):
         best = values.topk(min(args.top, len(names)))
         labels = [names[i] for i in best.indices.tolist()]
         figures[str(path)] = list(zip(labels, best.values.tolist(), strict=True))
