@@ -120,11 +120,13 @@ class Task(NamedTuple):
         model = model.to(self.process.device)
         return model.to(memory_format=torch.channels_last) if self.cfg.CHANNELS_LAST else model
 
-    def num_classes(self, source: data.ImageSource) -> int:
-        """Returns the number of classes to build the network for."""
-        found, wanted = len(source.classes), self.cfg.MODEL.NUM_CLASSES or len(source.classes)
+    def num_classes(self, train: data.ImageSource, val: data.ImageSource) -> int:
+        """Returns the number of classes to build the network for; ValueError where the images have more."""
+        found, wanted = len(train.classes), self.cfg.MODEL.NUM_CLASSES or len(train.classes)
         if found > wanted:
             raise ValueError(f"the data set has {found} classes, but MODEL.NUM_CLASSES is {wanted}")
+        if len(val.classes) > wanted:
+            raise ValueError(f"val has {len(val.classes)} classes, train {found}: they need the same labels")
         return wanted
 
 
@@ -442,7 +444,7 @@ def fit(task: Task) -> None:
     train_source, val_source = task.source("train"), task.source("val")
     train_loader, train_sampler = train_batches(task, train_source)
     val_loader = task.eval_batches(val_source)
-    model = task.build_model(task.num_classes(train_source))
+    model = task.build_model(task.num_classes(train_source, val_source))
     derived = derive(cfg, world_size=process.world_size, steps_per_epoch=len(train_loader))
     logger.info(f"{len(train_source)} training and {len(val_source)} validation images of {model.num_classes} classes")
     logger.info(f"{task.arch}, {sum(p.numel() for p in model.parameters()):,} parameters; {derived}")

@@ -22,7 +22,7 @@ FLAGS: dict[str, tuple[str, dict]] = {
         "DATA.CACHE_MODE",
         {"choices": ["no", "part", "full"], "help": "what of the zips to keep in memory"},
     ),
-    "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "go on from this checkpoint; with --eval, evaluate it"}),
+    "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "resume from this checkpoint; with --eval, evaluate it"}),
     "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "start a new training from these weights"}),
     "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", {"type": int, "metavar": "N", "help": "batches per update"}),
     "--use-checkpoint": (

@@ -217,6 +217,16 @@ def test_pretrained_weights_are_not_replaced_by_the_run_itself(script, trained, 
     assert (folder / "best_ckpt.pth").read_bytes() == (trained.folder / "best_ckpt.pth").read_bytes()
 
 
+def test_labels_of_val_that_train_does_not_have(script, zipped, tmp_path):
+    root = Path(shutil.copytree(zipped, tmp_path / "zipped"))
+    lines = (root / "val_map.txt").read_text().splitlines()
+    (root / "val_map.txt").write_text("\n".join([*lines[:-1], lines[-1].replace("\t1", "\t7")]) + "\n")
+    words = f"--zip --data-path {root} --arch {ARCH} --batch-size 8 --output {tmp_path}/new --opts DATA.NUM_WORKERS 0"
+    result = script("main_repmlp.py", *words.split(), "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0)
+    assert result.status == 2
+    assert result.err == "error: val has 8 classes, train 2: they need the same labels\n"
+
+
 # Weights that are not finite
 
 
