@@ -95,7 +95,7 @@ class Task(NamedTuple):
         return data.Normalize(spec.mean, spec.std).to(self.process.device)
 
     def eval_batches(self, source: data.ImageSource) -> DataLoader:
-        """Deals the images of `val` to the processes, each once."""
+        """Shards the images of `val` over the processes, each image once."""
         cfg = self.cfg.DATA
         return data.build_eval_loader(
             source,
@@ -233,7 +233,7 @@ def measure_throughput(options: Options, process: Process) -> None:
 
 
 def train_batches(task: Task, source: data.ImageSource) -> tuple[DataLoader, data.TrainSampler]:
-    """Deals the images of `train` to the processes; the sampler is told where in which epoch to begin."""
+    """Shards the images of `train` over the processes; the sampler is set to where in which epoch to begin."""
     cfg, process = task.cfg, task.process
     loader = data.build_train_loader(
         source,

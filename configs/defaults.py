@@ -72,7 +72,7 @@ _C.MODEL.GLOBAL_PERCEPTRON = None
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 _C.TRAIN = CfgNode()
-# Epoch to begin with, from 0; a resumed run goes on where its checkpoint ended.
+# Epoch to begin with, from 0; a resumed run begins where its checkpoint ended.
 _C.TRAIN.START_EPOCH = 0
 # Epochs in all, the warm-up included; at least 1.
 _C.TRAIN.EPOCHS = 100

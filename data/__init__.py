@@ -1,7 +1,7 @@
 """From stored images to batches on the device.
 
 `open_source` finds the images of a data set in `DATASETS`; `train_transform` and `eval_transform` turn each into a
-uint8 tensor; `build_train_loader` and `build_eval_loader` deal them to the processes in batches; `Normalize` and
+uint8 tensor; `build_train_loader` and `build_eval_loader` shard them over the processes in batches; `Normalize` and
 `build_mixing` finish a batch on the device. Every random draw is a function of the seed, the epoch and the image (or
 the step), so that workers, processes and a resumed run do not change what is drawn.
 """

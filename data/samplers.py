@@ -18,11 +18,11 @@ class TrainSampler(Sampler[Draw]):
     """Cuts one shuffled order of all images, drawn from (seed, epoch), into the batches of all processes.
 
     A step takes the next `batch_size * world_size` images of that order, and each rank its own `batch_size` of them.
-    How far the epoch has come is therefore one number, and a run may go on from it with other processes or batches.
+    How far the epoch has come is therefore one number, and a run may resume from it with other processes or batches.
     Images at the end that fill no whole step are left out; which ones changes with the epoch.
 
     With `fixed_shards` a rank only ever draws the images with `index % world_size == rank`, those that it holds in
-    memory; a run can then only go on in the middle of an epoch with the number of processes that it began with.
+    memory; a run can then only resume in the middle of an epoch with the number of processes that it began with.
 
     Raises ValueError where the images do not fill one step.
     """
@@ -59,11 +59,11 @@ class TrainSampler(Sampler[Draw]):
         """
         if not 0 <= consumed <= self.length:
             raise ValueError(
-                f"cannot go on after {consumed} images of an epoch of {self.length}: the training set has changed"
+                f"cannot resume after {consumed} images of an epoch of {self.length}: the training set has changed"
             )
         if self.fixed_shards and consumed % self.world_size:
             raise ValueError(
-                f"cannot go on after {consumed} images with {self.world_size} processes that each hold a part in "
+                f"cannot resume after {consumed} images with {self.world_size} processes that each hold a part in "
                 "memory: use the same number of processes as before, or DATA.CACHE_MODE no"
             )
         self.epoch = epoch
@@ -96,7 +96,7 @@ class TrainSampler(Sampler[Draw]):
 
 
 class EvalSampler(Sampler[Draw]):
-    """Deals every image to exactly one process, in order; processes may differ by one image, none sees padding."""
+    """Gives every image to exactly one process, in order; processes may differ by one image, none sees padding."""
 
     def __init__(self, length: int, *, rank: int = 0, world_size: int = 1) -> None:
         assert 0 <= rank < world_size

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: their update is skipped, told of, and counted, without waiting for the device."""
+"""Numbers that are not finite: their update is skipped, logged, and counted, without waiting for the device."""
 
 import logging
 from collections.abc import Callable
@@ -14,7 +14,7 @@ MIN_LOSS_SCALE = 2.0**-10
 class FiniteGuard:
     """Keeps a training whole when loss or gradients of an update are not finite.
 
-    Whether they are is known to the device alone until somebody looks. The fused optimizers leave out an update when a
+    Whether they are is known to the device alone until the host asks. The fused optimizers leave out an update when a
     tensor says so, as they do for a loss scale, and the running statistics go back to those from before the update.
 
     Args:
@@ -24,7 +24,7 @@ class FiniteGuard:
         window: updates between two looks.
         limit: so many skipped updates end the run.
         locate: says where an image of the training set lies.
-        logger: told of each skipped update.
+        logger: gets a warning for each skipped update.
     """
 
     def __init__(

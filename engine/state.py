@@ -221,7 +221,7 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int
         if progress.consumed and key in changed:
             raise ValueError(
                 f"{path} stands in the middle of an epoch, whose order of images is another one with {key} "
-                f"{changed[key][1]} instead of {changed[key][0]}: go on with the old value"
+                f"{changed[key][1]} instead of {changed[key][0]}: resume with the old value"
             )
     recorded = progress.update
     if changed or not run:

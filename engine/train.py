@@ -26,7 +26,7 @@ from .finite import FiniteGuard
 
 @dataclass
 class Progress:
-    """How far a run has come; with the weights and the optimizer, all that it needs to go on."""
+    """How far a run has come; with the weights and the optimizer, all that it needs to resume."""
 
     epoch: int = 0  # the one being trained
     consumed: int = 0  # images of it that have been trained on, over all processes
@@ -235,7 +235,7 @@ class Trainer:
             pace.stop()
 
     def _start_watches(self) -> None:
-        """Goes on with measuring time, where `look` has stopped it."""
+        """Starts measuring time again, where `look` has stopped it."""
         for pace in (self._lap, self._epoch):
             pace.start()
 

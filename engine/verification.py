@@ -113,7 +113,7 @@ def best_threshold(scores: Tensor, same: Tensor) -> float:
 
 
 def deal_folds(same: Tensor, folds: int) -> Tensor:
-    """Returns the fold (P,) of each pair: either kind, same (P,) or not, is dealt out to all folds in turn.
+    """Returns the fold (P,) of each pair: either kind, same (P,) or not, is spread over all folds in turn.
 
     Raises:
         ValueError: fewer than 2 folds, or fewer pairs of either kind than folds.

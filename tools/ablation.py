@@ -1,6 +1,6 @@
 """Trains variants of small networks on the rendered shapes, each with several seeds, and prints what each part brings.
 
-Trainings are processes of their own, some at a time; what has ended is not trained again, what was stopped goes on.
+Trainings are processes of their own, some at a time; what has ended is not trained again, what was stopped resumes.
 Every figure is the top-1 of the last epoch on the 2,000 test images, never that of the best one.
 """
 

@@ -1,7 +1,7 @@
 """Kills a training over and over, and compares what it comes to with the same training left alone, bit for bit.
 
 Each life of the run ends by SIGKILL at a random moment, every other one while a checkpoint is being written. The next
-life goes on from what it finds, with another number of data loading processes.
+life resumes from what it finds, with another number of data loading processes.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 `DATA/train/<person>/*` is trained on; `DATA/val/<person>/*` holds other people, whose images are paired by a list
 (`--pairs`, lines `path path same|different`, of paths below `DATA/val`) or at random, the same in each run. The images
-are aligned crops of faces. One process; started again, a run goes on from its latest checkpoint. The weights in a
+are aligned crops of faces. One process; started again, a run resumes from its latest checkpoint. The weights in a
 checkpoint are the network's alone, so that convert.py takes them; the margin softmax is needed for training only.
 """
 

@@ -137,7 +137,7 @@ def build_network(args: Namespace) -> SegmentationNetwork:
 
 
 def eval_batches(args: Namespace, process: Process) -> DataLoader:
-    """Deals the images of `val`, as they are, to the processes."""
+    """Shards the images of `val`, as they are, over the processes."""
     return data.build_eval_loader(
         CityscapesSource(args.data, "val"),
         segmentation_eval_transform(),
@@ -201,7 +201,7 @@ def build_trainer(args: Namespace, process: Process, network: nn.Module, loader:
 
 
 def train_batches(args: Namespace, process: Process) -> tuple[DataLoader, data.TrainSampler]:
-    """Deals random parts of the images of `train` to the processes."""
+    """Shards random parts of the images of `train` over the processes."""
     loader = data.build_train_loader(
         CityscapesSource(args.data, "train"),
         segmentation_train_transform((args.crop[0], args.crop[1])),
@@ -218,13 +218,13 @@ def train_batches(args: Namespace, process: Process) -> tuple[DataLoader, data.T
 
 
 def start(trainer: Trainer, checkpoints: CheckpointFolder) -> int:
-    """Goes on from the run's newest checkpoint, if there is one; returns the updates that are recorded."""
+    """Resumes from the run's newest checkpoint, if there is one; returns the updates that are recorded."""
     checkpoint = checkpoints.start(trainer.logger)
     return restore(trainer, checkpoint) if checkpoint else 0
 
 
 def train(args: Namespace, process: Process) -> None:
-    """Trains, evaluates, saves and logs, epoch by epoch; started again, goes on.
+    """Trains, evaluates, saves and logs, epoch by epoch; started again, resumes.
 
     Raises:
         ValueError: an option that makes no sense.

@@ -64,7 +64,7 @@ def strict_json(value: object, indent: int | None = None) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of UTF-8 text; a reader, and whoever comes after a crash, sees the old one or the whole new one.
+    """Writes a file of UTF-8 text; a reader sees, also after a crash, the old one or the whole new one.
 
     Raises:
         OSError: the disk is full or the folder can't be written; an older file of that name is intact.

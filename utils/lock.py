@@ -67,7 +67,7 @@ def without_trace(folder: Path, made: Path | None, locked: bool) -> Iterator[Non
 
 
 def _remove(folder: Path, top: Path, removable: str) -> None:
-    with contextlib.suppress(OSError):  # several processes may be at it, and somebody may have put something there
+    with contextlib.suppress(OSError):  # other processes may do the same, or have put something there
         names = os.listdir(folder)
         if all(re.fullmatch(removable, name) for name in names):
             for name in names:

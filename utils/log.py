@@ -40,7 +40,7 @@ class _FileFormatter(logging.Formatter):
 class _ConsoleHandler(logging.StreamHandler):
     """Writes above a progress bar where there is one. A console that vanishes is given up, with one warning elsewhere.
 
-    The run goes on: a closed pipe or a full disk behind stdout is no reason to lose a training.
+    The run continues: a closed pipe or a full disk behind stdout is no reason to lose a training.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -82,7 +82,7 @@ def create_logger(folder: Path | None = None, rank: int = 0) -> logging.Logger:
 
 
 def log_failure(logger: logging.Logger, error: Exception) -> None:
-    """Writes what ends a run to the log file alone; the console gets it from whoever ends the process.
+    """Writes what ends a run to the log file alone; the console gets it where the process ends.
 
     A mistake of the user or the system's refusal is one line, everything else comes with its traceback.
     """
@@ -103,7 +103,7 @@ class MetricsWriter:
         folder: where both go; None writes nothing.
         start: the updates done so far. A run that resumes drops what an earlier one recorded after that many, because
             it will record that again.
-        epoch: the one to go on in; its mean and its evaluation are still to come, even where all updates are done.
+        epoch: the one to resume in; its mean and its evaluation are still to come, even where all updates are done.
     """
 
     def __init__(self, folder: Path | None, start: int = 0, epoch: int | None = None) -> None:
@@ -131,7 +131,7 @@ class MetricsWriter:
 
 
 class _Board:
-    """TensorBoard's events. Where they can't be written any more, the run goes on without them, with one warning."""
+    """TensorBoard's events. Where they can't be written any more, the run continues without them, with one warning."""
 
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -192,7 +192,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_ahead(record: dict[str, Any], start: int, epoch: int | None) -> bool:
-    """Returns whether a record is of what a run that goes on after `start` updates, in `epoch`, will do again."""
+    """Returns whether a record is of what a run that resumes after `start` updates, in `epoch`, will do again."""
     ends_epoch = record["kind"] != "train"
     ahead = ends_epoch and epoch is not None and record.get("epoch", -1) >= epoch
     return ahead or record["update"] > start

@@ -10,7 +10,7 @@ from .distributed import all_reduce_sum, gather_objects, rank, world_size
 
 
 class Mean:
-    """A weighted mean of numbers over all processes: sums on the device, reduced and divided once somebody looks."""
+    """A weighted mean of numbers over all processes: sums on the device, reduced and divided once they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -35,7 +35,7 @@ class Mean:
         return gather_objects(self._sums.tolist())
 
     def load_state(self, sums: list[list[float]] | list[float]) -> None:
-        """Goes on from `state`, or from the sums over all processes alone, as older checkpoints have them.
+        """Continues from `state`, or from the sums over all processes alone, as older checkpoints have them.
 
         Each process takes up its own; where their number has changed, one takes up those of all.
         """

@@ -21,7 +21,7 @@ def seed_everything(*key: int) -> None:
 
 @contextmanager
 def keyed_rng(*key: int) -> Iterator[None]:
-    """Inside, the CPU generators are seeded by `key`; afterwards they go on from where they were.
+    """Inside, the CPU generators are seeded by `key`; afterwards they continue from where they were.
 
     This is what makes an augmentation draw depend on (seed, epoch, index) alone: the number of workers, the order of
     the images and the step at which a run was resumed no longer matter.

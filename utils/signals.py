@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGINT and SIGUSR1; a second one acts as it always does, for whoever will not wait.
+    """Catches SIGTERM, SIGINT and SIGUSR1; a second one acts at once, as it does by default.
 
     Signals reach processes at different times, or only one of them. After each update the processes therefore agree by
     a small reduction of their own on the CPU, whose result is looked at one update later, so that no one waits for it.

@@ -185,7 +185,7 @@ def test_the_order_of_images_may_not_change_within_an_epoch(trainer_of, batch_of
     trainer = trainer_of(network())
     trainer.train_epoch(epoch(batch_of, 0), lambda: True)
     path = saved(trainer, tmp_path)
-    with pytest.raises(ValueError, match=r"in the middle of an epoch.*go on with the old value"):
+    with pytest.raises(ValueError, match=r"in the middle of an epoch.*resume with the old value"):
         resume(trainer_of(network(), **change), path)
 
 
