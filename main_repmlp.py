@@ -398,6 +398,8 @@ def start_or_resume(task: Task, trainer: Trainer, checkpoints: CheckpointFolder)
     changed = changed_settings(checkpoint.payload["config"], cfg) if "saved_as" in checkpoint.payload else []
     if changed:
         task.logger.warning(f"settings that have changed since: {', '.join(changed)}")
+    if checkpoint.path.parent == task.folder:
+        checkpoints.complete(checkpoint)
     return recorded
 
 
@@ -409,6 +411,13 @@ def load_pretrained_weights(task: Task, model: nn.Module) -> None:
     fresh = load_pretrained(task.arch, model, checkpoint)
     new = f" but for {len(fresh)} tensors, which are new ({fresh[0]} ... {fresh[-1]})" if fresh else ""
     task.logger.info(f"starting from {checkpoint}{new}")
+
+
+@torch.inference_mode()
+def check_size(model: nn.Module, size: tuple[int, int], device: torch.device) -> None:
+    """Fails, as the first evaluation would after an epoch, where a network does not take images of a size."""
+    model.eval()(torch.zeros(1, 3, *size, device=device))
+    model.train()
 
 
 def evaluate_epoch(task: Task, trainer: Trainer, batches: DataLoader) -> tuple[bool, bool]:
@@ -448,6 +457,8 @@ def fit(task: Task) -> None:
     derived = derive(cfg, world_size=process.world_size, steps_per_epoch=len(train_loader))
     logger.info(f"{len(train_source)} training and {len(val_source)} validation images of {model.num_classes} classes")
     logger.info(f"{task.arch}, {sum(p.numel() for p in model.parameters()):,} parameters; {derived}")
+    if task.test_size != task.train_size:
+        check_size(model, task.test_size, process.device)
     if cfg.MODEL.PRETRAINED:
         load_pretrained_weights(task, model)
     cast(Any, model).set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)

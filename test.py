@@ -44,7 +44,9 @@ def parser() -> cli.Parser:
     result.add_argument("weights", metavar="WEIGHTS", help="checkpoint")
     result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
     result.add_argument("-b", "--batch-size", type=int, default=100, metavar="N", help="images per batch")
-    result.add_argument("-r", "--resolution", type=int, metavar="R", help="test size; the architecture's own if absent")
+    result.add_argument(
+        "-r", "--resolution", type=cli.side, metavar="R", help="test size; the architecture's own if absent"
+    )
     result.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="data loading processes")
     result.add_argument("--dataset", default="imagenet", help="imagenet (any image folder), cf100, digits, shapes")
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")

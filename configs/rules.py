@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from utils.cli import MAX_SIDE
 from utils.text import shortened
 
 from .schema import Setting
@@ -47,7 +48,6 @@ def _names_a_folder(value: str) -> bool:
     return short and value.isprintable() and not {*value} & {*"/\\"} and value.strip() not in ("", ".", "..")
 
 
-MAX_SIDE = 16384  # of an image, in pixels
 MANY = 10**6  # epochs, images of a batch, ...: more than any run has
 COUNTER = 10**9
 

@@ -11,7 +11,7 @@ import torch
 
 from models import schema
 from models.checkpoints import Checkpoint, link_checkpoint, write_checkpoint
-from utils.distributed import from_main, gather_objects
+from utils.distributed import from_main, gather_objects, rank
 
 from .state import mean_statistics, read_state, restore, training_state
 from .train import Trainer
@@ -53,9 +53,12 @@ class CheckpointFolder:
                 self._write(payload)
 
     def complete(self, checkpoint: Checkpoint) -> None:
-        """Writes a state under the rest of its names, where the run was killed when it had written only some."""
+        """Writes a state under the rest of its names, where the run was killed when it had written only some.
+
+        All processes may call this; rank 0 writes.
+        """
         payload = checkpoint.payload
-        if "saved_as" in payload:
+        if "saved_as" in payload and rank() == 0:
             update = payload["progress"]["update"]
             self._write(payload, [path for path in self._paths(payload) if path.is_file() and _updates(path) == update])
 
@@ -99,9 +102,10 @@ class CheckpointFolder:
             path.unlink()
 
     def start(self, logger: logging.Logger) -> Checkpoint | None:
-        """Puts the folder in order after a run that was killed, and reads what `newest` does; all processes take part.
+        """Clears what a killed run has left behind, and reads what `newest` does; all processes take part.
 
-        Rank 0 chooses, so that all resume from one file: the folder must be one that all of them see.
+        Rank 0 chooses, so that all resume from one file: the folder must be one that all of them see. Once the state
+        is restored, and so known to be sound, `complete` writes the names that it lacks.
         """
         found: Checkpoint | None = None
 
@@ -109,8 +113,6 @@ class CheckpointFolder:
             nonlocal found
             self.clear_leftovers()
             found = self.newest(logger)
-            if found is not None:
-                self.complete(found)
             return None if found is None else found.path
 
         path = from_main(find)

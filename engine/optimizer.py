@@ -72,8 +72,10 @@ def state_mismatch(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> s
     own = [len(group["params"]) for group in optimizer.param_groups]
     saved = [len(group["params"]) for group in state["param_groups"]]
     numbers = list(chain.from_iterable(group["params"] for group in state["param_groups"]))
-    if own != saved or len({*numbers}) != len(numbers) or not state["state"].keys() <= {*numbers}:
+    if own != saved:
         return f"groups of {saved} parameters, not of {own}"
+    if len({*numbers}) != len(numbers) or not state["state"].keys() <= {*numbers}:
+        return "its parameters are not numbered one by one"
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for number, parameter in zip(numbers, parameters, strict=True):
         problem = _moments_mismatch(STATE[type(optimizer)], state["state"].get(number), parameter)
@@ -105,4 +107,6 @@ def _moments_mismatch(names: set[str], moments: dict[str, Any] | None, parameter
         value = torch.as_tensor(moment)
         if value.shape != shape or value.is_complex() or value.dtype is torch.bool or not value.isfinite().all():
             return f"has a {name} of {tuple(value.shape)} {value.dtype}, not finite numbers of {tuple(shape)}"
+        if name in ("step", "exp_avg_sq") and value.lt(0).any():
+            return f"has a {name} below 0"
     return ""

@@ -17,6 +17,8 @@ from .optimizer import match_layout, state_mismatch
 from .statistics import RunningStatistics
 from .train import Progress, Trainer
 
+# What the counts of `Progress` and the order of the images depend on.
+RUN = ("seed", "images", "world_size", "global_batch", "updates_per_epoch")
 TENSORS = schema.mapping(str, schema.tensor)
 _COUNT = schema.integer()
 _SCALER = {
@@ -46,7 +48,7 @@ ALWAYS = {
         {f.name: schema.number if f.type is float else _COUNT for f in fields(Progress)}, required=True
     ),
     "meters": schema.mapping(str, schema.any_of("the sums of each process", _SUMS, schema.sequence(_SUMS))),
-    "run": schema.mapping(str, _COUNT),
+    "run": schema.record({name: schema.integer(int(name != "seed")) for name in RUN}, required=True),
     "unreadable": schema.sequence(schema.text),
     "rank_statistics": schema.sequence(schema.tensor),
     "meta": schema.mapping(str, schema.anything),

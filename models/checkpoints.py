@@ -359,7 +359,7 @@ def _read_payload(path: Path) -> dict[str, Any]:
                 return {"model": {k: file.get_tensor(k) for k in file.keys()}, "meta": meta}  # noqa: SIM118
         _check_sums(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what follows says it in one line
+            warnings.simplefilter("ignore")  # what follows says in one line what is wrong
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         raise ValueError(f"{path} is damaged or no checkpoint that can be read safely: {_reason(error)}") from error

@@ -4,7 +4,7 @@ A check takes the place of a value, for the message, and the value; it raises Va
 put together to a schema, which is applied once, before anything of a file is used.
 """
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Check = Callable[[str, Any], None]
+LARGEST = sys.float_info.max
 
 
 def expect(holds: object, where: str, value: object, wanted: str) -> None:
@@ -42,7 +43,8 @@ def integer(least: int = 0, most: int = 2**48) -> Check:
 
 def number(where: str, value: object) -> None:
     """Checks for a finite number."""
-    expect(type(value) in (int, float) and math.isfinite(value), where, value, "a finite number")  # type: ignore[arg-type]
+    finite = type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]
+    expect(finite, where, value, "a finite number")
 
 
 def positive(where: str, value: object) -> None:

@@ -33,7 +33,9 @@ def parser() -> cli.Parser:
     result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
     result.add_argument("-b", "--batch-size", type=int, default=16, metavar="N", help="images per batch")
     result.add_argument("-k", "--top", type=int, default=5, metavar="N", help="how many classes to name")
-    result.add_argument("-r", "--resolution", type=int, metavar="R", help="image size; the network's own if absent")
+    result.add_argument(
+        "-r", "--resolution", type=cli.side, metavar="R", help="image size; the network's own if absent"
+    )
     result.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line; numbers if absent")
     result.add_argument(
         "--dataset", choices=list(data.DATASETS), help="trained on; what the checkpoint tells, or imagenet, if absent"
@@ -53,6 +55,8 @@ def class_names(path: Path | None, count: int) -> list[str]:
     """
     if path is None:
         return [str(label) for label in range(count)]
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file: give class names, one a line")
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -78,6 +82,8 @@ def readable(paths: Iterable[Path], unreadable: list[Path]) -> Iterator[tuple[Pa
     """Yields the images in RGB; the other files are named on stderr, with the reason, and added to `unreadable`."""
     for path in paths:
         try:
+            if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device may have no end
+                raise ValueError("is no regular file")
             with path.open("rb") as file:
                 image = decode_rgb(file)
         except (OSError, ValueError) as error:
@@ -100,7 +106,10 @@ def probabilities(
     device = next(model.parameters()).device
     while batch := [(path, transform(image)) for path, image in islice(images, batch_size)]:
         paths, pixels = zip(*batch, strict=True)
-        yield from zip(paths, model(normalize(torch.stack(pixels).to(device))).softmax(1).cpu(), strict=True)
+        answers = model(normalize(torch.stack(pixels).to(device))).softmax(1).cpu()
+        if not answers.isfinite().all():
+            raise ValueError("the network's answers are not finite: these weights are of no use in float32")
+        yield from zip(paths, answers, strict=True)
 
 
 def main() -> int:
@@ -122,7 +131,7 @@ def main() -> int:
     unreadable: list[Path] = []
     decoded = readable(args.images, unreadable)
     figures: dict[str, list[tuple[str, float]]] = {}
-    for path, values in probabilities(model, decoded, transform, normalize, args.batch_size):
+    for path, values in probabilities(model, decoded, transform, normalize, min(args.batch_size, len(args.images))):
         best = values.topk(min(args.top, len(names)))
         labels = [names[i] for i in best.indices.tolist()]
         figures[str(path)] = list(zip(labels, best.values.tolist(), strict=True))

@@ -172,6 +172,8 @@ def train(args: Namespace, process: Process, folder: Path) -> None:
     checkpoints = CheckpointFolder(folder, keep=1, meta=meta, config=json.dumps(vars(args), default=str))
     start, stop = checkpoints.start(logger), StopRequest()
     recorded = restore(trainer, start) if start is not None else 0
+    if start is not None:
+        checkpoints.complete(start)
     progress, sampler = trainer.progress, cast(data.TrainSampler, loader.sampler)
     trainer.metrics = MetricsWriter(folder, recorded, progress.epoch)
     logger.info(f"{len(source)} images of {len(source.classes)} people; {args.arch}, {args.loss}, output in {folder}")

@@ -220,7 +220,11 @@ def train_batches(args: Namespace, process: Process) -> tuple[DataLoader, data.T
 def start(trainer: Trainer, checkpoints: CheckpointFolder) -> int:
     """Resumes from the run's newest checkpoint, if there is one; returns the updates that are recorded."""
     checkpoint = checkpoints.start(trainer.logger)
-    return restore(trainer, checkpoint) if checkpoint else 0
+    if checkpoint is None:
+        return 0
+    recorded = restore(trainer, checkpoint)
+    checkpoints.complete(checkpoint)
+    return recorded
 
 
 def train(args: Namespace, process: Process) -> None:

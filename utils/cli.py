@@ -16,6 +16,7 @@ from .interrupt import raise_on_interrupt
 from .signals import Stopped
 from .text import printable
 
+MAX_SIDE = 16384  # pixels of an image
 USER_ERROR = 2  # the exit status of a mistake that the user can mend, as argparse uses it
 
 
@@ -60,6 +61,13 @@ class Parser(argparse.ArgumentParser):
             message = f"unknown argument {word}{self._hint(word, self._option_string_actions)} (--help lists all)"
         print_error(message)
         raise SystemExit(USER_ERROR)
+
+
+def side(text: str) -> int:
+    """Reads the side of an image in pixels, as the type of an option; the bounds are those of DATA.IMG_SIZE."""
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"{text!r} is no side of an image: give 1 to {MAX_SIDE} pixels")
+    return int(text)
 
 
 def add_ema_option(parser: argparse.ArgumentParser) -> None:

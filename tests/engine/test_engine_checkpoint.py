@@ -348,6 +348,13 @@ MUTATIONS: list[tuple[str, object]] = [
     ("progress/update", "5"),
     ("progress/best_top1", math.inf),
     ("progress/skipped", [1]),
+    ("progress/best_top1", 10**400),
+    ("max_accuracy", -(10**400)),
+    ("run/images", 0),
+    ("run/global_batch", 0),
+    ("run", {"seed": 0}),
+    ("optimizer/state/0/exp_avg_sq", torch.full((32, 12), -1.0)),
+    ("optimizer/state/0/step", torch.tensor(-5.0)),
     ("saved_as", 3),
     ("saved_as", {"numbered": True}),
     ("saved_as/best", "yes"),
@@ -498,7 +505,9 @@ def test_whichever_file_a_killed_run_has_left_the_others_are_made_of_it(tmp_path
     for path in tmp_path.glob("*.pth"):
         if path.name != left:
             path.unlink()
-    assert checkpoints.start(LOGGER).path.name == left
+    newest = checkpoints.start(LOGGER)
+    assert newest.path.name == left
+    checkpoints.complete(newest)
     after = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pth")}
     for name in before:
         assert_equal(before[name], after[name])
@@ -550,7 +559,9 @@ def test_a_run_that_was_killed_while_it_saved_gets_its_best_checkpoint(tmp_path,
     folder.save(run_of(1), best=True)
     (tmp_path / "best_ckpt.pth").unlink()
     (tmp_path / ".latest.pth.abc.tmp").touch()
-    assert folder.start(logging.getLogger()).path == tmp_path / "latest.pth"
+    newest = folder.start(logging.getLogger())
+    assert newest.path == tmp_path / "latest.pth"
+    folder.complete(newest)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_ckpt.pth", "latest.pth"]
 
 
@@ -606,7 +617,9 @@ def test_a_run_that_was_killed_between_two_names_of_a_state_gets_the_newer_one(t
     (tmp_path / "best_ckpt.pth").write_bytes(older[0])
     (tmp_path / "ckpt_epoch_1.pth").unlink()
     (tmp_path / "ckpt_epoch_0.pth").write_bytes(older[1])
-    assert checkpoints.start(LOGGER).path == tmp_path / "latest.pth"
+    newest = checkpoints.start(LOGGER)
+    assert newest.path == tmp_path / "latest.pth"
+    checkpoints.complete(newest)
     assert names(tmp_path) == {"latest.pth", "best_ckpt.pth", "ckpt_epoch_1.pth"}
     updates = [read_checkpoint(path).payload["progress"]["update"] for path in sorted(tmp_path.iterdir())]
     assert updates == [10, 10, 10]

@@ -269,6 +269,13 @@ ROWS = [
     ("test_no_arch", "test.py digits train {weights.unknown}", ["which architecture", "-a"]),
     ("test_no_ema", "test.py digits train {weights.train} --ema", ["no moving average"]),
     ("test_check_of_resnet", "test.py digits check {weights.resnet} -a resnet10t -r 32 -j 0", ["ResNet has no block"]),
+    (
+        "test_huge_size",
+        "test.py digits train {weights.train} -r 1000000000 -j 0",
+        ["'1000000000'", "1 to 16384 pixels"],
+    ),
+    ("test_size_zero", "test.py digits train {weights.train} -r 0 -j 0", ["'0'", "1 to 16384 pixels"]),
+    ("predict_negative_size", "tools/predict.py {weights.train} {out} -r -16", ["'-16'", "1 to 16384 pixels"]),
     ("test_other_size", "test.py digits train {weights.train} -r 17 -j 0", ["17"]),
     ("convert_converted", "convert.py {weights.deploy} {out}", ["is converted already", "nothing was written"]),
     ("convert_absent", "convert.py {weights.absent} {out}", ["absent.pth", "no such file"]),

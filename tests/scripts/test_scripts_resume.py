@@ -227,6 +227,40 @@ def test_labels_of_val_that_train_does_not_have(script, zipped, tmp_path):
     assert result.err == "error: val has 8 classes, train 2: they need the same labels\n"
 
 
+BAD = {
+    "statistics": lambda d: d | {"rank_statistics": [d["rank_statistics"][0] * torch.nan]},
+    "configuration": lambda d: d | {"config": "\0"},
+    "weights": lambda d: d | {"model": {k: v * torch.nan for k, v in d["model"].items() if v.is_floating_point()}},
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_state_that_does_not_resume_replaces_no_other_file(script, trained, tmp_path, kind):
+    """It claims to be the newest, the best and a numbered one."""
+    folder = Path(shutil.copytree(trained.folder, tmp_path / ARCH / "run"))
+    latest = torch.load(folder / "latest.pth", weights_only=True)
+    (folder / "latest.pth").unlink()
+    latest["progress"] |= {"update": latest["progress"]["update"] + 1, "best_top1": 99.0}
+    latest["saved_as"] = {"numbered": True, "best": True, "best_ema": True}
+    torch.save(BAD[kind](latest), folder / "latest.pth")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}
+    words = SHORT.split()
+    result = script("main_repmlp.py", *words[:2], "--output", tmp_path, "--tag", "run", *words[2:])
+    assert result.status == 2
+    assert result.err.startswith("error: ")
+    assert len(result.err.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pth")} == before
+
+
+def test_a_size_that_the_network_does_not_take_is_found_before_the_training(script, tmp_path):
+    words = SHORT.split()
+    result = script("main_repmlp.py", *words[:2], "--output", tmp_path / "new", *words[2:], "DATA.TEST_SIZE", 24)
+    assert result.status == 2
+    assert "24x24" in result.err
+    assert "Train:" not in result.out
+    assert not (tmp_path / "new").exists()
+
+
 # Weights that are not finite
 
 

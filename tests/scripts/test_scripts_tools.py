@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -160,6 +161,21 @@ def test_predict_shows_odd_names_escaped(name, trained, scans, tool, tmp_path):
     assert err.startswith(f"error: {tmp_path}/broken{escaped}: not an image")
     (key,) = json.loads((tmp_path / "p.json").read_text())
     assert key == str(odd)
+
+
+def test_predict_reads_no_pipe_and_gives_no_answer_that_is_not_finite(trained, scans, tool, tmp_path):
+    weights, path = trained.folder / "best_ckpt.pth", next(iter(scans))
+    os.mkfifo(tmp_path / "pipe.png")
+    status, _, err = tool("tools.predict", weights, tmp_path / "pipe.png")
+    assert (status, err) == (2, f"error: {tmp_path}/pipe.png: is no regular file\n")
+    status, _, err = tool("tools.predict", weights, path, "--classes", tmp_path / "pipe.png")
+    assert (status, err) == (2, f"error: {tmp_path}/pipe.png is no regular file: give class names, one a line\n")
+    payload = torch.load(weights, weights_only=True)
+    huge = {name: value.double() * 1e300 for name, value in payload["model"].items() if name.endswith("head.weight")}
+    torch.save(payload | {"model": payload["model"] | huge}, tmp_path / "huge.pth")
+    status, out, err = tool("tools.predict", tmp_path / "huge.pth", path)
+    assert (status, out) == (2, "")
+    assert "the network's answers are not finite" in err
 
 
 @pytest.mark.filterwarnings("default")  # the exporters of some versions of torch warn of themselves
