@@ -81,7 +81,10 @@ def main() -> None:
     checkpoint = read_checkpoint(source, ema=args.ema)
     if checkpoint.form == "deploy":
         raise ValueError(f"{source} is converted already: it holds deploy weights, and nothing was written")
-    arch, model, _, image_size = build_from(checkpoint, args.arch)
+    try:
+        arch, model, _, image_size = build_from(checkpoint, args.arch)
+    except ValueError as error:
+        raise ValueError(f"{error}; nothing was written") from error
     deploy = to_deploy(model)
     difference = verify(model, deploy, image_size)
     meta = describe(arch, deploy, image_size, "deploy", checkpoint.meta.get("dataset"))

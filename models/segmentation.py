@@ -42,6 +42,7 @@ ARGUMENTS = {
 OPTIONS = {
     "img_size": schema.sequence(schema.integer(1, 2**13), length=2),
     "drop_path_rate": schema.number,
+    "deploy": schema.boolean,
     "downsample": schema.one_of(*DOWNSAMPLINGS, None),
     "rank": schema.integer(1, FULL_RANK),
 }

@@ -61,3 +61,7 @@ def test_a_key_both_dotted_and_nested_is_refused(tmp_path):
     path.write_text("TRAIN: {EPOCHS: 20}\nTRAIN.EPOCHS: 30\n")
     with pytest.raises(ValueError, match=r"TRAIN.EPOCHS \(.*cfg.yaml\): is given twice"):
         load_config(path)
+
+
+def test_an_evaluation_is_without_a_crop_as_published():
+    assert load_config(None, parse_opts(["DATA.DATA_PATH", "digits"])).TEST.CROP is False

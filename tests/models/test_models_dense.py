@@ -275,3 +275,10 @@ def test_an_image_that_is_too_large_for_the_global_perceptrons_is_refused() -> N
     backbone = dense_backbone(RepMLPResNet(spec))
     with pytest.raises(ValueError, match="an image of 65x96 is larger than the 64x96 that the backbone is made for"):
         backbone(torch.zeros(1, 3, 65, 96))
+
+
+def test_levels_are_counted_from_the_end_as_far_as_there_are_any():
+    count = len(network().feature_info)
+    assert dense_backbone(network(), out_indices=(-count,)).out_indices == [0]
+    with pytest.raises(ValueError, match="has the levels 0 to"):
+        dense_backbone(network(), out_indices=(-count - 1,))
