@@ -445,6 +445,20 @@ def test_weights_for_another_image_size(size: int | tuple[int, int], key: str, t
     assert str(error.value).endswith(f"with {CLASSES} classes at 32x32: give --opts DATA.IMG_SIZE {key}")
 
 
+def test_weights_are_named_where_the_network_is_none_of_ours(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", weights))
+    with pytest.raises(ValueError, match=rf"\. These are train weights of {ARCH} with {CLASSES} classes at 16x16$"):
+        load_weights(nn.Linear(2, 3), checkpoint)
+
+
+def test_weights_of_a_changed_structure_are_named_by_what_the_file_says(tmp_path: Path) -> None:
+    trained = create_model(ARCH, CLASSES, share_sets=(2, 8))
+    meta = {"arch": ARCH, "image_size": [16, 16], "num_classes": CLASSES}
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", {"model": trained.state_dict(), "meta": meta}))
+    with pytest.raises(ValueError, match=rf"These are train weights of {ARCH} with {CLASSES} classes at 16x16; the"):
+        load_weights(create_model(ARCH, CLASSES), checkpoint)
+
+
 def test_what_the_file_says_and_the_user_wants_otherwise(tmp_path: Path) -> None:
     trained = create_model(ARCH, CLASSES, img_size=24, share_sets=(2, 8))
     payload = {"model": trained.state_dict(), "meta": describe(ARCH, trained, (24, 24), "train")}
