@@ -1,20 +1,17 @@
 """A small trainer on made-up images, and the pieces that it is put together from."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from processes import in_launcher
 from torch import nn
 
 from data import Batch, Normalize
 from engine.optimizer import build_optimizer
 from engine.schedule import build_schedule
 from engine.train import Trainer
-from utils import distributed
 from utils.distributed import Process
 from utils.log import MetricsWriter
 from utils.seed import seed_everything
@@ -23,23 +20,6 @@ from utils.seed import seed_everything
 @pytest.fixture(autouse=True)
 def _same_draws_in_each_test() -> None:
     seed_everything(0)
-
-
-@pytest.fixture
-def launcher() -> Iterator[Callable[..., None]]:
-    """Returns a function that sets a launcher's variables; the environment is as before afterwards."""
-    before = dict(os.environ)
-
-    def prepare(**variables: str) -> None:
-        for name in filter(in_launcher, list(os.environ)):
-            del os.environ[name]
-        os.environ.update(variables)
-
-    prepare()
-    yield prepare
-    distributed.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

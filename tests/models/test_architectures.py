@@ -16,7 +16,7 @@ from models.reparam import is_reparameterizable, to_deploy
 
 EXACT = 1e-12
 every_architecture = pytest.mark.parametrize("arch", list_models())
-# With a head of a thousand outputs, of the training and of the deploy form. `test_models_network.py` and others compare
+# With a head of a thousand outputs, of the training and of the deploy form. `test_network.py` and others compare
 # them with the papers, which round.
 PARAMETERS = {
     "RepMLPNet-T224": (38_293_608, 38_331_720),
