@@ -6,5 +6,5 @@ from configs import load_config, parse_opts
 
 
 def settings(opts: str = "") -> CfgNode:
-    """Returns a frozen configuration; `opts` are keys and values as after `--opts`, such as `TRAIN.EPOCHS 2 AMP off`."""
+    """Returns a frozen configuration; `opts` are pairs as after `--opts`: `TRAIN.EPOCHS 2 AMP off`."""
     return load_config(None, parse_opts(opts.split()))
