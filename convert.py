@@ -1,19 +1,21 @@
-"""Turns a training checkpoint into a deploy checkpoint by Locality Injection, and verifies it before it is written."""
+"""Turns a training checkpoint of any task into a deploy checkpoint by Locality Injection, verified before it is written."""
 
 if __name__ == "__main__":  # the imports below take seconds
     from utils.interrupt import end_on_interrupt
 
     end_on_interrupt()
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import models
-from models.checkpoints import build_from, describe, read_checkpoint, write_checkpoint
+from models import list_models
+from models.files import write_checkpoint
 from models.reparam import injection_error, input_channels, relative_difference, to_deploy
+from tasks.inference import add_checkpoint_options, load_checkpoint
 from utils import cli
 from utils.files import check_target
 from utils.text import printable
@@ -24,12 +26,11 @@ ROUNDING_TOLERANCE = 100  # of the written weights, in units of their dtype's ep
 
 def parser() -> cli.Parser:
     """Describes the command line."""
-    architectures = cli.listing("architectures", models.list_models())
+    architectures = cli.listing("architectures", list_models())
     result = cli.Parser(description=__doc__, epilog=architectures, argument_default=None)
     result.add_argument("load", metavar="TRAIN", help="training checkpoint: ours, the published code's, MMPretrain's")
     result.add_argument("save", metavar="DEPLOY", help="where to write; .safetensors is possible too")
-    result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
-    cli.add_ema_option(result)
+    add_checkpoint_options(result)
     return result
 
 
@@ -73,24 +74,23 @@ def in_float64(model: nn.Module) -> nn.Module:
     return copy.double().eval()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Reads, converts, verifies, writes."""
-    args = parser().parse_args()
+    args = parser().parse_args(argv)
     source, target = Path(args.load), Path(args.save)
     check_target(target, [source])
-    checkpoint = read_checkpoint(source, ema=args.ema)
-    if checkpoint.form == "deploy":
-        raise ValueError(f"{source} is converted already: it holds deploy weights, and nothing was written")
     try:
-        arch, model, _, image_size = build_from(checkpoint, args.arch)
+        task, checkpoint, network = load_checkpoint(source, args.arch, args.ema)
+        if checkpoint.form == "deploy":
+            raise ValueError(f"{source} is converted already: it holds deploy weights")
     except ValueError as error:
         raise ValueError(f"{error}; nothing was written") from error
-    deploy = to_deploy(model)
-    difference = verify(model, deploy, image_size)
-    meta = describe(arch, deploy, image_size, "deploy", checkpoint.meta.get("dataset"))
+    deploy = to_deploy(network.model)
+    difference = verify(network.model, deploy, network.image_size)
+    meta = task.describe_deploy(network, deploy, checkpoint)
     write_checkpoint(target, {"model": deploy.state_dict(), "meta": meta})
-    before, after = (sum(v.numel() for v in m.parameters()) for m in (model, deploy))
-    print(printable(f"{arch}: {checkpoint} ({before:,} parameters) -> {target} ({after:,} parameters)"))
+    before, after = (sum(v.numel() for v in m.parameters()) for m in (network.model, deploy))
+    print(printable(f"{network.arch}: {checkpoint} ({before:,} parameters) -> {target} ({after:,} parameters)"))
     print(f"verified on random images: largest relative logit difference {difference:.1e}")
 
 

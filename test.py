@@ -1,7 +1,7 @@
 """Evaluates weights on one CPU or GPU, or checks that a conversion keeps every answer.
 
 Modes: `train` evaluates training weights, `deploy` evaluates converted ones, `check` takes training weights, converts
-them in memory and compares both forms on every image.
+them in memory and compares both forms on every image. The checkpoint tells the task.
 """
 
 if __name__ == "__main__":  # the imports below take seconds
@@ -10,21 +10,22 @@ if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt()
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
-from torch.utils.data import DataLoader
+from torch import nn
 
-import data
-import models
+from configs import Override, load_config, parse_opts
+from data import DATASETS
 from engine.evaluate import Comparison, compare, evaluate, refuse_nonfinite
-from engine.train import PRECISIONS, autocast
-from models.checkpoints import Network, build_from, read_checkpoint
-from models.fusion import fuse_verified
-from models.reparam import to_deploy
+from engine.precision import PRECISIONS, autocast
+from engine.task import Task
+from models import list_models
+from tasks.inference import Loaded, add_checkpoint_options, default_device, load_checkpoint, prepare
 from utils import cli
+from utils.distributed import RankInfo
 from utils.files import check_target, write_json
 from utils.text import printable
 
@@ -37,99 +38,116 @@ REMEDY = {
 
 def parser() -> cli.Parser:
     """Describes the command line."""
-    architectures = cli.listing("architectures", [*models.list_models(), "any of timm"])
+    architectures = cli.listing("architectures", [*list_models(), "any of timm"])
     result = cli.Parser(description=__doc__, epilog=architectures, argument_default=None)
-    result.add_argument("data", metavar="DATA", help="folder with val/<class>/*, or digits, or shapes")
+    result.add_argument("data", metavar="DATA", help="folder of the data set, or digits, or shapes")
     result.add_argument("mode", metavar="MODE", choices=["train", "deploy", "check"], help="train, deploy or check")
     result.add_argument("weights", metavar="WEIGHTS", help="checkpoint")
-    result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
-    result.add_argument("-b", "--batch-size", type=int, default=100, metavar="N", help="images per batch")
-    result.add_argument(
-        "-r", "--resolution", type=cli.side, metavar="R", help="test size; the architecture's own if absent"
-    )
-    result.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="data loading processes")
-    result.add_argument("--dataset", default="imagenet", help="imagenet (any image folder), cf100, digits, shapes")
-    result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
-    result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
-    cli.add_ema_option(result)
+    add_checkpoint_options(result, fuse=True)
+    result.add_argument("-b", "--batch-size", metavar="N", help="images per batch (100; 1 where images keep their size)")
+    result.add_argument("-r", "--resolution", metavar="R", help="test size; the architecture's own if absent")
+    result.add_argument("-j", "--workers", default="4", metavar="N", help="data loading processes")
+    result.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}; that of the task if absent")
+    result.add_argument("--crop", action="store_true", default=None, help="resize to 256/224 of the size, then crop")
     result.add_argument("--amp", choices=list(PRECISIONS), default="off", help="precision of the forward pass")
-    result.add_argument("--tolerance", type=float, default=1e-4, help="of mode check, on the relative logit difference")
+    result.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys of the configuration")
+    result.add_argument("--tolerance", type=float, default=1e-4, help="of mode check, on the relative output difference")
     result.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return result
 
 
-def load(path: str, mode: str, arch: str | None, ema: bool | None) -> Network:
+def load(args: Namespace) -> Loaded:
     """Builds the network, loads the weights and prints which they are.
 
     Raises:
         ValueError: no readable checkpoint, weights of another network, or weights in the other form.
     """
-    checkpoint = read_checkpoint(path, ema=ema)
-    wanted = "deploy" if mode == "deploy" else "train"
-    if checkpoint.form not in (wanted, None):
-        raise ValueError(f"mode {mode} needs {wanted} weights, {path} holds {checkpoint.form} weights: {REMEDY[mode]}")
-    network = build_from(checkpoint, arch)
-    print(printable(f"{network.arch}: {checkpoint}"))
-    return network
+    loaded = load_checkpoint(args.weights, args.arch, args.ema)
+    wanted, form = "deploy" if args.mode == "deploy" else "train", loaded.checkpoint.form
+    if form not in (wanted, None):
+        raise ValueError(
+            f"mode {args.mode} needs {wanted} weights, {args.weights} holds {form} weights: {REMEDY[args.mode]}"
+        )
+    print(printable(f"{loaded.network.arch}: {loaded.checkpoint}"))
+    return loaded
 
 
-def batches(args: Namespace, size: tuple[int, int], num_classes: int) -> DataLoader:
-    """Opens the validation images.
+def build_task(args: Namespace, task: type[Task], device: torch.device) -> Task:
+    """Sets up the task of the checkpoint with the settings that the command line asks for."""
+    given = {
+        ("WEIGHTS", "TASK"): task.name,
+        ("WEIGHTS", "EVAL_MODE"): True,
+        ("WEIGHTS", "MODEL.RESUME"): args.weights,
+        ("DATA", "DATA.DATA_PATH"): args.data,
+        ("--dataset", "DATA.DATASET"): args.dataset or task.dataset,
+        ("-b", "DATA.TEST_BATCH_SIZE"): args.batch_size or (1 if task.whole_images else 100),
+        ("-r", "DATA.TEST_SIZE"): args.resolution,
+        ("-j", "DATA.NUM_WORKERS"): args.workers,
+        ("--crop", "TEST.CROP"): args.crop,
+        ("--amp", "AMP"): args.amp,
+    }
+    overrides = [Override(*place, value) for place, value in given.items() if value is not None]
+    return task(load_config(None, [*overrides, *parse_opts(args.opts)]), RankInfo(0, 1, 0, device))
 
-    Raises:
-        ValueError: they are missing, or of another number of classes than the network's.
+
+def check(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> tuple[dict[str, Any], int]:
+    """Compares the training structure with the converted one, and prints both.
+
+    Returns:
+        The figures, and 1 where the outputs differ by more than the tolerance, else 0.
     """
-    source = data.open_source(args.dataset, args.data, "val")
-    if len(source.classes) != num_classes:
-        raise ValueError(f"{args.data} has {len(source.classes)} classes, the network {num_classes}")
-    return data.build_eval_loader(
-        source,
-        data.eval_transform(size, crop=args.crop),
-        batch_size=args.batch_size,
-        num_workers=args.workers,
-        pin_memory=True,
-    )
+    if args.fuse and args.amp != "off":
+        raise ValueError("mode check compares in full precision what --fuse makes: leave --amp away")
+    device, dtype = task.rank_info.device, PRECISIONS[args.amp]
+    converted = prepare(network, device, deploy=True, fuse=args.fuse)
+    metrics = task.build_metric(loaded.network.num_classes), task.build_metric(loaded.network.num_classes)
+    batches = task.eval_loader(loaded.network.image_size)
+    result = compare(network, converted, batches, metrics, task.normalize(), device, autocast(device, dtype))
+    return report(result, task, args.tolerance)
 
 
-def report(result: Comparison, tolerance: float) -> tuple[dict[str, Any], int]:
-    """Prints a comparison; returns its figures, and 1 where the logits differ by more than the tolerance, else 0."""
+def report(result: Comparison, task: Task, tolerance: float) -> tuple[dict[str, Any], int]:
+    """Prints a comparison; returns as `check` does."""
     failed = not result.difference <= tolerance
+    agreement = "" if result.agreement is None else f"{task.agreement_label} {result.agreement:.3f} %, "
     print(f" * training weights   {result.first}")
     print(f" * injected weights   {result.second}")
-    print(f" * top-1 agreement {result.agreement:.3f} %, largest relative logit difference {result.difference:.1e}")
+    print(f" * {agreement}largest relative logit difference {result.difference:.1e}")
     print(f" * {'FAILED, beyond' if failed else 'passed, within'} the tolerance of {tolerance:.0e}")
     figures = {"agreement": result.agreement, "difference": result.difference, "injected": result.second.as_dict()}
     return result.first.as_dict() | figures, int(failed)
 
 
-def main() -> int:
+def measure(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> dict[str, Any]:
+    """Evaluates one network, prints and returns the figures."""
+    device, dtype = task.rank_info.device, PRECISIONS[args.amp]
+    if args.fuse:  # a fused network computes in the dtype of its weights
+        network, dtype = prepare(network, device, fuse=True, dtype=dtype or torch.float32), None
+    normalize = task.normalize(next(network.parameters()).dtype)
+    batches, metric = task.eval_loader(loaded.network.image_size), task.build_metric(loaded.network.num_classes)
+    result = evaluate(network, batches, metric, normalize, device, autocast(device, dtype))
+    refuse_nonfinite(result)
+    print(f" * {result}")
+    for line in result.details(task.val_source.classes):
+        print(f"   {line}")
+    return result.as_dict()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates or compares; returns 1 where `check` finds a difference beyond the tolerance."""
-    args = parser().parse_args()
-    if args.batch_size < 1 or args.workers < 0 or not args.tolerance > 0:
-        raise ValueError("-b must be at least 1, -j at least 0 and --tolerance above 0")
+    args = parser().parse_args(argv)
+    if not args.tolerance > 0:
+        raise ValueError("--tolerance must be above 0")
     if args.json:
         check_target(args.json, [args.weights, args.data])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = load(args.weights, args.mode, args.arch, args.ema)
-    model = network.model.float().to(device)
-    loader = batches(args, to_2tuple(args.resolution or network.image_size), network.num_classes)
-    spec = data.DATASETS[data.resolve_name(args.dataset, args.data)]
-    dtype = PRECISIONS[args.amp]
+    loaded, device = load(args), default_device()
+    task = build_task(args, loaded.task, device)
+    task.check_classes(args.weights, loaded.network.num_classes)
+    network = prepare(loaded.network.model, device)
     if args.mode == "check":
-        if args.fuse and dtype:
-            raise ValueError("mode check compares in full precision what --fuse makes: leave --amp away")
-        normalize = data.Normalize(spec.mean, spec.std).to(device)
-        prepare = fuse_verified if args.fuse else to_deploy
-        result = compare(model, prepare(model), loader, normalize, device, autocast(device, dtype))
-        figures, status = report(result, args.tolerance)
+        figures, status = check(args, task, network, loaded)
     else:
-        if args.fuse:  # a fused network computes in the dtype of its weights
-            model, dtype = fuse_verified(model).to(dtype or torch.float32), None
-        normalize = data.Normalize(spec.mean, spec.std, dtype=next(model.parameters()).dtype).to(device)
-        evaluation = evaluate(model, loader, normalize, device, autocast(device, dtype))
-        refuse_nonfinite(evaluation.nonfinite, evaluation.images)
-        print(f" * {evaluation}")
-        figures, status = evaluation.as_dict(), 0
+        figures, status = measure(args, task, network, loaded), 0
     if args.json:
         write_json(args.json, figures)
     return status

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from yacs.config import CfgNode
 
 from models import schema
-from models.checkpoints import Checkpoint, link_checkpoint, write_checkpoint
-from utils.distributed import from_main, gather_objects, rank
+from models.checkpoints import Checkpoint
+from models.files import link_checkpoint, write_checkpoint
+from utils.distributed import broadcast_from_rank0, gather_objects, rank
 
-from .state import mean_statistics, read_state, restore, training_state
-from .train import Trainer
+from .state import mean_statistics, read_state, training_state
+from .trainer import Trainer
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best_ckpt.pth", "best_ema.pth"
 # Metadata that do not make another experiment of a run.
@@ -25,31 +27,31 @@ class CheckpointFolder:
     """The checkpoints in a run's folder.
 
     `latest.pth` is the newest, `ckpt_epoch_<n>.pth` those that are kept by number, `best_ckpt.pth` the one with the
-    highest accuracy, `best_ema.pth` that with the highest accuracy of the averaged weights. Each is a whole state.
+    best figure, `best_ema.pth` that with the best figure of the averaged weights. Each is a whole state.
 
     Args:
         folder: of the run.
-        keep: how many numbered ones stay; older ones are deleted.
+        cfg: the configuration; goes into every file as text, and says how many numbered ones stay.
         meta: goes into every file.
-        config: the settings of the run as text, goes into every file.
+        metric: the name of the figure that the best one is chosen by; goes into every file.
     """
 
-    def __init__(self, folder: Path, *, keep: int, meta: dict[str, Any], config: str) -> None:
-        self.folder, self._keep, self._meta, self._config = folder, keep, meta, config
+    def __init__(self, folder: Path, cfg: CfgNode, meta: dict[str, Any], metric: str) -> None:
+        self.folder, self._keep, self._meta = folder, cfg.KEEP_CHECKPOINTS, meta
+        self._extra = {"meta": meta, "metric": metric, "config": cfg.dump()}
 
-    def save(self, trainer: Trainer, *, numbered: bool = False, best: bool = False, best_ema: bool = False) -> None:
+    def save(self, trainer: Trainer, *, periodic: bool = False, best: bool = False, best_ema: bool = False) -> None:
         """Writes the state of a run under every name that it deserves; all processes take part, rank 0 writes.
 
         Raises:
             OSError: it could not be written; what had been written before is intact.
         """
-        kinds = {"numbered": numbered, "best": best, "best_ema": best_ema}
-        extra = {"meta": self._meta, "config": self._config, "saved_as": kinds}
-        trainer.look()
+        kinds = {"numbered": periodic, "best": best, "best_ema": best_ema}
+        trainer.check_skipped()
         trainer.unreadable = set().union(*gather_objects(trainer.unreadable))
         with mean_statistics(trainer) as of_ranks:
-            payload = training_state(trainer) | {"rank_statistics": of_ranks} | extra
-            if trainer.process.is_main:
+            payload = training_state(trainer) | {"rank_statistics": of_ranks, "saved_as": kinds} | self._extra
+            if trainer.rank_info.is_main:
                 self._write(payload)
 
     def complete(self, checkpoint: Checkpoint) -> None:
@@ -115,7 +117,7 @@ class CheckpointFolder:
             found = self.newest(logger)
             return None if found is None else found.path
 
-        path = from_main(find)
+        path = broadcast_from_rank0(find)
         return found if found is not None or path is None else read_state(path)
 
     def newest(self, logger: logging.Logger) -> Checkpoint | None:
@@ -139,7 +141,7 @@ class CheckpointFolder:
         if found:
             raise ValueError(
                 f"none of the {len(found)} checkpoints in {self.folder} can be read: move them away to start anew, or "
-                "give this run another --tag"
+                "give this run another TAG"
             )
         return None
 
@@ -151,7 +153,7 @@ class CheckpointFolder:
             changes = ", ".join(f"{key} {checkpoint.meta[key]} instead of {self._meta[key]}" for key in other)
             raise ValueError(
                 f"{checkpoint.path} is of another experiment, with {changes}: restore these settings, give this run "
-                "another --tag, or start from the weights with --pretrained"
+                "another TAG, or start from the weights with MODEL.PRETRAINED"
             )
 
 
@@ -177,8 +179,3 @@ def _updates(path: Path) -> int:
     except Exception:  # a damaged file makes the reader raise nearly anything; reading it in full says what is wrong
         return 2**63
     return update
-
-
-def resume(trainer: Trainer, path: Path) -> int:
-    """Reads a checkpoint and restores it; returns and raises as `read_state` and `restore` do."""
-    return restore(trainer, read_state(path))

@@ -1,11 +1,15 @@
 """The learning rate as a function of the update, by timm's schedulers."""
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
 from torch.optim import Optimizer
+from yacs.config import CfgNode
+
+from .plan import TrainingPlan
 
 LINEAR_FINAL_SHARE = 0.01  # of the base learning rate, where the published linear schedule ends
 
@@ -34,42 +38,39 @@ class LinearLRScheduler(Scheduler):
         return [base * share for base in self.base_values]
 
 
-def build_schedule(
-    optimizer: Optimizer,
-    *,
-    name: str,
-    total_updates: int,
-    warmup_updates: int,
-    warmup_lr: float,
-    min_lr: float,
-    decay_updates: int,
-    decay_rate: float,
-    warmup_prefix: bool = False,
-) -> Scheduler:
-    """Builds a schedule that `step_update(t)` sets to the learning rate of update t = 0, 1, ...
+def build_schedule(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan) -> Scheduler:
+    """Builds one of `SCHEDULES`, which `step_update(t)` sets to the learning rate of update t = 0, 1, ...
+
+    With WARMUP_PREFIX the schedule starts after the warm-up. Without it, as published, it runs beneath the warm-up: at
+    its end the learning rate drops from the base to what the schedule has come to by then.
 
     Args:
         optimizer: its learning rates at this moment are the base.
-        name: `cosine` (down to `min_lr`), `linear` (down to a hundredth), `step` (times `decay_rate` every
-            `decay_updates`).
-        total_updates: length of the run, warm-up included.
-        warmup_updates: length of the linear warm-up from `warmup_lr`.
-        warmup_lr: learning rate of update 0.
-        min_lr: where cosine ends.
-        decay_updates: distance of the steps.
-        decay_rate: factor of one step.
-        warmup_prefix: False starts the schedule beneath the warm-up, as published: at its end the learning rate drops
-            from the base to what the schedule has come to by then. True starts it after the warm-up, without a drop.
-
-    Raises:
-        ValueError: an unknown name.
+        cfg: the section TRAIN.LR_SCHEDULER.
+        plan: of the training.
     """
-    warmup: dict[str, Any] = {"warmup_t": warmup_updates, "warmup_lr_init": warmup_lr, "warmup_prefix": warmup_prefix}
-    if name == "cosine":
-        length = total_updates - warmup_updates if warmup_prefix else total_updates
-        return CosineLRScheduler(optimizer, t_initial=length, lr_min=min_lr, t_in_epochs=False, **warmup)
-    if name == "linear":
-        return LinearLRScheduler(optimizer, t_initial=total_updates, **warmup)
-    if name == "step":
-        return StepLRScheduler(optimizer, decay_t=decay_updates, decay_rate=decay_rate, t_in_epochs=False, **warmup)
-    raise ValueError(f"unknown schedule {name!r}: choose cosine, linear or step")
+    warmup = {
+        "warmup_t": plan.warmup_updates,
+        "warmup_lr_init": plan.warmup_lr,
+        "warmup_prefix": cfg.WARMUP_PREFIX,
+    }
+    return SCHEDULES[cfg.NAME](optimizer, cfg, plan, warmup)
+
+
+def _cosine(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[str, Any]) -> Scheduler:
+    length = plan.total_updates - plan.warmup_updates if cfg.WARMUP_PREFIX else plan.total_updates
+    return CosineLRScheduler(optimizer, t_initial=length, lr_min=plan.min_lr, t_in_epochs=False, **warmup)
+
+
+def _linear(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[str, Any]) -> Scheduler:
+    return LinearLRScheduler(optimizer, t_initial=plan.total_updates, **warmup)
+
+
+def _step(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[str, Any]) -> Scheduler:
+    return StepLRScheduler(
+        optimizer, decay_t=plan.decay_updates, decay_rate=cfg.DECAY_RATE, t_in_epochs=False, **warmup
+    )
+
+
+# Down to MIN_LR; down to a hundredth; times DECAY_RATE every DECAY_EPOCHS.
+SCHEDULES: dict[str, Callable[..., Scheduler]] = {"cosine": _cosine, "linear": _linear, "step": _step}

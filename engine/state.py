@@ -15,7 +15,7 @@ from models.checkpoints import Checkpoint, load_weights, read_checkpoint, take_w
 
 from .optimizer import match_layout, state_mismatch
 from .statistics import RunningStatistics
-from .train import Progress, Trainer
+from .trainer import Progress, Trainer
 
 # What the counts of `Progress` and the order of the images depend on.
 RUN = ("seed", "images", "world_size", "global_batch", "updates_per_epoch")
@@ -45,7 +45,7 @@ ALWAYS = {
     "epoch": schema.integer(-1),
     "max_accuracy": schema.number,
     "progress": schema.record(
-        {f.name: schema.number if f.type is float else _COUNT for f in fields(Progress)}, required=True
+        {f.name: _COUNT if f.type is int else schema.optional(schema.number) for f in fields(Progress)}, required=True
     ),
     "meters": schema.mapping(str, schema.any_of("the sums of each process", _SUMS, schema.sequence(_SUMS))),
     "run": schema.record({name: schema.integer(int(name != "seed")) for name in RUN}, required=True),
@@ -55,7 +55,9 @@ ALWAYS = {
     "config": schema.text,
     "saved_as": schema.record(dict.fromkeys(("numbered", "best", "best_ema"), schema.boolean), required=True),
 }
-SOMETIMES = {"ema": TENSORS, "criterion": TENSORS}
+# Fields of `Progress` by the names that they had in older files.
+RENAMED = {"best_top1": "best_metric", "best_ema_top1": "best_ema_metric"}
+SOMETIMES = {"ema": TENSORS, "criterion": TENSORS, "metric": schema.text}
 
 
 def read_state(path: str | Path) -> Checkpoint:
@@ -71,8 +73,10 @@ def read_state(path: str | Path) -> Checkpoint:
     if absent:
         raise ValueError(
             f"{path} holds weights but not the state of a training ({' and '.join(absent)} is missing): "
-            "start from it with --pretrained instead of --resume"
+            "start from it with MODEL.PRETRAINED instead of MODEL.RESUME"
         )
+    if isinstance(payload.get("progress"), dict):
+        payload["progress"] = {RENAMED.get(name, name): value for name, value in payload["progress"].items()}
     own = "saved_as" in payload  # which published checkpoints have not, and their `config` is no text
     always = ALWAYS if own else {key: check for key, check in ALWAYS.items() if key != "config"}
     try:
@@ -114,7 +118,7 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "epoch": trainer.progress.epoch - 1,  # the last finished one, as in the published files
-        "max_accuracy": trainer.progress.best_top1,
+        "max_accuracy": trainer.progress.best_metric or 0.0,
         "progress": asdict(trainer.progress),
         "meters": {name: mean.state() for name, mean in trainer.meters.items()},
         "run": _run(trainer),
@@ -128,11 +132,11 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
 def _run(trainer: Trainer) -> dict[str, int]:
     """Returns what the counts of `Progress` and the order of the images depend on."""
     return {
-        "seed": trainer.seed,
+        "seed": trainer.cfg.SEED,
         "images": trainer.images,
-        "world_size": trainer.process.world_size,
-        "global_batch": trainer.global_batch,
-        "updates_per_epoch": trainer.updates_per_epoch,
+        "world_size": trainer.rank_info.world_size,
+        "global_batch": trainer.plan.global_batch,
+        "updates_per_epoch": trainer.plan.updates_per_epoch,
     }
 
 
@@ -178,7 +182,7 @@ def _load_criterion(trainer: Trainer, state: dict[str, Any], path: Path) -> None
     """Loads what the loss learns, if it does."""
     own = {name: value.shape for name, value in trainer.criterion.state_dict().items()}
     if own != {name: value.shape for name, value in state.items()}:
-        raise ValueError(f"{path} is of a run with another loss or other classes: give this run another --tag")
+        raise ValueError(f"{path} is of a run with another loss or other classes: give this run another TAG")
     problems = unusable_values(trainer.criterion.state_dict(), state)
     if problems:
         raise ValueError(f"what the loss has learned in {path} can't be used: {problems}")
@@ -192,7 +196,7 @@ def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None
     if problem:
         raise ValueError(
             f"the optimizer's state in {path} does not fit this {type(optimizer).__name__}: {problem}; restore "
-            "TRAIN.OPTIMIZER.NAME, or start from the weights with --pretrained"
+            "TRAIN.OPTIMIZER.NAME, or start from the weights with MODEL.PRETRAINED"
         )
     groups = [
         own | {"params": saved["params"]}
@@ -204,19 +208,19 @@ def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None
 
 def _load_statistics(trainer: Trainer, of_ranks: list[Tensor], path: Path) -> None:
     """Gives each process its own running statistics back, or, where their number changed, the mean of all."""
-    statistics, process = RunningStatistics(*trainer.networks), trainer.process
+    statistics, rank_info = RunningStatistics(*trainer.networks), trainer.rank_info
     own = statistics.read()
     if any(t.shape != own.shape or not t.is_floating_point() or not t.isfinite().all() for t in of_ranks):
         raise ValueError(f"the running statistics of the processes in {path} do not fit the network")
     if len(of_ranks) > 1:
-        same = len(of_ranks) == process.world_size
-        statistics.write(of_ranks[process.rank] if same else torch.stack(of_ranks).mean(0))
+        same = len(of_ranks) == rank_info.world_size
+        statistics.write(of_ranks[rank_info.rank] if same else torch.stack(of_ranks).mean(0))
 
 
 def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int:
     run, now = payload.get("run", {}), _run(trainer)
     known = {f.name for f in fields(Progress)}
-    published = {"epoch": payload["epoch"] + 1, "best_top1": float(payload.get("max_accuracy", 0.0))}
+    published = {"epoch": payload["epoch"] + 1, "best_metric": float(payload.get("max_accuracy", 0.0))}
     progress = Progress(**{k: v for k, v in payload.get("progress", published).items() if k in known})
     changed = {k: (run.get(k), v) for k, v in now.items() if run.get(k, v) != v}
     for key in ("seed", "images"):
@@ -227,7 +231,7 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int
             )
     recorded = progress.update
     if changed or not run:
-        progress.update = progress.epoch * trainer.updates_per_epoch + progress.consumed // trainer.global_batch
+        progress.update = progress.epoch * trainer.plan.updates_per_epoch + progress.consumed // trainer.plan.global_batch
     if changed:
         what = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
         trainer.logger.warning(

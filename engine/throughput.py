@@ -2,11 +2,38 @@
 
 import statistics
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from models import RepMLPNet
+from models.fusion import fuse_verified
+from models.reparam import is_reparameterizable, to_deploy
+
+from .parallel import compile_network
+from .precision import autocast
+from .run import Run, open_log
+
+
+def measure_throughput(run: Run) -> None:
+    """Times a network with fresh weights: its training structure, its deploy structure, and fused for inference."""
+    cfg, task, device = run.cfg, run.task, run.rank_info.device
+    with open_log(run, task.arch) as logger:
+        network = run.place(task.build_network(task.num_outputs())).eval()
+        size = task.test_size(task.train_size) or task.train_size
+        images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *size, device=device)
+        precision = autocast(device, run.dtype)
+        forms = [("training structure", network, images, precision)]
+        if is_reparameterizable(network):
+            forms.append(("deploy structure", to_deploy(network), images, precision))
+        if isinstance(network, RepMLPNet):  # fused, it computes in the dtype of its weights
+            dtype = run.dtype or images.dtype
+            forms.append(("fused for inference", fuse_verified(network).to(dtype), images.to(dtype), nullcontext()))
+        for name, form, inputs, context in forms:
+            speed = throughput(compile_network(form, cfg), inputs, context)
+            logger.info(f"{task.arch} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
 
 
 @dataclass(frozen=True)

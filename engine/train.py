@@ -1,286 +1,214 @@
-"""The training loop: one epoch of updates, without making the host wait for the device in any of them."""
+"""Training, from the images to the last checkpoint: train, evaluate, save and log, epoch by epoch."""
 
-import datetime
-import itertools
 import logging
-import resource
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+import math
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from timm.utils import distribute_bn
+from torch import nn
+from tqdm import tqdm
 
-from data import Batch, Mixing
-from utils.distributed import Process
+from data import BatchLoader
+from models.reparam import is_reparameterizable
+from utils import distributed
+from utils.files import write_text
 from utils.log import MetricsWriter
-from utils.meters import Mean, Pace
-from utils.seed import seed_everything
+from utils.signals import Stopped, StopRequest
 
+from .checkpoint import CheckpointFolder
 from .ema import ModelEma
-from .finite import FiniteGuard
+from .evaluate import evaluate
+from .optimizer import build_optimizer
+from .parallel import wrap
+from .plan import plan_training
+from .precision import autocast
+from .run import Run, open_log, run_folder
+from .schedule import build_schedule
+from .state import read_state, restore
+from .sync_batch_norm import synchronise_batch_norms
+from .task import Size
+from .trainer import Trainer
 
 
-@dataclass
-class Progress:
-    """How far a run has come; with the weights and the optimizer, all that it needs to resume."""
-
-    epoch: int = 0  # the one being trained
-    consumed: int = 0  # images of it that have been trained on, over all processes
-    update: int = 0  # optimizer updates done since the start
-    best_top1: float = 0.0
-    best_ema_top1: float = 0.0
-    skipped: int = 0  # updates left out because a number was not finite
-
-
-# Backward passes after which DistributedDataParallel has ordered its buckets for good: one records the order in which
-# gradients are ready, and where the graph is static, the very first one records the graph alone.
-BUCKET_ORDERING_PASSES = 2
-# Mixed precision by the words that users have for it.
-PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Returns the precision of a forward pass: that of the weights for None, else mixed with `dtype`."""
-    return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
+def train(run: Run) -> None:
+    """Trains in a folder that no other run writes to; a run that finds its own checkpoint there resumes."""
+    with open_log(run, run.task.arch, lock=True) as logger:
+        cfg, task, folder = run.cfg, run.task, run_folder(run.cfg, run.task.arch)
+        loader, eval_loader = task.train_loader(), task.eval_loader(task.train_size)
+        network = build_network(run, logger)
+        form = "train" if is_reparameterizable(network) else None
+        checkpoints = CheckpointFolder(folder, cfg, task.describe(network, form), task.metric)
+        trainer = build_trainer(run, network, loader, logger)
+        recorded = start_or_resume(run, trainer, checkpoints)
+        if run.rank_info.is_main:
+            trainer.metrics = MetricsWriter(folder, recorded, trainer.progress.epoch)
+            write_text(folder / "config.yaml", cfg.dump(sort_keys=False))
+        run_epochs(run, trainer, checkpoints, loader, eval_loader)
+        trainer.metrics.close()
+        log_end(run, trainer, folder)
 
 
-def data_parallel(forward: nn.Module, process: Process, *, static_graph: bool) -> nn.Module:
-    """Synchronises a network's gradients wherever there is more than one process.
+def build_network(run: Run, logger: logging.Logger) -> nn.Module:
+    """Builds the network on the device, with fresh or with pretrained weights.
 
-    Args:
-        forward: the network, compiled or not, on the device.
-        process: this one.
-        static_graph: every backward pass synchronises the same gradients.
+    Raises:
+        ValueError: the images do not go with the network or the task, or the weights do not fit.
     """
-    if process.world_size == 1:
-        return forward
-    with warnings.catch_warnings():
-        # torch 2.15 renames broadcast_buffers; the old name is the one that 2.11 knows too.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(
-            forward,
-            device_ids=[process.device.index] if process.device.type == "cuda" else None,
-            broadcast_buffers=False,  # the statistics are brought together once, before they are used
-            gradient_as_bucket_view=True,
-            static_graph=static_graph,
-        )
+    cfg, task = run.cfg, run.task
+    num_outputs = task.num_outputs()
+    task.build_metric(num_outputs)  # fails now, and not after an epoch, where the test images can't be evaluated
+    network = run.place(task.build_network(num_outputs))
+    train, val = task.train_source, task.val_source
+    logger.info(f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes")
+    test_size = task.test_size(task.train_size)
+    if test_size not in (None, task.train_size):
+        _check_size(network, cast(Size, test_size), run.rank_info.device)
+    if cfg.MODEL.PRETRAINED:
+        folder, path = run_folder(cfg, task.arch), Path(cfg.MODEL.PRETRAINED)
+        if path.resolve().parent == folder.resolve():
+            raise ValueError(f"{path} would be replaced by this run's own: give the run another TAG")
+        logger.info(f"starting from {task.load_pretrained(network)}")
+    cast(Any, network).set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
+    return network
 
 
-@dataclass
-class Trainer:
-    """Everything that takes part in an update.
+@torch.inference_mode()
+def _check_size(network: nn.Module, size: Size, device: torch.device) -> None:
+    """Fails, as the first evaluation would after an epoch, where a network does not take images of a size."""
+    network.eval()(torch.zeros(1, 3, *size, device=device))
+    network.train()
 
-    `network` is the module that is trained, `forward` the same behind DistributedDataParallel and compilation. `dtype`
-    is that of autocast, None for the precision of the weights; float16 goes with a loss scale. `images` counts the
-    training set, `global_batch` the images of one update over all processes.
+
+def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: logging.Logger) -> Trainer:
+    """Puts together what takes part in an update."""
+    cfg, task, rank_info = run.cfg, run.task, run.rank_info
+    plan = plan_training(cfg, world_size=rank_info.world_size, steps_per_epoch=len(loader))
+    logger.info(f"{task.arch}, {sum(p.numel() for p in network.parameters()):,} parameters; {plan}")
+    if cfg.TRAIN.SYNC_BN and rank_info.world_size > 1:
+        network = synchronise_batch_norms(network)
+    num_outputs = task.num_outputs()
+    criterion = task.build_criterion(num_outputs).to(rank_info.device)
+    optimizer = build_optimizer(network, cfg.TRAIN, plan.lr, criterion)
+    ema = ModelEma(network, cfg.TRAIN, plan) if cfg.TRAIN.EMA_ALPHA > 0 else None
+    if ema is not None:
+        period = cfg.TRAIN.EMA_UPDATE_PERIOD
+        logger.info(f"moving average of the weights: decay {ema.decay:.6g}, every {period} updates")
+    return Trainer(
+        cfg=cfg,
+        rank_info=rank_info,
+        plan=plan,
+        network=network,
+        forward=wrap(network, criterion, cfg, rank_info),
+        criterion=criterion,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, cfg.TRAIN.LR_SCHEDULER, plan),
+        normalize=task.normalize(),
+        images=len(task.train_source),
+        logger=logger,
+        metrics=MetricsWriter(None),
+        batch_augmentation=task.batch_augmentation(),
+        ema=ema,
+        dtype=run.dtype,
+        locate=task.train_source.locate,
+    )
+
+
+def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder) -> int:
+    """Resumes from the run's own newest checkpoint, or from MODEL.RESUME, or starts at TRAIN.START_EPOCH.
+
+    Returns:
+        The number of the last update whose record stays in `metrics.jsonl`.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another experiment.
     """
-
-    network: nn.Module
-    forward: nn.Module
-    criterion: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: Scheduler
-    normalize: nn.Module
-    process: Process
-    images: int
-    epochs: int
-    updates_per_epoch: int
-    global_batch: int
-    logger: logging.Logger
-    metrics: MetricsWriter
-    mixing: Mixing | None = None
-    ema: ModelEma | None = None
-    dtype: torch.dtype | None = None
-    accumulation: int = 1
-    clip_grad: float = 0.0
-    print_freq: int = 10
-    seed: int = 0
-    max_unreadable: int = 0
-    max_skipped: int = 0
-    locate: Callable[[int], str] = str  # where an image of the training set lies
-    progress: Progress = field(default_factory=Progress)
-
-    def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=self.dtype is torch.float16)
-        self.guard = FiniteGuard(
-            self.network,
-            self.optimizer,
-            self.scaler,
-            window=self.print_freq,
-            limit=self.max_skipped,
-            locate=self.locate,
-            logger=self.logger,
-        )
-        self.unreadable: set[str] = set()  # paths, with the reason
-        self._buckets_ordered = not isinstance(self.forward, DistributedDataParallel)
-        # Two since the last report, and one for the whole epoch; checkpoints keep them.
-        self.meters = {name: Mean(self.process.device) for name in ("loss", "grad_norm", "epoch_loss")}
-        self._lap, self._epoch = Pace(), Pace()  # likewise, of this process's life
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The network, and the averaged one where there is one."""
-        return [self.network] + ([self.ema.module] if self.ema is not None else [])
-
-    def train_epoch(self, batches: Iterable[Batch], after_update: Callable[[], bool] = lambda: False) -> bool:
-        """Trains on the rest of the epoch that `progress` stands in and moves `progress` to the next one.
-
-        Args:
-            batches: this process's, from the position that `progress` names.
-            after_update: called after each update; returns whether to stop there, in the middle of the epoch.
-
-        Returns:
-            Whether the epoch came to its end.
-
-        Raises:
-            ValueError: too many images that can't be read, or too many updates that had to be skipped.
-        """
-        self.forward.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._start_watches()
-        for group in _groups(batches, self.accumulation):
-            self._update(group)
-            if self.progress.update % self.print_freq == 0:
-                self._report()
-            if after_update():
-                return False
-            self._start_watches()
-        self._report_epoch()
-        self.progress.epoch, self.progress.consumed = self.progress.epoch + 1, 0
-        return True
-
-    def _update(self, group: list[Batch]) -> None:
-        """Runs forward and backward over a group of batches, then updates once."""
-        if not self._buckets_ordered:
-            self._order_buckets(group[0])
-        progress = self.progress
-        # Drop path and its like draw from the place in the run, so that a resumed run draws the same.
-        seed_everything(self.seed, progress.epoch, progress.update, self.process.rank, 2)
-        statistics = self.guard.before()
-        losses = [self._backward(batch, i, len(group)) for i, batch in enumerate(group)]
-        self.schedule.step_update(progress.update)
-        self.scaler.unscale_(self.optimizer)
-        # What the loss learns counts, too.
-        learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        grad_norm = nn.utils.clip_grad_norm_(learning, self.clip_grad or torch.inf)
-        loss = torch.stack(losses).mean()
-        self.guard.step(progress.update, loss, grad_norm, statistics, [batch.indices for batch in group])
-        self.optimizer.zero_grad(set_to_none=True)
-        progress.update += 1
-        if self.ema is not None:
-            self.ema.update(self.network, progress.update)
-        images = sum(len(batch.labels) for batch in group)
-        progress.consumed += images * self.process.world_size
-        for name in ("loss", "epoch_loss"):
-            self.meters[name].add(loss, images)
-        self.meters["grad_norm"].add(grad_norm)
-        for pace in (self._lap, self._epoch):
-            pace.add(images * self.process.world_size)
-
-    def _backward(self, batch: Batch, index: int, size: int) -> Tensor:
-        """Adds the gradient of batch `index` of a group of `size`; returns its loss, on the device."""
-        device, progress = self.process.device, self.progress
-        self._note_unreadable(batch.unreadable)
-        images = self.normalize(batch.images.to(device, non_blocking=True))
-        labels = batch.labels.to(device, non_blocking=True)
-        if self.mixing is not None:
-            step = progress.update * self.accumulation + index
-            images, labels = self.mixing(images, labels, epoch=progress.epoch, step=step)
-        # Gradients need to meet once an update only: while the last batch of the group goes back.
-        waits = index + 1 < size and isinstance(self.forward, DistributedDataParallel)
-        with self.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with autocast(device, self.dtype):
-                loss = self.criterion(self.forward(images), labels)
-            self.scaler.scale(loss / size).backward()
-        return loss.detach()
-
-    def _order_buckets(self, batch: Batch) -> None:
-        """Runs backward passes that leave no trace, so that the first update already has the final gradient buckets.
-
-        DistributedDataParallel groups gradients anew after the first backward passes of each process. The grouping
-        decides how sums over three and more processes are rounded, so a resumed run would otherwise differ in its first
-        update from one that was never interrupted.
-        """
-        buffers = [buffer.clone() for buffer in self.network.buffers()]
-        for _ in range(BUCKET_ORDERING_PASSES):
-            self._backward(batch, 0, 1)
-            self.optimizer.zero_grad(set_to_none=True)
-        for buffer, saved in zip(self.network.buffers(), buffers, strict=True):
-            buffer.copy_(saved)
-        self._buckets_ordered = True
-
-    def _note_unreadable(self, images: list[str]) -> None:
-        """Logs each image that another one had to stand in for once, and stops the run when there are too many."""
-        for image in images:
-            if image not in self.unreadable:
-                self.unreadable.add(image)
-                self.logger.warning(f"unreadable image replaced: {image}")
-        if len(self.unreadable) > self.max_unreadable:
-            raise ValueError(
-                f"{len(self.unreadable)} training images can't be read, DATA.MAX_UNREADABLE is {self.max_unreadable}; "
-                f"the last one is {images[-1]}"
-            )
-
-    def look(self) -> None:
-        """Counts the updates that were skipped since the last look; waits for the device, raises as `train_epoch`.
-
-        What comes after it, a report, an evaluation or a checkpoint, takes none of the time that is measured.
-        """
-        self.progress.skipped = self.guard.look(self.progress.skipped)
-        for pace in (self._lap, self._epoch):
-            pace.stop()
-
-    def _start_watches(self) -> None:
-        """Starts measuring time again, where `look` has stopped it."""
-        for pace in (self._lap, self._epoch):
-            pace.start()
-
-    def _report(self) -> None:
-        """Logs what came together since the last report; in an epoch, only this and checkpoints wait for the device."""
-        self.look()
-        progress, lap = self.progress, self._lap
-        loss, grad_norm = self._take("loss"), self._take("grad_norm")
-        left = (self.epochs * self.updates_per_epoch - progress.update) * lap.seconds_per_update
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.logger.info(
-            f"Train: [{progress.epoch}/{self.epochs}]"
-            f"[{progress.update - progress.epoch * self.updates_per_epoch}/{self.updates_per_epoch}]  "
-            f"eta {datetime.timedelta(seconds=int(left))}  lr {lr:.6g}  loss {loss:.4f}  grad_norm {grad_norm:.4f}  "
-            f"{lap.images_per_second:.1f} img/s  mem {_peak_memory(self.process.device):.0f} MiB"
-        )
-        values = {"epoch": progress.epoch, "lr": lr, "loss": loss, "grad_norm": grad_norm}
-        self.metrics.write("train", progress.update, values, {"images_per_second": lap.images_per_second})
-        lap.reset()
-
-    def _report_epoch(self) -> None:
-        """Logs what came together in the epoch that has ended."""
-        self.look()
-        progress, loss, rate = self.progress, self._take("epoch_loss"), self._epoch.images_per_second
-        self.logger.info(f"Epoch {progress.epoch} train: loss {loss:.4f}  {rate:.1f} img/s")
-        values = {"epoch": progress.epoch, "loss": loss}
-        self.metrics.write("train_epoch", progress.update, values, {"images_per_second": rate})
-        self._epoch.reset()
-
-    def _take(self, name: str) -> float:
-        """Returns a mean, which begins anew."""
-        mean = self.meters[name].compute()
-        self.meters[name].reset()
-        return mean
+    cfg, logger, checkpoint = run.cfg, trainer.logger, None
+    if cfg.TRAIN.AUTO_RESUME:
+        checkpoint = checkpoints.start(logger)
+    else:
+        distributed.broadcast_from_rank0(checkpoints.clear_leftovers)
+    if checkpoint is not None and cfg.MODEL.RESUME and not checkpoint.path.samefile(cfg.MODEL.RESUME):
+        logger.warning(f"resuming from this run's own {checkpoint.path} instead of {cfg.MODEL.RESUME}")
+    elif checkpoint is None and cfg.MODEL.RESUME:
+        checkpoint = read_state(cfg.MODEL.RESUME)
+        checkpoints.check_experiment(checkpoint)
+    if checkpoint is None:
+        trainer.progress.epoch = cfg.TRAIN.START_EPOCH
+        trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.plan.updates_per_epoch
+        return trainer.progress.update
+    recorded = restore(trainer, checkpoint)
+    logger.info(f"resuming from {checkpoint.path}, update {trainer.progress.update}")
+    changed = run.changed_settings(checkpoint.payload["config"]) if "saved_as" in checkpoint.payload else []
+    if changed:
+        logger.warning(f"settings that have changed since: {', '.join(changed)}")
+    if checkpoint.path.parent == checkpoints.folder:
+        checkpoints.complete(checkpoint)
+    if trainer.progress.epoch >= cfg.TRAIN.EPOCHS:
+        logger.info(f"already complete: {trainer.progress.epoch} of {cfg.TRAIN.EPOCHS} epochs are done")
+    return recorded
 
 
-def _peak_memory(device: torch.device) -> float:
-    """Returns the most MiB in use so far: of the GPU's memory by tensors, or of the host's by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def run_epochs(
+    run: Run, trainer: Trainer, checkpoints: CheckpointFolder, loader: BatchLoader, eval_loader: BatchLoader
+) -> None:
+    """Trains the epochs that are left.
+
+    Raises:
+        Stopped: on request by a signal, with the state saved.
+    """
+    cfg, progress, stop = run.cfg, trainer.progress, StopRequest()
+
+    def after_update() -> bool:
+        stopping = bool(stop.agreed())
+        if stopping or (cfg.SAVE_STEPS and progress.update % cfg.SAVE_STEPS == 0):
+            checkpoints.save(trainer)
+        return stopping
+
+    for epoch in range(progress.epoch, cfg.TRAIN.EPOCHS):
+        loader.set_position(epoch, progress.consumed)
+        bar = tqdm(loader, f"epoch {epoch}", leave=False, disable=None if run.rank_info.is_main else True)
+        if not trainer.train_epoch(bar, after_update):
+            trainer.logger.info(f"stopping on request, state saved after update {progress.update}")
+            raise Stopped(stop.number)
+        if run.rank_info.world_size > 1:
+            for network in trainer.networks:
+                distribute_bn(network, run.rank_info.world_size, reduce=True)
+        last = epoch + 1 == cfg.TRAIN.EPOCHS
+        due = last or (epoch + 1) % cfg.EVAL_FREQ == 0
+        best, best_ema = evaluate_epoch(run, trainer, eval_loader) if due else (False, False)
+        periodic = last or (epoch + 1) % cfg.SAVE_FREQ == 0
+        checkpoints.save(trainer, periodic=periodic, best=best, best_ema=best_ema)
 
 
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Cuts batches into lists of `size`; a shorter last one is left out, as images that fill no batch are."""
-    iterator = iter(batches)
-    while len(group := list(itertools.islice(iterator, size))) == size:
-        yield group
+def evaluate_epoch(run: Run, trainer: Trainer, batches: BatchLoader) -> tuple[bool, bool]:
+    """Evaluates the epoch that has ended, its weights and their average; returns of each whether it is the best yet."""
+    best = trainer.progress.improve("best_metric", evaluate_network(run, trainer, trainer.network, "eval", batches))
+    if trainer.ema is None:
+        return best, False
+    figure = evaluate_network(run, trainer, trainer.ema.module, "eval_ema", batches)
+    return best, trainer.progress.improve("best_ema_metric", figure)
+
+
+def evaluate_network(run: Run, trainer: Trainer, network: nn.Module, kind: str, batches: BatchLoader) -> float:
+    """Evaluates a network, logs the figures under `kind`, and returns the one that selects the best checkpoint."""
+    task, device, progress = run.task, run.rank_info.device, trainer.progress
+    metric = task.build_metric(task.num_outputs())
+    result = evaluate(network, batches, metric, trainer.normalize, device, autocast(device, run.dtype))
+    level = logging.WARNING if result.nonfinite and run.rank_info.is_main else logging.INFO
+    trainer.logger.log(level, f"Epoch {progress.epoch - 1} {kind}: {result}")
+    figures = result.as_dict()
+    trainer.metrics.write(kind, progress.update, {"epoch": progress.epoch - 1, **figures})
+    # A network that gives no image a finite answer is never the best one.
+    return figures[task.metric] if result.nonfinite < result.images else math.nan
+
+
+def log_end(run: Run, trainer: Trainer, folder: Path) -> None:
+    """Logs what came out."""
+    progress, label = trainer.progress, run.task.metric_label
+    best = "none" if progress.best_metric is None else f"{progress.best_metric:.3f}"
+    trainer.logger.info(
+        f"Best {label} {best}; {len(trainer.unreadable)} unreadable images, {progress.skipped} skipped updates; "
+        f"weights in {folder}"
+    )

@@ -21,7 +21,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
-class Process:
+class RankInfo:
     """This process among those of the run."""
 
     rank: int
@@ -35,7 +35,7 @@ class Process:
         return self.rank == 0
 
 
-def init(local_rank_flag: int | None = None) -> Process:
+def init(local_rank_flag: int | None = None) -> RankInfo:
     """Joins the process group that the launcher prepared, or stays alone where there is none.
 
     Understands the environment of torchrun and of `torch.distributed.launch` (with its `--local-rank` argument, which
@@ -56,7 +56,7 @@ def init(local_rank_flag: int | None = None) -> Process:
     device = _device(local_rank)
     if world_size > 1:
         _join(rank, world_size, device)
-    return Process(rank, world_size, local_rank, device)
+    return RankInfo(rank, world_size, local_rank, device)
 
 
 def shutdown() -> None:
@@ -88,7 +88,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def from_main(compute: Callable[[], T]) -> T:
+def broadcast_from_rank0(compute: Callable[[], T]) -> T:
     """Computes something on rank 0 and returns it on all processes.
 
     Raises:
@@ -115,6 +115,22 @@ def gather_objects(value: T) -> list[T]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def gather_rows(tensor: Tensor, device: torch.device) -> list[Tensor]:
+    """Returns the tensor (n, ...) of every process, by rank, on the CPU; n may differ, and so may the rest where n is 0.
+
+    `device` is what the process group communicates from.
+    """
+    if not dist.is_initialized():
+        return [tensor.cpu()]
+    shapes = gather_objects(tuple(tensor.shape))
+    whole = next((shape for shape in shapes if shape[0]), shapes[0])
+    padded = tensor.new_zeros(max(shape[0] for shape in shapes), *whole[1:], device=device)
+    padded[: len(tensor)] = tensor.reshape(len(tensor), *whole[1:]).to(device)
+    gathered = [torch.empty_like(padded) for _ in shapes]
+    dist.all_gather(gathered, padded)
+    return [rows[: shape[0]].cpu() for rows, shape in zip(gathered, shapes, strict=True)]
 
 
 def _join(rank: int, world_size: int, device: torch.device) -> None:

@@ -1,28 +1,25 @@
 """Verification: do two images show the same person? Accuracy at the best threshold, as LFW counts it, and ROC AUC."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from data import Batch
+from data import Batch, Pairs
+from utils import distributed
 
-from .evaluate import outputs, refuse_unreadable
-
-
-class NotFinite(ValueError):
-    """A network has no finite answers, so that nothing can be said of how good it is."""
+from .base import Metric, Result
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, kw_only=True)
+class VerificationResult(Result):
     """How well scores tell pairs of one class from pairs of two.
 
     `accuracy` is the mean over the folds, in percent, and `spread` their standard deviation; `auc` the area under the
-    ROC curve, from 0 to 1; `threshold` the best one over all pairs.
+    ROC curve, from 0 to 1; `threshold` the best one over all pairs. All are nan where an embedding is not finite.
     """
 
     accuracy: float
@@ -31,41 +28,56 @@ class Verification:
     threshold: float
     pairs: int
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         """Returns the figures by name."""
-        return asdict(self)
+        names = ("accuracy", "spread", "auc", "threshold", "pairs")
+        return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         return (
             f"accuracy {self.accuracy:.3f} +- {self.spread:.3f} AUC {self.auc:.5f} threshold {self.threshold:.4f} "
-            f"on {self.pairs} pairs"
+            f"on {self.pairs} pairs" + (f", {self.nonfinite} images without a finite embedding" * bool(self.nonfinite))
         )
 
 
-@torch.inference_mode()
-def embed(model: nn.Module, batches: Iterable[Batch], normalize: nn.Module, device: torch.device) -> Tensor:
-    """Returns the embeddings (N, E) of images in the order of the batches, in float64 on the CPU.
+class VerificationMetric(Metric):
+    """Takes embeddings (N, E) and scores pairs of the images by the cosine of the angle between theirs.
 
     Args:
-        model: gives embeddings (N, E); left in the mode that it was in.
-        batches: of uint8 images.
-        normalize: turns them, on the device, into the network's input.
         device: where the network is.
+        pairs: positions of the images in their set.
+        folds: as `assign_folds` takes it.
 
     Raises:
-        ValueError: an image could not be read, or there are none.
+        ValueError: as `assign_folds`.
     """
-    embeddings, unreadable = list[Tensor](), list[str]()
-    for output, batch in outputs(model, batches, normalize, device, nullcontext()):
-        unreadable += batch.unreadable
-        embeddings.append(output.double().cpu())
-    refuse_unreadable(len(unreadable), unreadable, "accuracy")
-    if not embeddings:
-        raise ValueError("there are no images to evaluate")
-    return torch.cat(embeddings)
+
+    def __init__(self, device: torch.device, pairs: Pairs, folds: int) -> None:
+        self._device, self._folds = device, folds
+        self._first, self._second, self._same = (torch.from_numpy(part) for part in pairs)
+        assign_folds(self._same, folds)  # which fails before the images are looked at
+        self._indices, self._embeddings = list[Tensor](), list[Tensor]()
+
+    def update(self, outputs: Tensor, batch: Batch) -> None:
+        """Takes in embeddings (N, E)."""
+        self._indices.append(batch.indices)
+        self._embeddings.append(outputs.double().cpu())
+
+    def answers(self, outputs: Tensor) -> None:
+        """Embeddings answer nothing by themselves."""
+
+    def compute(self) -> VerificationResult:
+        """Brings the embeddings of all processes together, and scores them on each."""
+        own = torch.cat(self._embeddings) if self._embeddings else torch.empty(0, 0, dtype=torch.float64)
+        indices = torch.cat(self._indices) if self._indices else torch.empty(0, dtype=torch.int64)
+        embeddings = torch.cat(distributed.gather_rows(own, self._device))
+        order = torch.cat(distributed.gather_rows(indices, self._device))
+        if not len(embeddings):
+            raise ValueError("there are no images to evaluate")
+        return verify(embeddings[order.argsort()], self._first, self._second, self._same, self._folds)
 
 
-def verify(embeddings: Tensor, first: Tensor, second: Tensor, same: Tensor, folds: int = 10) -> Verification:
+def verify(embeddings: Tensor, first: Tensor, second: Tensor, same: Tensor, folds: int = 10) -> VerificationResult:
     """Scores pairs by the cosine of the angle between their embeddings.
 
     Args:
@@ -73,26 +85,24 @@ def verify(embeddings: Tensor, first: Tensor, second: Tensor, same: Tensor, fold
         first: int64 (P,), rows of `embeddings`.
         second: int64 (P,), the rows that they are paired with.
         same: bool (P,), whether both are of one class.
-        folds: as `deal_folds` takes it.
+        folds: as `assign_folds` takes it.
 
     Raises:
-        NotFinite: an embedding of a pair is not.
-        ValueError: as `deal_folds`.
+        ValueError: as `assign_folds`.
     """
     broken = ~embeddings.isfinite().all(1)
-    if count := int(broken[torch.cat((first, second)).unique()].sum()):
-        raise NotFinite(
-            f"the embeddings of {count} images are not finite numbers, so the accuracy would be wrong: the weights are "
-            "broken"
-        )
+    counts = {"pairs": len(same), "images": len(embeddings)}
+    if nonfinite := int(broken[torch.cat((first, second)).unique()].sum()):
+        unknown = dict.fromkeys(("accuracy", "spread", "auc", "threshold"), math.nan)
+        return VerificationResult(**unknown, **counts, nonfinite=nonfinite)
     scores = F.cosine_similarity(embeddings[first], embeddings[second])
     accuracies = k_fold_accuracies(scores, same, folds)
-    return Verification(
-        100 * accuracies.mean().item(),
-        100 * accuracies.std(correction=0).item(),
-        roc_auc(scores, same),
-        best_threshold(scores, same),
-        len(scores),
+    return VerificationResult(
+        accuracy=100 * accuracies.mean().item(),
+        spread=100 * accuracies.std(correction=0).item(),
+        auc=roc_auc(scores, same),
+        threshold=best_threshold(scores, same),
+        **counts,
     )
 
 
@@ -112,7 +122,7 @@ def best_threshold(scores: Tensor, same: Tensor) -> float:
     return float((upper[best] + lower[best]) / 2)
 
 
-def deal_folds(same: Tensor, folds: int) -> Tensor:
+def assign_folds(same: Tensor, folds: int) -> Tensor:
     """Returns the fold (P,) of each pair: either kind, same (P,) or not, is spread over all folds in turn.
 
     Raises:
@@ -130,12 +140,12 @@ def k_fold_accuracies(scores: Tensor, same: Tensor, folds: int) -> Tensor:
     Args:
         scores: (P,).
         same: bool (P,).
-        folds: as `deal_folds` takes it.
+        folds: as `assign_folds` takes it.
 
     Raises:
-        ValueError: as `deal_folds`.
+        ValueError: as `assign_folds`.
     """
-    fold, accuracies = deal_folds(same, folds), []
+    fold, accuracies = assign_folds(same, folds), []
     for k in range(folds):
         held_out = fold == k
         threshold = best_threshold(scores[~held_out], same[~held_out])

@@ -1,4 +1,4 @@
-"""The numbers that follow from a configuration once the number of processes and the length of an epoch are known."""
+"""The training plan: the numbers that follow from the settings, the number of processes and the length of an epoch."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ REFERENCE_BATCH = 256  # images of global batch that the configured learning rat
 
 
 @dataclass(frozen=True)
-class Derived:
-    """What a run uses; `str()` of it is one line for the log.
+class TrainingPlan:
+    """What a training uses; `str()` of it is one line for the log.
 
     Attributes:
         global_batch: images behind one optimizer update, over all processes and accumulated steps.
@@ -37,8 +37,8 @@ class Derived:
         )
 
 
-def derive(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Derived:
-    """Computes the numbers of a run.
+def plan_training(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> TrainingPlan:
+    """Computes the numbers of a training.
 
     Args:
         cfg: the configuration.
@@ -62,9 +62,9 @@ def derive(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Derived:
             "no update would ever be made; lower it, or DATA.BATCH_SIZE"
         )
     global_batch = cfg.DATA.BATCH_SIZE * world_size * accumulation
-    _check_average(cfg, global_batch)
+    _check_average(cfg.TRAIN, global_batch)
     updates_per_epoch = steps_per_epoch // accumulation
-    return Derived(
+    return TrainingPlan(
         global_batch=global_batch,
         lr=cfg.TRAIN.BASE_LR * global_batch / REFERENCE_BATCH,
         warmup_lr=cfg.TRAIN.WARMUP_LR * global_batch / REFERENCE_BATCH,
@@ -77,7 +77,7 @@ def derive(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Derived:
 
 
 def _check_average(cfg: CfgNode, global_batch: int) -> None:
-    alpha, epochs, period = cfg.TRAIN.EMA_ALPHA, cfg.TRAIN.EPOCHS, cfg.TRAIN.EMA_UPDATE_PERIOD
+    alpha, epochs, period = cfg.EMA_ALPHA, cfg.EPOCHS, cfg.EMA_UPDATE_PERIOD
     scale = global_batch / epochs * period  # as in engine/ema.py
     if alpha * scale >= 1:
         raise ValueError(

@@ -1,22 +1,20 @@
-"""Evaluation of segmentation: one confusion matrix over every pixel of every process, divided once."""
+"""Segmentation: mean intersection over union."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import Batch
 from data.segmentation import IGNORED
 from utils import distributed
 
-from .evaluate import on_images, outputs, refuse_unreadable
+from .base import Metric, Result, on_images
 
 
-@dataclass(frozen=True)
-class SegmentationEvaluation:
+@dataclass(frozen=True, kw_only=True)
+class SegmentationResult(Result):
     """In percent: the mean over classes of intersection over union, that of each class, and the share of right pixels.
 
     A class that neither the masks nor the answers have counts for nothing; its own figure is None. A pixel with a logit
@@ -26,8 +24,6 @@ class SegmentationEvaluation:
     miou: float
     pixel_accuracy: float
     iou: list[float | None]
-    images: int
-    nonfinite: int = 0  # images with such a logit
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the figures by name."""
@@ -57,7 +53,7 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
     return right / (confusion.sum(0)[:-1] + confusion.sum(1) - right)
 
 
-def summarise(confusion: Tensor, images: int, nonfinite: int = 0) -> SegmentationEvaluation:
+def summarise(confusion: Tensor, images: int, nonfinite: int = 0) -> SegmentationResult:
     """Returns the figures of a confusion matrix (K, K + 1) over images, some of which had logits that are not finite.
 
     Raises:
@@ -67,7 +63,7 @@ def summarise(confusion: Tensor, images: int, nonfinite: int = 0) -> Segmentatio
     if not pixels:
         raise ValueError("there are no labelled pixels to evaluate")
     iou = 100 * intersection_over_union(confusion)
-    return SegmentationEvaluation(
+    return SegmentationResult(
         miou=float(iou.nanmean()),
         pixel_accuracy=100 * float(confusion.diagonal().sum()) / pixels,
         iou=[None if value.isnan() else float(value) for value in iou],
@@ -76,38 +72,26 @@ def summarise(confusion: Tensor, images: int, nonfinite: int = 0) -> Segmentatio
     )
 
 
-@torch.inference_mode()
-def evaluate_segmentation(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    normalize: nn.Module,
-    device: torch.device,
-    autocast: AbstractContextManager,
-    classes: int,
-) -> SegmentationEvaluation:
-    """Evaluates a network on every pixel of every image of every process.
+class SegmentationMetric(Metric):
+    """Takes logits (N, K, H, W) and masks (N, H, W); one confusion matrix over every pixel of every process."""
 
-    Args:
-        model: gives logits (N, K, H, W); left in the mode that it was in.
-        batches: every image of the set once, over all processes together.
-        normalize: turns uint8 images (N, C, H, W) on the device into the network's input.
-        device: where the network is.
-        autocast: precision of the forward pass.
-        classes: K.
+    def __init__(self, device: torch.device, classes: int) -> None:
+        self._classes = classes
+        self._confusion = torch.zeros(classes, classes + 1, dtype=torch.int64, device=device)
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self._images = 0
 
-    Raises:
-        ValueError: an image could not be read, or there are no labelled pixels.
-    """
-    confusion = torch.zeros(classes, classes + 1, dtype=torch.int64, device=device)
-    nonfinite = torch.zeros((), dtype=torch.int64, device=device)
-    images, unreadable = 0, list[str]()
-    for logits, batch in outputs(model, batches, normalize, device, autocast):
-        labels = batch.labels.to(device, non_blocking=True)
-        finite = logits.isfinite().all(1)
-        confusion += confusion_matrix(labels, logits.argmax(1).where(finite, classes), classes)
-        nonfinite += (~finite).flatten(1).any(1).sum()
-        images, unreadable = images + len(labels), unreadable + batch.unreadable
-    counts = torch.stack((nonfinite, *nonfinite.new_tensor([images, len(unreadable)])))
-    broken, total, failures = distributed.all_reduce_sum(counts).tolist()
-    refuse_unreadable(failures, unreadable, "figures")
-    return summarise(distributed.all_reduce_sum(confusion), total, broken)
+    def update(self, outputs: Tensor, batch: Batch) -> None:
+        """Takes in logits (N, K, H, W)."""
+        labels = batch.labels.to(outputs.device, non_blocking=True)
+        finite = outputs.isfinite().all(1)
+        answers = outputs.argmax(1).where(finite, self._classes)
+        self._confusion += confusion_matrix(labels, answers, self._classes)
+        self._nonfinite += (~finite).flatten(1).any(1).sum()
+        self._images += len(labels)
+
+    def compute(self) -> SegmentationResult:
+        """Adds up over all processes once and divides once; ValueError where there are no labelled pixels."""
+        counts = torch.stack((self._nonfinite, self._nonfinite.new_tensor(self._images)))
+        nonfinite, images = distributed.all_reduce_sum(counts).tolist()
+        return summarise(distributed.all_reduce_sum(self._confusion), images, nonfinite)

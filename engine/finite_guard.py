@@ -1,0 +1,100 @@
+"""Updates whose loss or gradients are not finite: skipped, logged and counted, without waiting for the device."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from .statistics import RunningStatistics
+
+MIN_LOSS_SCALE = 2.0**-10
+
+
+class FiniteGuard:
+    """Undoes and counts the updates that the optimizer has skipped because a number was not finite.
+
+    Whether one was is known to the device alone until the host asks, in `check_skipped`. With a loss scale, gradients
+    that overflow are its normal work, and only a loss that is not finite counts.
+
+    Args:
+        network: whose running statistics are protected.
+        cfg: the configuration.
+        scaler: the loss scale.
+        locate: returns where an image of the training set lies.
+        logger: gets a warning for each skipped update.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        cfg: CfgNode,
+        scaler: torch.amp.GradScaler,
+        locate: Callable[[int], str],
+        logger: logging.Logger,
+    ) -> None:
+        self._scaler, self._limit, self._locate, self._logger = scaler, cfg.TRAIN.MAX_SKIPPED, locate, logger
+        self._statistics = RunningStatistics(network)
+        device = next(network.parameters()).device
+        self._skipped = torch.zeros(cfg.PRINT_FREQ, dtype=torch.bool, device=device)
+        self._infinite_loss = torch.zeros(cfg.PRINT_FREQ, dtype=torch.bool, device=device)
+        self._updates: list[tuple[int, float, list[Tensor]]] = []
+
+    def before_update(self) -> Tensor:
+        """Returns a copy of all running statistics, for `after_update`."""
+        return self._statistics.read()
+
+    def after_update(
+        self, update: int, skipped: Tensor, loss: Tensor, statistics: Tensor, lr: float, images: list[Tensor]
+    ) -> None:
+        """Notes an update, and puts back the running statistics where it was skipped.
+
+        Args:
+            update: its number.
+            skipped: whether the optimizer has left it out, a bool scalar on the device, the same on all processes.
+            loss: of this process's images, a scalar on the device.
+            statistics: what `before_update` returned.
+            lr: the learning rate.
+            images: indices (N,) of the images of each batch.
+        """
+        self._statistics.write(self._statistics.read().where(~skipped, statistics))
+        place = len(self._updates)
+        self._skipped[place], self._infinite_loss[place] = skipped, ~loss.isfinite()
+        self._updates.append((update, lr, images))
+
+    def check_skipped(self, skipped_before: int) -> int:
+        """Logs the updates since the last check that were skipped; waits for the device.
+
+        Args:
+            skipped_before: how many the run had skipped by the last check.
+
+        Returns:
+            How many it has skipped by now.
+
+        Raises:
+            ValueError: more than TRAIN.MAX_SKIPPED, or a loss scale so small that half precision can't train this
+                network.
+        """
+        updates, self._updates = self._updates, []
+        skipped, infinite_loss = self._skipped.tolist(), self._infinite_loss.tolist()
+        total, what = skipped_before, ""
+        for i, (update, lr, images) in enumerate(updates):
+            if not skipped[i] or (self._scaler.is_enabled() and not infinite_loss[i]):
+                continue
+            total += 1
+            names = ", ".join(self._locate(int(index)) for batch in images for index in batch[:4])
+            cause = f"loss, on images {names}, ..." if infinite_loss[i] else "gradients"
+            what = f"update {update} skipped at learning rate {lr:.3g}: not a finite {cause}"
+            self._logger.warning(what)
+        if total > self._limit:
+            raise ValueError(
+                f"{total} updates were skipped, TRAIN.MAX_SKIPPED is {self._limit}; the last: {what}. Lower "
+                "TRAIN.BASE_LR, look at the images, or train with AMP off"
+            )
+        if self._scaler.is_enabled() and self._scaler.get_scale() < MIN_LOSS_SCALE:
+            raise ValueError(
+                f"the loss scale has collapsed to {self._scaler.get_scale():.1e}: half precision does not suit this "
+                "training; use AMP bf16 or off"
+            )
+        return total

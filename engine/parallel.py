@@ -1,0 +1,73 @@
+"""The network as it is trained: with its loss, compiled, and with gradients synchronised over the processes."""
+
+import warnings
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from utils.distributed import RankInfo
+
+# What torch.compile strives for.
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class NetworkWithLoss(nn.Module):
+    """A network and its criterion as one module, so that what the criterion learns is synchronised as well."""
+
+    def __init__(self, network: nn.Module, criterion: nn.Module) -> None:
+        super().__init__()
+        self.network, self.criterion = network, criterion
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Returns the loss, a scalar."""
+        return cast(Tensor, self.criterion(self.network(images), targets))
+
+
+def wrap(network: nn.Module, criterion: nn.Module, cfg: CfgNode, rank_info: RankInfo) -> nn.Module:
+    """Joins a network with its criterion, compiles it where asked, and synchronises gradients between processes.
+
+    Args:
+        network: on the device.
+        criterion: on the device.
+        cfg: the configuration.
+        rank_info: of this process.
+
+    Raises:
+        ValueError: settings that compilation does not go with.
+    """
+    _check_compilation(cfg, rank_info)
+    forward = NetworkWithLoss(compile_network(network, cfg), criterion)
+    if rank_info.world_size == 1:
+        return forward
+    with warnings.catch_warnings():
+        # torch 2.15 renames broadcast_buffers; the old name is the one that 2.11 knows too.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            forward,
+            device_ids=[rank_info.device.index] if rank_info.device.type == "cuda" else None,
+            broadcast_buffers=False,  # the statistics are averaged once, before they are used
+            gradient_as_bucket_view=True,
+            # A static graph does not go with steps that leave the gradients alone.
+            static_graph=cfg.TRAIN.ACCUMULATION_STEPS <= 1,
+        )
+
+
+def compile_network(network: nn.Module, cfg: CfgNode) -> nn.Module:
+    """Compiles a network where COMPILE asks for it."""
+    return cast(nn.Module, torch.compile(network, mode=cfg.COMPILE_MODE)) if cfg.COMPILE else network
+
+
+def _check_compilation(cfg: CfgNode, rank_info: RankInfo) -> None:
+    """Raises ValueError for what a compiled training does not go with on CPUs."""
+    if not cfg.COMPILE or rank_info.device.type != "cpu":
+        return
+    if cfg.CHANNELS_LAST:  # seen with torch 2.15: layouts that its compiler takes for others than they are
+        raise ValueError("COMPILE computes wrong gradients with CHANNELS_LAST on CPUs: leave one of them away")
+    if cfg.TRAIN.SYNC_BN and cfg.TRAIN.USE_CHECKPOINT and rank_info.world_size > 1:
+        raise ValueError(
+            "COMPILE can't compute again what TRAIN.SYNC_BN interrupts on CPUs: leave it, TRAIN.SYNC_BN or "
+            "TRAIN.USE_CHECKPOINT away"
+        )

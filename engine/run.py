@@ -1,0 +1,91 @@
+"""One start of the program: what it was asked for, and the folder and the log that it writes to."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from utils import distributed
+from utils.distributed import RankInfo
+from utils.files import clear_about_space
+from utils.lock import first_missing, folder_lock, without_trace
+from utils.log import create_logger
+
+from .precision import PRECISIONS, resolve_amp
+from .task import Task
+
+ROOM = "make room and start again, the run resumes from its latest checkpoint"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a start of the program was asked for.
+
+    Attributes:
+        task: with the configuration and the rank of this process.
+        given: the keys that a file or the command line gives a value.
+        notices: warnings about the command line, for the log.
+        changed_settings: returns `KEY before -> after` for what differs from a configuration that was dumped as text.
+    """
+
+    task: Task
+    given: frozenset[str]
+    notices: list[str]
+    changed_settings: Callable[[str], list[str]]
+
+    @property
+    def cfg(self) -> CfgNode:
+        """The configuration."""
+        return self.task.cfg
+
+    @property
+    def rank_info(self) -> RankInfo:
+        """Rank and device of this process."""
+        return self.task.rank_info
+
+    @property
+    def amp(self) -> str:
+        """The precision of the forward pass, a key of `PRECISIONS`."""
+        return resolve_amp(self.cfg.AMP, self.rank_info.device)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of autocast; None for the precision of the weights."""
+        return PRECISIONS[self.amp]
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Moves a network to the device, in the memory format that is asked for."""
+        network = network.to(self.rank_info.device)
+        return network.to(memory_format=torch.channels_last) if self.cfg.CHANNELS_LAST else network
+
+
+def run_folder(cfg: CfgNode, arch: str) -> Path:
+    """Returns where a run with an architecture writes to."""
+    return Path(cfg.OUTPUT, arch, cfg.TAG)
+
+
+@contextmanager
+def open_log(run: Run, arch: str, *, lock: bool = False) -> Iterator[logging.Logger]:
+    """Opens the log in the folder of a run with an architecture.
+
+    With `lock` no other run writes to the folder meanwhile. A start that fails leaves no folder behind.
+    """
+    cfg, rank_info, folder = run.cfg, run.rank_info, run_folder(run.cfg, arch)
+    with ExitStack() as stack:
+        made = distributed.broadcast_from_rank0(lambda: first_missing(folder))
+        if lock:  # before anything is written, so that a run that is under way stays undisturbed
+            distributed.broadcast_from_rank0(lambda: stack.enter_context(folder_lock(folder)))
+        stack.enter_context(without_trace(folder, made, locked=lock))
+        stack.enter_context(clear_about_space(folder, ROOM))
+        logger = create_logger(folder, rank_info.rank)
+        for notice in run.notices:
+            logger.warning(notice)
+        if cfg.DETERMINISTIC:
+            torch.use_deterministic_algorithms(True)
+        logger.info(f"{rank_info.world_size} process(es) on {rank_info.device.type}, amp {run.amp}, output in {folder}")
+        yield logger

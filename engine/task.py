@@ -1,0 +1,219 @@
+"""What a task answers: which images and which network, what is minimised, and what is evaluated."""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import to_2tuple
+from torch import nn
+from yacs.config import CfgNode
+
+import data
+from models import canonical_name, create_model, default_image_size
+from models.build import check_changeable
+from models.checkpoints import Checkpoint, Network, build_from, describe, load_pretrained, read_checkpoint
+from utils.distributed import RankInfo
+from utils.seed import seed_everything
+
+from .metrics import Metric
+
+Size = tuple[int, int]  # height, width in pixels
+
+
+class Task(ABC):
+    """A kind of problem. A subclass in tasks/, registered in `tasks.TASKS`, says what is special about it.
+
+    What is here is for networks of the registry and of timm, on images with one label each.
+
+    Args:
+        cfg: the configuration.
+        rank_info: of this process.
+    """
+
+    name: ClassVar[str]
+    # The figure of a `Result` that selects the best checkpoint, the higher the better, and what the log calls it.
+    metric: ClassVar[str]
+    metric_label: ClassVar[str]
+    # The kind of labels that it needs, as in `data.DatasetSpec`, and a data set that has them.
+    labels: ClassVar[str] = "classes"
+    dataset: ClassVar[str] = "imagenet"
+    # The section of the configuration that no other task reads, and what of the common ones this task ignores.
+    section: ClassVar[str | None] = None
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, cfg: CfgNode, rank_info: RankInfo) -> None:
+        self.cfg, self.rank_info = cfg, rank_info
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Images
+    # ------------------------------------------------------------------------------------------------------------------
+    dataset_type: ClassVar[type[data.TransformedDataset]] = data.TransformedDataset
+
+    @cached_property
+    def train_source(self) -> Any:
+        """The images to train on."""
+        return self._open("train")
+
+    @cached_property
+    def val_source(self) -> Any:
+        """The images to evaluate on."""
+        return self._open("val")
+
+    @property
+    def dataset_name(self) -> str:
+        """The data set, a key of `data.DATASETS`.
+
+        Raises:
+            ValueError: its labels are of another kind than this task needs.
+        """
+        name = data.resolve_name(self.cfg.DATA.DATASET, self.cfg.DATA.DATA_PATH)
+        spec = data.DATASETS[name]
+        if spec.labels != self.labels:
+            fitting = " or ".join(known for known, other in data.DATASETS.items() if other.labels == self.labels)
+            raise ValueError(
+                f"DATA.DATASET {name} has {spec.labels}, TASK {self.name} needs {self.labels}: set DATA.DATASET to "
+                f"{fitting}, or TASK to the one that the data set is for"
+            )
+        return name
+
+    @property
+    def train_size(self) -> Size:
+        """The size of a training image."""
+        return to_2tuple(self.cfg.DATA.IMG_SIZE or default_image_size(self.arch))
+
+    def test_size(self, image_size: Size) -> Size | None:
+        """Returns the size of test images for a network that is made for images of a size; None leaves each as it is."""
+        return to_2tuple(self.cfg.DATA.TEST_SIZE or image_size)
+
+    def train_loader(self) -> data.BatchLoader:
+        """Shards the training images over the processes."""
+        return data.build_train_loader(
+            self.train_source,
+            self.train_transform(),
+            self.cfg.DATA,
+            seed=self.cfg.SEED,
+            rank=self.rank_info.rank,
+            world_size=self.rank_info.world_size,
+            dataset=self.dataset_type,
+        )
+
+    def eval_loader(self, image_size: Size) -> data.BatchLoader:
+        """Shards the test images over the processes, each image once; `image_size` is that of the network."""
+        return data.build_eval_loader(
+            self.val_source,
+            self.eval_transform(self.test_size(image_size)),
+            self.cfg.DATA,
+            rank=self.rank_info.rank,
+            world_size=self.rank_info.world_size,
+            dataset=self.dataset_type,
+        )
+
+    def train_transform(self) -> Any:
+        """Returns the augmentation of a training image."""
+        return data.train_transform(self.train_size, self.cfg.AUG, interpolation=self.cfg.DATA.INTERPOLATION)
+
+    def eval_transform(self, size: Size | None) -> Any:
+        """Returns the transform of a test image to a size."""
+        assert size is not None
+        return data.eval_transform(size, crop=self.cfg.TEST.CROP, interpolation=self.cfg.DATA.INTERPOLATION)
+
+    def normalize(self, dtype: torch.dtype = torch.float32) -> data.Normalize:
+        """Builds what turns uint8 images into the network's input, on the device."""
+        spec = data.DATASETS[self.dataset_name]
+        return data.Normalize(spec.mean, spec.std, dtype=dtype).to(self.rank_info.device)
+
+    def batch_augmentation(self) -> data.BatchAugmentation | None:
+        """Builds what is done to a whole training batch; None for nothing."""
+        return None
+
+    def _open(self, split: str) -> Any:
+        assert self.dataset_name  # the labels are of the right kind
+        return data.open_source(
+            self.cfg.DATA, split, rank=self.rank_info.rank, world_size=self.rank_info.world_size
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Network
+    # ------------------------------------------------------------------------------------------------------------------
+    @property
+    def arch(self) -> str:
+        """The name of the architecture."""
+        return canonical_name(self.cfg.MODEL.ARCH)
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """The parts of the network's structure that the configuration does not leave to the architecture."""
+        model = self.cfg.MODEL
+        parts = {
+            "channels": model.CHANNELS,
+            "blocks": model.BLOCKS,
+            "branches": model.BRANCHES,
+            "share_sets": model.SHARE_SETS,
+            "global_perceptron": model.GLOBAL_PERCEPTRON,
+        }
+        return {part: value for part, value in parts.items() if value is not None}
+
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """Returns how many numbers the network gives for an image, or a pixel; may open the images to count classes."""
+
+    def build_network(self, num_outputs: int) -> nn.Module:
+        """Builds the network with fresh weights, the same on every process.
+
+        Raises:
+            ValueError: the architecture has no part of its structure that is to be changed.
+        """
+        check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in self.structure})
+        options = self.structure | {"img_size": self.train_size}
+        if self.cfg.MODEL.DROP_PATH:
+            options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
+        seed_everything(self.cfg.SEED)
+        return create_model(self.arch, num_outputs, **options)
+
+    def load_pretrained(self, network: nn.Module) -> str:
+        """Starts from the weights MODEL.PRETRAINED; returns in words what they are, and what stays as it was."""
+        checkpoint = read_checkpoint(self.cfg.MODEL.PRETRAINED)
+        fresh = load_pretrained(self.arch, network, checkpoint)
+        new = f" but for {len(fresh)} tensors, which are new ({fresh[0]} ... {fresh[-1]})" if fresh else ""
+        return f"{checkpoint}{new}"
+
+    def describe(self, network: nn.Module, form: str | None) -> dict[str, Any]:
+        """Returns the metadata that go with the network's weights in a form, train, deploy or None."""
+        return describe(self.arch, network, self.train_size, form, dataset=self.dataset_name, task=self.name)
+
+    @classmethod
+    def network_from(cls, checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:
+        """Builds the network of a checkpoint with its weights, in the form that they have.
+
+        Args:
+            checkpoint: of this task.
+            arch: the architecture; None takes that of the checkpoint.
+            **changes: `img_size` and parts of the structure, in place of those of the checkpoint.
+
+        Raises:
+            ValueError: the weights are of another network.
+        """
+        return build_from(checkpoint, arch, **changes)
+
+    def network_to_evaluate(self, checkpoint: Checkpoint, arch: str | None) -> Network:
+        """Builds the network of a checkpoint, with what the configuration gives in place of what the checkpoint says."""
+        size = {"img_size": to_2tuple(self.cfg.DATA.IMG_SIZE)} if self.cfg.DATA.IMG_SIZE else {}
+        return self.network_from(checkpoint, arch, **size, **self.structure)
+
+    def check_classes(self, path: object, num_outputs: int) -> None:
+        """Raises ValueError where a network, whose weights are at a path, has not the classes of the test images."""
+        classes = len(self.val_source.classes)
+        if classes != num_outputs and num_outputs != self.cfg.MODEL.NUM_CLASSES:
+            raise ValueError(f"{path} is for {num_outputs} classes, {self.cfg.DATA.DATA_PATH} has {classes}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Loss and evaluation
+    # ------------------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def build_criterion(self, num_outputs: int) -> nn.Module:
+        """Builds the mean loss of outputs (N, ...) and targets; it may learn."""
+
+    @abstractmethod
+    def build_metric(self, num_outputs: int) -> Metric:
+        """Builds a fresh metric for an evaluation; raises ValueError where the test images can't be evaluated."""

@@ -1,0 +1,277 @@
+"""The training loop: an epoch of updates, without making the host wait for the device in any of them."""
+
+import datetime
+import itertools
+import logging
+import math
+import resource
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from data import Batch, BatchAugmentation
+from utils.distributed import RankInfo
+from utils.log import MetricsWriter
+from utils.meters import Mean, Pace
+from utils.seed import seed_everything
+
+from .ema import ModelEma
+from .finite_guard import FiniteGuard
+from .plan import TrainingPlan
+from .precision import autocast
+
+# Backward passes after which DistributedDataParallel has ordered its buckets for good: one records the order in which
+# gradients are ready, and where the graph is static, the very first one records the graph alone.
+BUCKET_ORDERING_PASSES = 2
+
+
+@dataclass
+class Progress:
+    """How far a run has come; with the weights and the optimizer, all that it needs to resume."""
+
+    epoch: int = 0  # the one being trained
+    consumed: int = 0  # images of it that have been trained on, over all processes
+    update: int = 0  # optimizer updates done since the start
+    best_metric: float | None = None  # of the weights, in the evaluations so far
+    best_ema_metric: float | None = None  # of their moving average
+    skipped: int = 0  # updates left out because a number was not finite
+
+    def improve(self, name: str, figure: float) -> bool:
+        """Takes the figure of an evaluation into the field `name`; returns whether it is the best so far (nan: no)."""
+        best = getattr(self, name)
+        better = figure > (-math.inf if best is None else best)
+        if better:
+            setattr(self, name, figure)
+        return better
+
+
+@dataclass
+class Trainer:
+    """Everything that takes part in an update.
+
+    Attributes:
+        cfg: the configuration.
+        rank_info: of this process.
+        plan: global batch, updates of an epoch.
+        network: the module that is trained.
+        forward: gives the loss of images and targets; the network and the criterion, compiled and distributed.
+        criterion: the loss; what it learns is saved with the run.
+        images: how many the training set has.
+        dtype: of autocast, None for the precision of the weights; float16 goes with a loss scale.
+        locate: returns where an image of the training set lies.
+    """
+
+    cfg: CfgNode
+    rank_info: RankInfo
+    plan: TrainingPlan
+    network: nn.Module
+    forward: nn.Module
+    criterion: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    normalize: nn.Module
+    images: int
+    logger: logging.Logger
+    metrics: MetricsWriter
+    batch_augmentation: BatchAugmentation | None = None
+    ema: ModelEma | None = None
+    dtype: torch.dtype | None = None
+    locate: Callable[[int], str] = str
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        device = self.rank_info.device
+        self.accumulation = max(1, self.cfg.TRAIN.ACCUMULATION_STEPS)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self._guard = FiniteGuard(self.network, self.cfg, self.scaler, self.locate, self.logger)
+        self.unreadable: set[str] = set()  # paths, with the reason
+        self._buckets_ordered = not isinstance(self.forward, DistributedDataParallel)
+        # Two since the last report, and one for the whole epoch; checkpoints keep them.
+        self.meters = {name: Mean(device) for name in ("loss", "grad_norm", "epoch_loss")}
+        self._lap, self._epoch = Pace(), Pace()  # likewise, since this process has started
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network, and the averaged one where there is one."""
+        return [self.network] + ([self.ema.module] if self.ema is not None else [])
+
+    def train_epoch(self, batches: Iterable[Batch], after_update: Callable[[], bool] = lambda: False) -> bool:
+        """Trains on the rest of the epoch that `progress` stands in and moves `progress` to the next one.
+
+        Args:
+            batches: this process's, from the position that `progress` names.
+            after_update: called after each update; returns whether to stop there, in the middle of the epoch.
+
+        Returns:
+            Whether the epoch came to its end.
+
+        Raises:
+            ValueError: too many images that can't be read, or too many updates that had to be skipped.
+        """
+        self.forward.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._start_clocks()
+        for group in _groups(batches, self.accumulation):
+            self._update(group)
+            if self.progress.update % self.cfg.PRINT_FREQ == 0:
+                self._report()
+            if after_update():
+                return False
+            self._start_clocks()
+        self._report_epoch()
+        self.progress.epoch, self.progress.consumed = self.progress.epoch + 1, 0
+        return True
+
+    def _update(self, group: list[Batch]) -> None:
+        """Runs forward and backward over a group of batches, then updates the weights once."""
+        if not self._buckets_ordered:
+            self._order_buckets(group[0])
+        progress = self.progress
+        # Drop path and its like draw from the place in the run, so that a resumed run draws the same.
+        seed_everything(self.cfg.SEED, progress.epoch, progress.update, self.rank_info.rank, 2)
+        statistics = self._guard.before_update()
+        loss = torch.stack([self._backward(batch, i, len(group)) for i, batch in enumerate(group)]).mean()
+        self.schedule.step_update(progress.update)
+        grad_norm = self._clip_gradients()
+        skipped = ~grad_norm.isfinite()  # the norm is over all processes, so that all decide alike
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # The fused optimizers leave out an update when this tensor says so, as they do for a loss scale.
+            vars(self.optimizer).update(found_inf=skipped.float(), grad_scale=None)
+            self.optimizer.step()
+        lr = self.optimizer.param_groups[0]["lr"]
+        self._guard.after_update(progress.update, skipped, loss, statistics, lr, [batch.indices for batch in group])
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.update += 1
+        if self.ema is not None:
+            self.ema.update(self.network, progress.update)
+        self._count(loss, grad_norm, sum(len(batch.labels) for batch in group))
+
+    def _backward(self, batch: Batch, index: int, size: int) -> Tensor:
+        """Adds the gradient of batch `index` of a group of `size`; returns its loss, on the device."""
+        device, progress = self.rank_info.device, self.progress
+        self._note_unreadable(batch.unreadable)
+        images = self.normalize(batch.images.to(device, non_blocking=True))
+        targets = batch.labels.to(device, non_blocking=True)
+        if self.batch_augmentation is not None:
+            step = progress.update * self.accumulation + index
+            images, targets = self.batch_augmentation(images, targets, epoch=progress.epoch, step=step)
+        # Gradients need to meet once an update only: while the last batch of the group goes back.
+        waits = index + 1 < size and isinstance(self.forward, DistributedDataParallel)
+        with self.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            with autocast(device, self.dtype):
+                loss = self.forward(images, targets)
+            self.scaler.scale(loss / size).backward()
+        return loss.detach()
+
+    def _clip_gradients(self) -> Tensor:
+        """Scales gradients down to the norm that is allowed; returns the norm that they had, without loss scale."""
+        self.scaler.unscale_(self.optimizer)
+        learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return nn.utils.clip_grad_norm_(learning, self.cfg.TRAIN.CLIP_GRAD or torch.inf)
+
+    def _count(self, loss: Tensor, grad_norm: Tensor, images: int) -> None:
+        """Takes an update on so many images of this process into what is reported."""
+        everywhere = images * self.rank_info.world_size
+        self.progress.consumed += everywhere
+        for name in ("loss", "epoch_loss"):
+            self.meters[name].add(loss, images)
+        self.meters["grad_norm"].add(grad_norm)
+        for pace in (self._lap, self._epoch):
+            pace.add(everywhere)
+
+    def _order_buckets(self, batch: Batch) -> None:
+        """Runs backward passes that leave no trace, so that the first update already has the final gradient buckets.
+
+        DistributedDataParallel groups gradients anew after the first backward passes of each process. The grouping
+        decides how sums over three and more processes are rounded, so a resumed run would otherwise differ in its first
+        update from one that was never interrupted.
+        """
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
+        for _ in range(BUCKET_ORDERING_PASSES):
+            self._backward(batch, 0, 1)
+            self.optimizer.zero_grad(set_to_none=True)
+        for buffer, saved in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
+        self._buckets_ordered = True
+
+    def _note_unreadable(self, images: list[str]) -> None:
+        """Logs each image that another one had to stand in for once, and stops the run when there are too many."""
+        for image in images:
+            if image not in self.unreadable:
+                self.unreadable.add(image)
+                self.logger.warning(f"unreadable image replaced: {image}")
+        limit = self.cfg.DATA.MAX_UNREADABLE
+        if len(self.unreadable) > limit:
+            raise ValueError(
+                f"{len(self.unreadable)} training images can't be read, DATA.MAX_UNREADABLE is {limit}; the last one "
+                f"is {images[-1]}"
+            )
+
+    def check_skipped(self) -> None:
+        """Counts the updates that were skipped since the last check; waits for the device, raises as `train_epoch`.
+
+        What comes after it, a report, an evaluation or a checkpoint, takes none of the time that is measured.
+        """
+        self.progress.skipped = self._guard.check_skipped(self.progress.skipped)
+        for pace in (self._lap, self._epoch):
+            pace.stop()
+
+    def _start_clocks(self) -> None:
+        """Starts measuring time again, where `check_skipped` has stopped it."""
+        for pace in (self._lap, self._epoch):
+            pace.start()
+
+    def _report(self) -> None:
+        """Logs what came together since the last report; in an epoch, only this and checkpoints wait for the device."""
+        self.check_skipped()
+        progress, plan, lap = self.progress, self.plan, self._lap
+        loss, grad_norm = self._take("loss"), self._take("grad_norm")
+        left = (plan.total_updates - progress.update) * lap.seconds_per_update
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.logger.info(
+            f"Train: [{progress.epoch}/{self.cfg.TRAIN.EPOCHS}]"
+            f"[{progress.update - progress.epoch * plan.updates_per_epoch}/{plan.updates_per_epoch}]  "
+            f"eta {datetime.timedelta(seconds=int(left))}  lr {lr:.6g}  loss {loss:.4f}  grad_norm {grad_norm:.4f}  "
+            f"{lap.images_per_second:.1f} img/s  mem {_peak_memory(self.rank_info.device):.0f} MiB"
+        )
+        values = {"epoch": progress.epoch, "lr": lr, "loss": loss, "grad_norm": grad_norm}
+        self.metrics.write("train", progress.update, values, {"images_per_second": lap.images_per_second})
+        lap.reset()
+
+    def _report_epoch(self) -> None:
+        """Logs what came together in the epoch that has ended."""
+        self.check_skipped()
+        progress, loss, rate = self.progress, self._take("epoch_loss"), self._epoch.images_per_second
+        self.logger.info(f"Epoch {progress.epoch} train: loss {loss:.4f}  {rate:.1f} img/s")
+        values = {"epoch": progress.epoch, "loss": loss}
+        self.metrics.write("train_epoch", progress.update, values, {"images_per_second": rate})
+        self._epoch.reset()
+
+    def _take(self, name: str) -> float:
+        """Returns a mean, which begins anew."""
+        mean = self.meters[name].compute()
+        self.meters[name].reset()
+        return mean
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Returns the most MiB in use so far: of the GPU's memory by tensors, or of the host's by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Cuts batches into lists of `size`; a shorter last one is left out, as images that fill no batch are."""
+    iterator = iter(batches)
+    while len(group := list(itertools.islice(iterator, size))) == size:
+        yield group

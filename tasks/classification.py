@@ -1,0 +1,58 @@
+"""Classification: one class an image, cross-entropy with mixed and smoothed labels, top-1."""
+
+from timm.loss import SoftTargetCrossEntropy
+from torch import nn
+
+import data
+from engine.metrics import ClassificationMetric
+from engine.task import Task
+
+IMAGENET_CLASSES = 1000
+
+
+class Classification(Task):
+    """The task of the published code."""
+
+    name = "classification"
+    metric, metric_label = "top1", "Acc@1"
+
+    def num_outputs(self) -> int:
+        """Returns MODEL.NUM_CLASSES, or the number of classes of the training images.
+
+        Raises:
+            ValueError: the images have more classes, or other ones in `val`.
+        """
+        if self.cfg.THROUGHPUT_MODE:  # which looks at no images
+            return self.cfg.MODEL.NUM_CLASSES or IMAGENET_CLASSES
+        found, val = len(self.train_source.classes), len(self.val_source.classes)
+        wanted = self.cfg.MODEL.NUM_CLASSES or found
+        if found > wanted:
+            raise ValueError(f"the data set has {found} classes, but MODEL.NUM_CLASSES is {wanted}")
+        if val > wanted:
+            raise ValueError(f"val has {val} classes, train {found}: they need the same labels")
+        return wanted
+
+    def batch_augmentation(self) -> data.BatchAugmentation | None:
+        """Builds erasing, mixup and CutMix."""
+        return data.build_batch_augmentation(
+            self.cfg.AUG,
+            num_classes=self.num_outputs(),
+            batch_size=self.cfg.DATA.BATCH_SIZE,
+            label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING,
+            seed=self.cfg.SEED,
+            rank=self.rank_info.rank,
+        )
+
+    def build_criterion(self, num_outputs: int) -> nn.Module:
+        """Builds the mean cross-entropy of logits (N, K) and targets.
+
+        Where images are mixed the targets are distributions (N, K), smoothed already; otherwise class numbers (N,).
+        """
+        augmentation = self.batch_augmentation()
+        if augmentation is not None and augmentation.soft_targets:
+            return SoftTargetCrossEntropy()
+        return nn.CrossEntropyLoss(label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING)
+
+    def build_metric(self, num_outputs: int) -> ClassificationMetric:
+        """Builds the metric of logits (N, K)."""
+        return ClassificationMetric(self.rank_info.device)

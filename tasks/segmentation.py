@@ -1,0 +1,107 @@
+"""Semantic segmentation: one class a pixel, a decoder over a backbone's levels, mean intersection over union."""
+
+from functools import cached_property
+from typing import Any
+
+from timm.layers import to_2tuple
+from torch import nn
+
+from data.cityscapes import CITYSCAPES
+from data.segmentation import IGNORED, MaskedDataset, segmentation_eval_transform, segmentation_train_transform
+from engine.metrics import SegmentationMetric
+from engine.task import Size, Task
+from models import default_image_size
+from models.build import REGISTRY, structure_changes
+from models.checkpoints import Checkpoint, Network, build_from, read_checkpoint
+from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
+from utils.seed import seed_everything
+
+
+class Segmentation(Task):
+    """Trains on random crops, evaluates whole images unless DATA.TEST_SIZE is given."""
+
+    name = "segmentation"
+    metric, metric_label = "miou", "mIoU"
+    labels, dataset = "masks", "cityscapes"
+    section, unused = "SEG", ("AUG", "TEST.CROP", "MODEL.NUM_CLASSES")
+    dataset_type = MaskedDataset
+
+    def test_size(self, image_size: Size) -> Size | None:
+        """Returns DATA.TEST_SIZE; None leaves each image as it is."""
+        return to_2tuple(self.cfg.DATA.TEST_SIZE) if self.cfg.DATA.TEST_SIZE else None
+
+    def train_transform(self) -> Any:
+        """Returns the joint augmentation of image and mask."""
+        return segmentation_train_transform(self.train_size, self.cfg.SEG.SCALE)
+
+    def eval_transform(self, size: Size | None) -> Any:
+        """Returns the joint transform of a test image and its mask."""
+        return segmentation_eval_transform(size)
+
+    def num_outputs(self) -> int:
+        """Returns the number of classes of the masks."""
+        if self.cfg.THROUGHPUT_MODE:  # which looks at no images
+            return len(CITYSCAPES)
+        return len(self.train_source.classes)
+
+    def build_network(self, num_outputs: int) -> nn.Module:
+        """Builds decoder and backbone with fresh weights, in the structure that pretrained weights have.
+
+        Raises:
+            ValueError: an option does not fit the architecture.
+        """
+        seg, trained = self.cfg.SEG, self._pretrained
+        options: dict[str, Any] = dict(self.structure)
+        if self.cfg.MODEL.DROP_PATH:
+            options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
+        if seg.BACKBONE_SIZE:
+            options["img_size"] = to_2tuple(seg.BACKBONE_SIZE)
+        if seg.DOWNSAMPLE:
+            options |= {"downsample": seg.DOWNSAMPLE, "rank": seg.RANK}
+        if self.arch not in REGISTRY and (trained or seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure):
+            raise ValueError(
+                "MODEL.PRETRAINED, SEG.DOWNSAMPLE, SEG.BACKBONE_SIZE and changes of the structure are for our own "
+                f"architectures, not for {self.arch}"
+            )
+        if trained:
+            options |= {"img_size": trained.image_size} | structure_changes(self.arch, trained.model)
+        seed_everything(self.cfg.SEED)
+        return SegmentationNetwork(self.arch, num_outputs, seg.DECODER, seg.WIDTH, **options)
+
+    @cached_property
+    def _pretrained(self) -> Network | None:
+        path = self.cfg.MODEL.PRETRAINED
+        return build_from(read_checkpoint(path), self.arch) if path else None
+
+    def load_pretrained(self, network: nn.Module) -> str:
+        """Starts the backbone from the classifier in MODEL.PRETRAINED."""
+        assert isinstance(network, SegmentationNetwork)
+        assert self._pretrained is not None
+        network.load_backbone(self._pretrained.model)
+        return f"the classifier in {self.cfg.MODEL.PRETRAINED}, for the backbone"
+
+    def describe(self, network: nn.Module, form: str | None) -> dict[str, Any]:
+        """Returns the metadata that go with the network's weights."""
+        return describe_segmentation(network, form, dataset=self.dataset_name)
+
+    @classmethod
+    def network_from(cls, checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:
+        """Builds the network of a checkpoint, whose metadata hold all that it takes."""
+        network = segmentation_from(checkpoint)
+        own = network.arguments["arch"]
+        if arch not in (None, own):
+            raise ValueError(f"{checkpoint.path} is of {own}, not of {arch}: leave the architecture out")
+        size = to_2tuple(network.arguments.get("img_size") or default_image_size(own))
+        return Network(own, network, network.num_classes, size)
+
+    def network_to_evaluate(self, checkpoint: Checkpoint, arch: str | None) -> Network:
+        """Builds the network of a checkpoint; the size of a crop is none of its own."""
+        return self.network_from(checkpoint, arch)
+
+    def build_criterion(self, num_outputs: int) -> nn.Module:
+        """Builds the mean cross-entropy of logits (N, K, H, W) and masks (N, H, W) over the labelled pixels."""
+        return nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING)
+
+    def build_metric(self, num_outputs: int) -> SegmentationMetric:
+        """Builds the metric of logits (N, K, H, W)."""
+        return SegmentationMetric(self.rank_info.device, num_outputs)

@@ -1,0 +1,85 @@
+"""Verification: embeddings of faces, trained by a margin softmax, evaluated on pairs of people never seen.
+
+A margin softmax has a direction for each person of the training set, which it learns. Checkpoints of a run keep them;
+the weights of the network are by themselves, so that they convert like any others.
+"""
+
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import nn
+
+import data
+from engine.metrics import VerificationMetric
+from engine.task import Task
+
+
+class MarginSoftmax(NamedTuple):
+    """A loss of pytorch-metric-learning, and its margin as its paper sets it."""
+
+    loss: str
+    margin: float
+
+
+LOSSES = {
+    "arcface": MarginSoftmax("ArcFaceLoss", 28.6),  # degrees
+    "cosface": MarginSoftmax("CosFaceLoss", 0.35),  # a cosine
+}
+
+
+class Verification(Task):
+    """The network's outputs are embeddings of FACE.EMBEDDING numbers."""
+
+    name = "verification"
+    metric, metric_label = "accuracy", "accuracy"
+    labels, dataset = "identities", "faces"
+    section = "FACE"
+    unused = ("MODEL.NUM_CLASSES", "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX")
+
+    def num_outputs(self) -> int:
+        """Returns the size of an embedding."""
+        return self.cfg.FACE.EMBEDDING
+
+    def batch_augmentation(self) -> data.BatchAugmentation | None:
+        """Builds erasing."""
+        return data.build_batch_augmentation(
+            self.cfg.AUG,
+            num_classes=len(self.train_source.classes),
+            batch_size=self.cfg.DATA.BATCH_SIZE,
+            label_smoothing=0.0,
+            seed=self.cfg.SEED,
+            rank=self.rank_info.rank,
+        )
+
+    def build_criterion(self, num_outputs: int) -> nn.Module:
+        """Builds the margin softmax of embeddings (N, E) and labels (N,), which learns a direction for each person.
+
+        Raises:
+            ValueError: the library that it comes from is not installed.
+        """
+        try:
+            from pytorch_metric_learning import losses
+        except ImportError as error:
+            raise ValueError("a margin softmax needs the extra `face`: pip install pytorch-metric-learning") from error
+        face, kind = self.cfg.FACE, LOSSES[self.cfg.FACE.LOSS]
+        margin = kind.margin if face.MARGIN is None else face.MARGIN
+        people = len(self.train_source.classes)
+        loss: nn.Module = getattr(losses, kind.loss)(
+            num_classes=people, embedding_size=num_outputs, margin=margin, scale=face.SCALE
+        )
+        return loss
+
+    @cached_property
+    def pairs(self) -> data.Pairs:
+        """The pairs of test images: listed in FACE.PAIRS, or drawn, the same in each run."""
+        face = self.cfg.FACE
+        if face.PAIRS:
+            return data.read_pairs(face.PAIRS, self.val_source)
+        return data.draw_pairs(self.val_source.labels, face.NUM_PAIRS)
+
+    def check_classes(self, path: object, num_outputs: int) -> None:
+        """Embeddings are for any people."""
+
+    def build_metric(self, num_outputs: int) -> VerificationMetric:
+        """Builds the metric of embeddings (N, E)."""
+        return VerificationMetric(self.rank_info.device, self.pairs, self.cfg.FACE.FOLDS)
