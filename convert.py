@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{error}; nothing was written") from error
     deploy = to_deploy(network.model)
     difference = verify(network.model, deploy, network.image_size)
-    meta = task.describe_deploy(network, deploy, checkpoint)
+    meta = task.metadata(network.arch, deploy, network.image_size, "deploy", checkpoint.meta.get("dataset"))
     write_checkpoint(target, {"model": deploy.state_dict(), "meta": meta})
     before, after = (sum(v.numel() for v in m.parameters()) for m in (network.model, deploy))
     print(printable(f"{network.arch}: {checkpoint} ({before:,} parameters) -> {target} ({after:,} parameters)"))

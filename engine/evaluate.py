@@ -24,6 +24,12 @@ def evaluate_checkpoint(run: Run) -> None:
     """
     cfg, task, device = run.cfg, run.task, run.rank_info.device
     checkpoint = read_checkpoint(cfg.MODEL.RESUME, ema=cfg.TEST.EMA)
+    trained_for = checkpoint.meta.get("task", task.name)
+    if trained_for != task.name:
+        raise ValueError(
+            f"{checkpoint.path} is of TASK {trained_for}, the configuration of TASK {task.name}: give the recipe that "
+            "it was trained by, or set TASK and DATA.DATASET"
+        )
     arch = cfg.MODEL.ARCH if "MODEL.ARCH" in run.given else None
     network = task.network_to_evaluate(checkpoint, arch)
     with open_log(run, network.arch) as logger:

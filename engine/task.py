@@ -35,12 +35,15 @@ class Task(ABC):
     # The figure of a `Result` that selects the best checkpoint, the higher the better, and what the log calls it.
     metric: ClassVar[str]
     metric_label: ClassVar[str]
+    agreement_label: ClassVar[str] = "top-1 agreement"  # of two networks
     # The kind of labels that it needs, as in `data.DatasetSpec`, and a data set that has them.
     labels: ClassVar[str] = "classes"
     dataset: ClassVar[str] = "imagenet"
     # The section of the configuration that no other task reads, and what of the common ones this task ignores.
     section: ClassVar[str | None] = None
     unused: ClassVar[tuple[str, ...]] = ()
+    # Whether test images keep their own size where DATA.TEST_SIZE does not give one.
+    whole_images: ClassVar[bool] = False
 
     def __init__(self, cfg: CfgNode, rank_info: RankInfo) -> None:
         self.cfg, self.rank_info = cfg, rank_info
@@ -84,7 +87,8 @@ class Task(ABC):
 
     def test_size(self, image_size: Size) -> Size | None:
         """Returns the size of test images for a network that is made for images of a size; None leaves each as it is."""
-        return to_2tuple(self.cfg.DATA.TEST_SIZE or image_size)
+        size = self.cfg.DATA.TEST_SIZE or (None if self.whole_images else image_size)
+        return to_2tuple(size) if size else None
 
     def train_loader(self) -> data.BatchLoader:
         """Shards the training images over the processes."""
@@ -178,9 +182,15 @@ class Task(ABC):
         new = f" but for {len(fresh)} tensors, which are new ({fresh[0]} ... {fresh[-1]})" if fresh else ""
         return f"{checkpoint}{new}"
 
-    def describe(self, network: nn.Module, form: str | None) -> dict[str, Any]:
-        """Returns the metadata that go with the network's weights in a form, train, deploy or None."""
-        return describe(self.arch, network, self.train_size, form, dataset=self.dataset_name, task=self.name)
+    @classmethod
+    def metadata(
+        cls, arch: str, network: nn.Module, image_size: Size, form: str | None, dataset: str | None
+    ) -> dict[str, Any]:
+        """Returns what a checkpoint says of a network: all that `network_from` needs, and the data set it has seen.
+
+        `form` is train or deploy, or None where nothing was re-parameterised.
+        """
+        return describe(arch, network, image_size, form, dataset=dataset, task=cls.name)
 
     @classmethod
     def network_from(cls, checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:

@@ -39,7 +39,8 @@ def train(run: Run) -> None:
         loader, eval_loader = task.train_loader(), task.eval_loader(task.train_size)
         network = build_network(run, logger)
         form = "train" if is_reparameterizable(network) else None
-        checkpoints = CheckpointFolder(folder, cfg, task.describe(network, form), task.metric)
+        meta = task.metadata(task.arch, network, task.train_size, form, task.dataset_name)
+        checkpoints = CheckpointFolder(folder, cfg, meta, task.metric)
         trainer = build_trainer(run, network, loader, logger)
         recorded = start_or_resume(run, trainer, checkpoints)
         if run.rank_info.is_main:

@@ -21,14 +21,10 @@ class Segmentation(Task):
     """Trains on random crops, evaluates whole images unless DATA.TEST_SIZE is given."""
 
     name = "segmentation"
-    metric, metric_label = "miou", "mIoU"
+    metric, metric_label, agreement_label = "miou", "mIoU", "pixel agreement"
     labels, dataset = "masks", "cityscapes"
     section, unused = "SEG", ("AUG", "TEST.CROP", "MODEL.NUM_CLASSES")
-    dataset_type = MaskedDataset
-
-    def test_size(self, image_size: Size) -> Size | None:
-        """Returns DATA.TEST_SIZE; None leaves each image as it is."""
-        return to_2tuple(self.cfg.DATA.TEST_SIZE) if self.cfg.DATA.TEST_SIZE else None
+    dataset_type, whole_images = MaskedDataset, True
 
     def train_transform(self) -> Any:
         """Returns the joint augmentation of image and mask."""
@@ -80,9 +76,12 @@ class Segmentation(Task):
         network.load_backbone(self._pretrained.model)
         return f"the classifier in {self.cfg.MODEL.PRETRAINED}, for the backbone"
 
-    def describe(self, network: nn.Module, form: str | None) -> dict[str, Any]:
-        """Returns the metadata that go with the network's weights."""
-        return describe_segmentation(network, form, dataset=self.dataset_name)
+    @classmethod
+    def metadata(
+        cls, arch: str, network: nn.Module, image_size: Size, form: str | None, dataset: str | None
+    ) -> dict[str, Any]:
+        """Returns what a checkpoint says of a network, whose own arguments name everything else."""
+        return describe_segmentation(network, form, dataset=dataset)
 
     @classmethod
     def network_from(cls, checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:

@@ -1,6 +1,7 @@
 """What a metric is: sums on the device while the images pass, reduced over all processes and divided once."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ class Result(ABC):
     @abstractmethod
     def as_dict(self) -> dict[str, Any]:
         """Returns the figures by name, plain values."""
+
+    def details(self, classes: Sequence[str]) -> list[str]:
+        """Returns further lines for an evaluation that stands alone; `classes` are the names of the classes."""
+        return []
 
 
 class Metric(ABC):

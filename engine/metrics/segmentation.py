@@ -1,5 +1,6 @@
 """Segmentation: mean intersection over union."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,11 @@ class SegmentationResult(Result):
     def as_dict(self) -> dict[str, Any]:
         """Returns the figures by name."""
         return {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "iou": self.iou, "images": self.images}
+
+    def details(self, classes: Sequence[str]) -> list[str]:
+        """Returns the intersection over union of each class."""
+        figures = zip(classes, self.iou, strict=True)
+        return [f"{name:<14}" + ("absent" if iou is None else f"{iou:.2f}") for name, iou in figures]
 
     def __str__(self) -> str:
         figures = f"mIoU {self.miou:.3f} pixel accuracy {self.pixel_accuracy:.3f}"

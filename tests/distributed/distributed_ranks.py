@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from utils import distributed
-from utils.distributed import Process
+from utils.distributed import RankInfo
 from utils.seed import seed_everything
 
 
@@ -30,7 +30,7 @@ def in_ranks(function: Callable[..., Any], world_size: int, *arguments: object) 
     port, started = free_port(), []
     for rank in range(world_size):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_enter, args=(theirs, function, rank, world_size, port, arguments))
+        process = context.RankInfo(target=_enter, args=(theirs, function, rank, world_size, port, arguments))
         process.start()
         theirs.close()
         started.append((process, mine))
@@ -60,7 +60,7 @@ def _enter(
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     try:
-        process: Process = distributed.init()
+        process: RankInfo = distributed.init()
         seed_everything(0)
         answer = (True, function(process, *arguments))
     except Exception:

@@ -8,10 +8,10 @@ from distributed_ranks import in_ranks
 from torch import Tensor, nn
 
 from engine.sync_batch_norm import synchronise_batch_norms
-from engine.train import autocast
-from utils.distributed import Process
+from engine.precision import autocast
+from utils.distributed import RankInfo
 
-ALONE = Process(0, 1, 0, torch.device("cpu"))
+ALONE = RankInfo(0, 1, 0, torch.device("cpu"))
 CHANNELS, SIZE = 3, 5
 # For each dtype of the input: the precision of the weights, that of autocast, and the error that rounding makes.
 PRECISIONS = {
@@ -47,13 +47,13 @@ def examples(count: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(count, 2, SIZE, SIZE, generator=generator, dtype=torch.float64).add(3).to(dtype)
 
 
-def share_of(process: Process, counts: Sequence[int]) -> slice:
+def share_of(process: RankInfo, counts: Sequence[int]) -> slice:
     """Which of the images a process has; all of them where it is alone."""
     start = sum(counts[: process.rank])
     return slice(start, start + counts[process.rank]) if process.world_size > 1 else slice(None)
 
 
-def figures(process: Process, input_dtype: torch.dtype, settings: dict, counts: Sequence[int]) -> Figures:
+def figures(process: RankInfo, input_dtype: torch.dtype, settings: dict, counts: Sequence[int]) -> Figures:
     """Two batches in training, one in evaluation: outputs, gradients of images and of weights, running statistics."""
     dtype, half, _ = PRECISIONS[input_dtype]
     model = network(settings, dtype)
@@ -99,7 +99,7 @@ def assert_close(expected: Figures, found: Figures, tolerance: float) -> None:
         assert difference <= tolerance or name == "sum 0.bias", f"{name}: {difference}"
 
 
-def every_figure(process: Process) -> dict[tuple, Figures]:
+def every_figure(process: RankInfo) -> dict[tuple, Figures]:
     even = {(dtype, case): figures(process, dtype, settings, EVEN) for dtype in PRECISIONS for case, settings in CASES}
     return even | {counts: figures(process, torch.float64, {}, counts) for counts in UNEVEN}
 
@@ -126,7 +126,7 @@ def test_processes_may_have_different_numbers_of_images(ranks, counts):
     assert_close(expected, together([rank[counts] for rank in ranks]), 1e-12)
 
 
-def few_values(process: Process) -> list[str | list[float]]:
+def few_values(process: RankInfo) -> list[str | list[float]]:
     """Normalises images of one pixel: none, one on the first process, and one on each."""
     found: list[str | list[float]] = []
     for counts in ((0, 0), (1, 0), (1, 1)):

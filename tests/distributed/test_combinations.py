@@ -1,6 +1,5 @@
 """Settings that work alone work together: three processes, a small network, a few updates of each combination."""
 
-import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,23 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_ranks import in_ranks
+from settings import settings
 from torch import Tensor, nn
+from training_parts import ALONE, checkpoint_folder, ema_of, optimizer_of, resume, trainer_of
 
 import models
-from configs import load_config, parse_opts
 from data import Batch, Normalize
-from engine.checkpoint import CheckpointFolder, resume
-from engine.ema import ModelEma
-from engine.optimizer import build_optimizer
-from engine.schedule import build_schedule
+from engine.parallel import wrap
 from engine.sync_batch_norm import synchronise_batch_norms
-from engine.train import Trainer, data_parallel
-from main_repmlp import wrap
-from utils.distributed import Process
-from utils.log import MetricsWriter
+from engine.trainer import Trainer
+from utils.distributed import RankInfo
 
 WORLD, SIZE, UPDATES = 3, 4, 3
-ALONE = Process(0, 1, 0, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ COMPILED = {
 }
 
 
-def batches(process: Process, count: int) -> Iterator[Batch]:
+def batches(process: RankInfo, count: int) -> Iterator[Batch]:
     """The same images for any number of processes, each with its share of a batch."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (count, WORLD * SIZE, 3, 16, 16), generator=generator, dtype=torch.uint8)
@@ -87,7 +81,7 @@ def batches(process: Process, count: int) -> Iterator[Batch]:
         yield Batch(image[share], label[share], torch.arange(WORLD * SIZE)[share], [])
 
 
-def build(process: Process, wanted: Combination, seed: int = 0) -> Trainer:
+def build(process: RankInfo, wanted: Combination, seed: int = 0) -> Trainer:
     """Puts a run together as the scripts do."""
     # Of kernels of one pixel, which have the same memory in either layout.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -101,27 +95,24 @@ def build(process: Process, wanted: Combination, seed: int = 0) -> Trainer:
         model = synchronise_batch_norms(model)
     # This backend computes as torch does without compilation, and needs no compiler.
     forward = torch.compile(model, backend="aot_eager") if wanted.compiled else model
-    optimizer = build_optimizer(model, name=wanted.optimizer, lr=0.01, weight_decay=0.05)
-    rest = {"warmup_updates": 0, "warmup_lr": 0.0, "min_lr": 0.0, "decay_updates": 1, "decay_rate": 1.0}
-    ema = ModelEma(model, alpha=0.01, period=1, global_batch=WORLD * SIZE, epochs=1, warmup_updates=0)
-    return Trainer(
-        network=model,
-        forward=data_parallel(forward, process, static_graph=wanted.accumulation == 1),
-        criterion=nn.CrossEntropyLoss(),
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, name="step", total_updates=100, **rest),
+    criterion = nn.CrossEntropyLoss()
+    cfg = settings(f"TRAIN.ACCUMULATION_STEPS {wanted.accumulation}")
+    ema = ema_of(model, alpha=0.01, period=1, global_batch=WORLD * SIZE, epochs=1, warmup_updates=0)
+    return trainer_of(
+        model,
+        forward=wrap(forward, criterion, cfg, process),
+        criterion=criterion,
+        optimizer=optimizer_of(model, name=wanted.optimizer, lr=0.01, weight_decay=0.05),
         normalize=Normalize((0.3,) * 3, (0.4,) * 3, dtype=dtype),
-        process=process,
+        rank_info=process,
         images=WORLD * SIZE * UPDATES * wanted.accumulation,
-        epochs=1,
         updates_per_epoch=UPDATES,
         global_batch=WORLD * SIZE * wanted.accumulation,
-        logger=logging.getLogger("tests.distributed"),
-        metrics=MetricsWriter(None),
         ema=ema if wanted.ema else None,
         dtype=wanted.half,
         accumulation=wanted.accumulation,
         clip_grad=wanted.clip_grad,
+        epochs=1,
     )
 
 
@@ -135,26 +126,26 @@ def state(run: Trainer) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in found.items()}
 
 
-def straight(process: Process, wanted: Combination) -> dict[str, Tensor]:
+def straight(process: RankInfo, wanted: Combination) -> dict[str, Tensor]:
     """Trains an epoch."""
     run = build(process, wanted)
     assert run.train_epoch(batches(process, UPDATES * wanted.accumulation))
     return state(run)
 
 
-def stopped(process: Process, wanted: Combination, folder: Path) -> dict[str, Tensor]:
-    """The same, in two lives; the second one begins with other weights, and goes on from the file."""
+def stopped(process: RankInfo, wanted: Combination, folder: Path) -> dict[str, Tensor]:
+    """The same, in two lives; the second one begins with other weights, and resumes from the file."""
     lives = [build(process, wanted, seed) for seed in (0, 1)]
     own = list(batches(process, UPDATES * wanted.accumulation))
     assert not lives[0].train_epoch(own, lambda: lives[0].progress.update == 2)
-    CheckpointFolder(folder, keep=1, meta={}, config="").save(lives[0])
+    checkpoint_folder(folder, keep=1).save(lives[0])
     dist.barrier()
     resume(lives[1], folder / "latest.pth")
     assert lives[1].train_epoch(own[2 * wanted.accumulation :])
     return state(lives[1])
 
 
-def both(process: Process, combinations: dict[str, Combination], folder: Path) -> dict[str, Any]:
+def both(process: RankInfo, combinations: dict[str, Combination], folder: Path) -> dict[str, Any]:
     return {
         name: (straight(process, wanted), stopped(process, wanted, folder / str(i)))
         for i, (name, wanted) in enumerate(combinations.items())
@@ -206,16 +197,16 @@ def test_compiled(tmp_path_factory, name):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("keys", "said"),
     [
         ("CHANNELS_LAST True", "COMPILE computes wrong gradients with CHANNELS_LAST on CPUs"),
         ("TRAIN.SYNC_BN True TRAIN.USE_CHECKPOINT True", "COMPILE can't compute again what TRAIN.SYNC_BN interrupts"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings, said):
-    cfg = load_config(None, parse_opts(f"DATA.DATA_PATH digits COMPILE True {settings}".split()))
+def test_what_does_not_go_together_is_refused(keys, said):
+    cfg = settings(f"DATA.DATA_PATH digits COMPILE True {keys}")
     with pytest.raises(ValueError, match=said):
-        wrap(nn.Linear(2, 2), cfg, Process(0, 2, 0, torch.device("cpu")))
+        wrap(nn.Linear(2, 2), nn.CrossEntropyLoss(), cfg, RankInfo(0, 2, 0, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

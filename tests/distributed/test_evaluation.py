@@ -5,17 +5,19 @@ from contextlib import nullcontext
 import pytest
 import torch
 from distributed_ranks import in_ranks
+from settings import settings
 
 import data
 import models
 from data import DigitsSource, Normalize
-from engine.evaluate import Evaluation, evaluate
-from utils.distributed import Process
+from engine.evaluate import evaluate
+from engine.metrics import ClassificationMetric, ClassificationResult
+from utils.distributed import RankInfo
 from utils.seed import seed_everything
 
 SIZES = (1, 2, 4, 7, 8, 9, 33)  # smaller than the number of processes, equal to it, a multiple and not
 CPU = torch.device("cpu")
-ALONE = Process(0, 1, 0, CPU)
+ALONE = RankInfo(0, 1, 0, CPU)
 
 
 class Few(DigitsSource):
@@ -26,7 +28,7 @@ class Few(DigitsSource):
         self.labels = self.labels[:count]
 
 
-def evaluations(process: Process, batch_size: int) -> list[tuple[Evaluation, list[int]]]:
+def evaluations(process: RankInfo, batch_size: int) -> list[tuple[ClassificationResult, list[int]]]:
     """Evaluates random weights, in float64, on sets of all sizes; returns the images of this process, too."""
     seed_everything(0)
     model, results = models.create_model("RepMLPNet-Digits", 10).double(), []
@@ -35,17 +37,17 @@ def evaluations(process: Process, batch_size: int) -> list[tuple[Evaluation, lis
         batches = data.build_eval_loader(
             Few(size),
             data.eval_transform((16, 16)),
-            batch_size=batch_size,
+            settings(f"DATA.BATCH_SIZE {batch_size} DATA.NUM_WORKERS 0").DATA,
             rank=process.rank,
             world_size=process.world_size,
         )
         mine = [int(index) for batch in batches for index in batch.indices]
-        results.append((evaluate(model, batches, normalize, CPU, nullcontext()), mine))
+        results.append((evaluate(model, batches, ClassificationMetric(CPU), normalize, CPU, nullcontext()), mine))
     return results
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[Evaluation]:
+def alone() -> list[ClassificationResult]:
     return [result for result, _ in evaluations(ALONE, 4)]
 
 
@@ -61,7 +63,7 @@ def test_any_number_of_processes_gives_the_result_of_one(alone, world_size):
         assert sorted(index for rank in ranks for index in rank[i][1]) == list(range(size))
 
 
-def with_an_unreadable_one(process: Process) -> str:
+def with_an_unreadable_one(process: RankInfo) -> str:
     class Broken(Few):
         def _image(self, index: int):
             if index == 5:
@@ -70,9 +72,13 @@ def with_an_unreadable_one(process: Process) -> str:
 
     model = models.create_model("RepMLPNet-Digits", 10)
     place = {"rank": process.rank, "world_size": process.world_size}
-    batches = data.build_eval_loader(Broken(9), data.eval_transform((16, 16)), batch_size=2, **place)
+    batches = data.build_eval_loader(
+        Broken(9), data.eval_transform((16, 16)), settings("DATA.BATCH_SIZE 2 DATA.NUM_WORKERS 0").DATA, **place
+    )
     try:
-        evaluate(model, batches, Normalize((0.3,) * 3, (0.4,) * 3), CPU, nullcontext())
+        evaluate(
+            model, batches, ClassificationMetric(CPU), Normalize((0.3,) * 3, (0.4,) * 3), CPU, nullcontext()
+        )
     except ValueError as error:
         return str(error)
     return ""
@@ -80,5 +86,5 @@ def with_an_unreadable_one(process: Process) -> str:
 
 def test_all_processes_refuse_where_one_has_an_unreadable_image():
     said = in_ranks(with_an_unreadable_one, 3)
-    assert all("1 images can't be read, so the accuracy would be wrong: " in text for text in said)
+    assert all("1 images can't be read, so the figures would be wrong: " in text for text in said)
     assert "the disk is gone" in said[5 % 3]

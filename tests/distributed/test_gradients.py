@@ -1,33 +1,27 @@
 """Several processes compute what one would with all of their images: gradients, statistics, accumulated updates."""
 
-import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_ranks import in_ranks
+from settings import settings
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from training_parts import ALONE, checkpoint_folder, resume, trainer_of
 
 import models
-from configs import load_config, parse_opts
-from data import Batch, Normalize
-from engine.checkpoint import CheckpointFolder, resume
-from engine.optimizer import build_optimizer
-from engine.schedule import build_schedule
+from data import Batch
+from engine.parallel import wrap
 from engine.statistics import RunningStatistics
 from engine.sync_batch_norm import synchronise_batch_norms
-from engine.train import BUCKET_ORDERING_PASSES, Trainer
-from main_repmlp import wrap
-from utils.distributed import Process
-from utils.log import MetricsWriter
+from engine.trainer import BUCKET_ORDERING_PASSES, Trainer
+from utils.distributed import RankInfo
 
 B = 4
 CPU = torch.device("cpu")
-ALONE = Process(0, 1, 0, CPU)
 CONFIG = "DATA.DATA_PATH digits"
 
 
@@ -48,15 +42,19 @@ def examples(count: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, 10, (count,), generator=generator)
 
 
-def backward(process: Process, count: int, sync_bn: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+def wrapped(model: nn.Module, process: RankInfo, config: str = CONFIG) -> nn.Module:
+    return wrap(model, nn.CrossEntropyLoss(), settings(config), process)
+
+
+def backward(process: RankInfo, count: int, sync_bn: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Runs one batch of `count` images, of all processes together; returns gradients, running statistics, the kind."""
     model = network()
     if sync_bn and process.world_size > 1:
         model = synchronise_batch_norms(model)
-    forward = wrap(model, load_config(None, parse_opts(CONFIG.split())), process)
+    forward = wrapped(model, process)
     share = slice(process.rank, None, process.world_size)
     images, labels = (tensor[share] for tensor in examples(count))
-    F.cross_entropy(forward(images), labels).backward()
+    forward(images, labels).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     statistics = {name: t for name, t in model.state_dict().items() if "running" in name or "num_batches" in name}
     return gradients, statistics, type(forward).__name__
@@ -74,7 +72,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_equal_one_with_all_images(world_size):
     expected_gradients, expected_statistics, kind = backward(ALONE, world_size * B, sync_bn=True)
-    assert kind == "RepMLPNet", "one process needs no wrapper"
+    assert kind == "NetworkWithLoss", "one process synchronises nothing"
     for gradients, statistics, kind in in_ranks(backward, world_size, world_size * B, True):
         assert kind == "DistributedDataParallel"
         assert_equal(expected_gradients, gradients)
@@ -91,39 +89,21 @@ def test_the_comparison_can_fail():
         assert_equal(expected, gradients)
 
 
-def trainer(process: Process, model: nn.Module, forward: nn.Module, accumulation: int, clip_grad: float) -> Trainer:
-    optimizer = build_optimizer(model, name="sgd", lr=0.1, weight_decay=0.01)
-    schedule = build_schedule(
-        optimizer,
-        name="step",
-        total_updates=100,
-        warmup_updates=0,
-        warmup_lr=0.0,
-        min_lr=0.0,
-        decay_updates=100,
-        decay_rate=1.0,
-    )
-    return Trainer(
-        network=model,
+def trainer(process: RankInfo, model: nn.Module, forward: nn.Module, accumulation: int, clip_grad: float) -> Trainer:
+    return trainer_of(
+        model,
         forward=forward,
-        criterion=nn.CrossEntropyLoss(),
-        optimizer=optimizer,
-        schedule=schedule,
-        normalize=Normalize((0.5,) * 3, (0.25,) * 3, dtype=torch.float64),
-        process=process,
+        rank_info=process,
         images=48,
-        epochs=10,
         updates_per_epoch=3,
         global_batch=16,
-        logger=logging.getLogger("tests.distributed"),
-        metrics=MetricsWriter(None),
         accumulation=accumulation,
         clip_grad=clip_grad,
     )
 
 
-def batches(process: Process, size: int, count: int) -> Iterator[Batch]:
-    """Deals the same images, in the same order, to any number of processes and batches."""
+def batches(process: RankInfo, size: int, count: int) -> Iterator[Batch]:
+    """Shards the same images, in the same order, to any number of processes and batches."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (size * count * process.world_size, 3, 6, 6), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 4, (len(images),), generator=generator)
@@ -133,12 +113,11 @@ def batches(process: Process, size: int, count: int) -> Iterator[Batch]:
         yield Batch(images[share], labels[share], torch.arange(start, start + size), [])
 
 
-def updates(process: Process, size: int, accumulation: int, clip_grad: float) -> tuple[dict[str, Tensor], int]:
+def updates(process: RankInfo, size: int, accumulation: int, clip_grad: float) -> tuple[dict[str, Tensor], int]:
     """Makes three updates of 16 images; returns the weights and how often gradients were reduced."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.GELU(), nn.Flatten(), nn.Linear(20, 4)).double()
-    cfg = load_config(None, parse_opts(f"{CONFIG} TRAIN.ACCUMULATION_STEPS {accumulation}".split()))
-    forward, reductions = wrap(model, cfg, process), []
+    forward, reductions = wrapped(model, process, f"{CONFIG} TRAIN.ACCUMULATION_STEPS {accumulation}"), []
     if isinstance(forward, DistributedDataParallel):
 
         def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -172,16 +151,16 @@ def test_the_limit_on_the_gradient_matters():
     )
 
 
-def saved_within_an_epoch(process: Process, folder) -> tuple[Tensor, Tensor]:
-    """Trains two updates, saves, and goes on from the file anew; returns its own statistics before and after."""
+def saved_within_an_epoch(process: RankInfo, folder) -> tuple[Tensor, Tensor]:
+    """Trains two updates, saves, and resumes from the file; returns its own statistics before and after."""
     own = []
     for life in range(2):
         torch.manual_seed(1 + life)
         model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 4)).double()
-        run = trainer(process, model, wrap(model, load_config(None, parse_opts(CONFIG.split())), process), 1, 0.0)
+        run = trainer(process, model, wrapped(model, process), 1, 0.0)
         if life == 0:
             run.train_epoch(batches(process, 8, 2), lambda run=run: run.progress.update == 2)
-            CheckpointFolder(folder, keep=1, meta={}, config="").save(run)
+            checkpoint_folder(folder, keep=1).save(run)
             dist.barrier()
         else:
             resume(run, folder / "latest.pth")
@@ -198,6 +177,6 @@ def test_running_statistics_within_an_epoch(tmp_path):
     state = torch.load(tmp_path / "latest.pth", weights_only=True)["model"]
     assert torch.equal(torch.cat([state["1.running_mean"], state["1.running_var"]]), mean)
     model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 4)).double()
-    alone = trainer(ALONE, model, model, 1, 0.0)
+    alone = trainer(ALONE, model, wrapped(model, ALONE), 1, 0.0)
     resume(alone, tmp_path / "latest.pth")
     assert torch.equal(RunningStatistics(model).read(), mean)

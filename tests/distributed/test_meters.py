@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_ranks import in_ranks
+from settings import settings
 from torch import nn
 from torch.nn import functional as F
+from training_parts import checkpoint_folder, optimizer_of, resume, trainer_of
 
 from data import Batch, Normalize
-from engine.checkpoint import CheckpointFolder, resume
-from engine.optimizer import build_optimizer
-from engine.schedule import build_schedule
-from engine.train import Trainer, data_parallel
-from utils.distributed import Process
+from engine.parallel import wrap
+from engine.trainer import Trainer
+from utils.distributed import RankInfo
 from utils.log import MetricsWriter
 from utils.meters import Mean
 
@@ -31,7 +31,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(108, 4)).double()
 
 
-def batches(process: Process) -> list[Batch]:
+def batches(process: RankInfo) -> list[Batch]:
     """This process's share of the images."""
     generator = torch.Generator().manual_seed(process.rank)
     images = torch.randint(0, 256, (UPDATES, SIZE, 3, 6, 6), generator=generator, dtype=torch.uint8)
@@ -39,30 +39,27 @@ def batches(process: Process) -> list[Batch]:
     return [Batch(image, label, torch.arange(SIZE), []) for image, label in zip(images, labels, strict=True)]
 
 
-def trainer(process: Process, folder: Path | None = None, start: int = 0, print_freq: int = 3) -> Trainer:
+def trainer(process: RankInfo, folder: Path | None = None, start: int = 0, print_freq: int = 3) -> Trainer:
     """Updates that leave the weights alone, so that every loss is that of the first ones."""
     model = network()
-    optimizer = build_optimizer(model, name="sgd", lr=0.0, weight_decay=0.0)
-    rest = {"warmup_updates": 0, "warmup_lr": 0.0, "min_lr": 0.0, "decay_updates": 1, "decay_rate": 1.0}
-    return Trainer(
-        network=model,
-        forward=data_parallel(model, process, static_graph=True),
-        criterion=nn.CrossEntropyLoss(),
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, name="step", total_updates=100, **rest),
+    criterion = nn.CrossEntropyLoss()
+    return trainer_of(
+        model,
+        forward=wrap(model, criterion, settings("AMP off"), process),
+        criterion=criterion,
+        optimizer=optimizer_of(model, name="sgd", lr=0.0, weight_decay=0.0),
         normalize=NORMALIZE,
-        process=process,
+        rank_info=process,
         images=UPDATES * SIZE * process.world_size,
         epochs=2,
         updates_per_epoch=UPDATES,
         global_batch=SIZE * process.world_size,
-        logger=logging.getLogger("tests.distributed"),
         metrics=MetricsWriter(folder if process.is_main else None, start, 0),
         print_freq=print_freq,
     )
 
 
-def straight_and_stopped(process: Process, folder: Path) -> bool:
+def straight_and_stopped(process: RankInfo, folder: Path) -> bool:
     """Trains an epoch without a stop, and the same with one after two updates; compares the records."""
     folders = [folder / name for name in ("straight", "stopped")]
     if process.is_main:
@@ -75,7 +72,7 @@ def straight_and_stopped(process: Process, folder: Path) -> bool:
     first = trainer(process, folders[1])
     first.train_epoch(own, lambda: first.progress.update == 2)
     first.metrics.close()
-    CheckpointFolder(folder, keep=1, meta={}, config="").save(first)
+    checkpoint_folder(folder, keep=1).save(first)
     dist.barrier()
     second = trainer(process, folders[1], 2)
     resume(second, folder / "latest.pth")
@@ -93,7 +90,7 @@ def test_means_after_a_restart_are_the_same_to_the_last_bit(tmp_path, world_size
 
 def test_means_are_those_over_all_processes(tmp_path):
     in_ranks(straight_and_stopped, 3, tmp_path)
-    every = [batches(Process(rank, 3, rank, torch.device("cpu"))) for rank in range(3)]
+    every = [batches(RankInfo(rank, 3, rank, torch.device("cpu"))) for rank in range(3)]
     losses = [
         [F.cross_entropy(network()(NORMALIZE(b.images)), b.labels).item() for b in update]
         for update in zip(*every, strict=True)
@@ -104,7 +101,7 @@ def test_means_are_those_over_all_processes(tmp_path):
     assert epoch["loss"] == pytest.approx(sum(means) / 5, rel=1e-13)
 
 
-def numbers(process: Process) -> list[list[float]]:
+def numbers(process: RankInfo) -> list[list[float]]:
     """Adds numbers to a mean whose sum depends on the order, with other weights on each process."""
     mean = Mean(process.device)
     for number in range(5):
@@ -112,7 +109,7 @@ def numbers(process: Process) -> list[list[float]]:
     return mean.state()
 
 
-def mean_of(process: Process, state: list) -> float:
+def mean_of(process: RankInfo, state: list) -> float:
     mean = Mean(process.device)
     mean.load_state(state)
     return mean.compute()
@@ -141,7 +138,7 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def logged(process: Process) -> list[str]:
+def logged(process: RankInfo) -> list[str]:
     """Trains an epoch in which each update takes a second."""
     now, kept = 0.0, Lines()
     time.perf_counter = lambda: now  # this process ends with the test

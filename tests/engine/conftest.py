@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_parts
 from torch import nn
 
 from data import Batch, Normalize
-from engine.optimizer import build_optimizer
-from engine.schedule import build_schedule
-from engine.train import Trainer
-from utils.distributed import Process
+from engine.trainer import Trainer
+from utils.distributed import RankInfo
 from utils.log import MetricsWriter
 from utils.seed import seed_everything
 
@@ -59,34 +58,4 @@ def metrics(tmp_path: Path) -> Iterator[MetricsWriter]:
 @pytest.fixture
 def trainer_of() -> Callable[..., Trainer]:
     """Returns a function that puts a trainer together: constant learning rate, on the CPU, alone."""
-
-    def make(network: nn.Module, **changes: object) -> Trainer:
-        optimizer = changes.pop("optimizer", None) or build_optimizer(network, name="sgd", lr=0.1, weight_decay=0.01)
-        schedule = changes.pop("schedule", None) or build_schedule(
-            optimizer,  # type: ignore[arg-type]
-            name="step",
-            total_updates=1000,
-            warmup_updates=0,
-            warmup_lr=0.0,
-            min_lr=0.0,
-            decay_updates=1000,
-            decay_rate=1.0,
-        )
-        settings = {
-            "network": network,
-            "forward": network,
-            "criterion": nn.CrossEntropyLoss(),
-            "optimizer": optimizer,
-            "schedule": schedule,
-            "normalize": Normalize((0.5,) * 3, (0.25,) * 3, dtype=next(network.parameters()).dtype),
-            "process": Process(0, 1, 0, torch.device("cpu")),
-            "images": 40,
-            "epochs": 10,
-            "updates_per_epoch": 5,
-            "global_batch": 8,
-            "logger": logging.getLogger("tests.engine"),
-            "metrics": MetricsWriter(None),
-        }
-        return Trainer(**settings | changes)  # type: ignore[arg-type]
-
-    return make
+    return training_parts.trainer_of

@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training_parts import checkpoint_folder, ema_of, optimizer_of, resume, schedule_of
 from yacs.config import CfgNode
 
 import models
 from data import Batch, Normalize
-from engine.checkpoint import CheckpointFolder, resume
-from engine.ema import ModelEma
-from engine.optimizer import build_optimizer, parameter_groups
-from engine.schedule import build_schedule
+from engine.checkpoint import CheckpointFolder
+from engine.optimizer import parameter_groups
 from engine.state import ALWAYS, SOMETIMES, read_state
-from engine.train import Progress, Trainer
+from engine.trainer import Progress, Trainer
 from models.checkpoints import describe, read_checkpoint
 from models.reparam import to_deploy
-from utils.distributed import Process
+from utils.distributed import RankInfo
 
 ARCH = "RepMLPNet-Digits"
 LOGGER = logging.getLogger("tests.engine")
@@ -37,8 +36,8 @@ def run_of(trainer_of):
     def make(seed: int, *, ema: bool = False, name: str = "adamw", **changes: object) -> Trainer:
         torch.manual_seed(seed)
         model = models.create_model(ARCH, 10)
-        optimizer = build_optimizer(model, name=name, lr=0.002, weight_decay=0.05)
-        schedule = build_schedule(
+        optimizer = optimizer_of(model, name=name, lr=0.002, weight_decay=0.05)
+        schedule = schedule_of(
             optimizer,
             name="cosine",
             total_updates=100,
@@ -48,7 +47,7 @@ def run_of(trainer_of):
             decay_updates=1,
             decay_rate=1.0,
         )
-        average = ModelEma(model, alpha=0.1, period=2, global_batch=8, epochs=4, warmup_updates=2) if ema else None
+        average = ema_of(model, alpha=0.1, period=2, global_batch=8, epochs=4, warmup_updates=2) if ema else None
         normalize = Normalize((0.3,) * 3, (0.4,) * 3)
         settings = {"optimizer": optimizer, "schedule": schedule, "ema": average, "normalize": normalize, "epochs": 4}
         return trainer_of(model, **settings | changes)
@@ -92,7 +91,7 @@ def state(trainer: Trainer) -> dict[str, object]:
 
 
 def folder(path: Path, keep: int = 3) -> CheckpointFolder:
-    return CheckpointFolder(path, keep=keep, meta=META, config="TAG: test\n")
+    return checkpoint_folder(path, keep=keep, meta=META)
 
 
 def names(path: Path) -> set[str]:
@@ -111,7 +110,7 @@ def test_what_a_checkpoint_is_called(tmp_path, run_of):
     checkpoints.save(trainer)
     assert names(tmp_path) == {"latest.pth"}
     trainer.progress.epoch = 2
-    checkpoints.save(trainer, numbered=True)
+    checkpoints.save(trainer, periodic=True)
     assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth"}
     checkpoints.save(trainer, best=True, best_ema=True)
     assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth", "best_ckpt.pth", "best_ema.pth"}
@@ -123,7 +122,7 @@ def test_the_newest_numbered_ones_stay(tmp_path, run_of, keep):
     trainer, checkpoints = run_of(1), folder(tmp_path, keep)
     for finished in (2, 9, 10, 11):
         trainer.progress.epoch = finished + 1
-        checkpoints.save(trainer, numbered=True, best=finished == 2)
+        checkpoints.save(trainer, periodic=True, best=finished == 2)
     expected = [f"ckpt_epoch_{finished}.pth" for finished in (2, 9, 10, 11)[4 - keep :]]
     assert [path.name for path in checkpoints.numbered()] == expected
     assert names(tmp_path) == {"latest.pth", "best_ckpt.pth", *expected}
@@ -135,7 +134,7 @@ def test_without_a_latest_one_the_highest_number_is_the_newest(tmp_path, run_of)
     trainer, checkpoints = run_of(1), folder(tmp_path)
     for finished in (9, 10):
         trainer.progress.epoch = finished + 1
-        checkpoints.save(trainer, numbered=True)
+        checkpoints.save(trainer, periodic=True)
     (tmp_path / "latest.pth").unlink()
     (tmp_path / "ckpt_epoch_best.pth").touch()
     assert checkpoints.newest(LOGGER).path == tmp_path / "ckpt_epoch_10.pth"
@@ -146,7 +145,8 @@ def test_a_checkpoint_is_plain_data_with_its_description(tmp_path, run_of):
     trainer.train_epoch(epoch(0))
     folder(tmp_path).save(trainer)
     payload = torch.load(tmp_path / "latest.pth", weights_only=True)
-    assert (payload["meta"], payload["config"]) == (META, "TAG: test\n")
+    assert (payload["meta"], payload["metric"]) == (META, "top1")
+    assert "TAG: test\n" in payload["config"]
     assert (payload["epoch"], payload["max_accuracy"]) == (0, 0.0)
     assert_equal(payload["model"], trainer.network.state_dict())
     assert_equal(payload["ema"], trainer.ema.module.state_dict())
@@ -156,7 +156,7 @@ def test_a_checkpoint_is_plain_data_with_its_description(tmp_path, run_of):
 
 def test_no_temporary_file_is_left(tmp_path, run_of):
     checkpoints = folder(tmp_path)
-    checkpoints.save(run_of(1), numbered=True, best=True)
+    checkpoints.save(run_of(1), periodic=True, best=True)
     assert not [name for name in names(tmp_path) if name.startswith(".") or name.endswith(".tmp")]
 
 
@@ -165,14 +165,14 @@ def test_no_temporary_file_is_left(tmp_path, run_of):
 def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, run_of, ema, name):
     straight = run_of(1, ema=ema, name=name)
     straight.train_epoch(epoch(0))
-    straight.progress.best_top1 = 12.5
+    straight.progress.best_metric = 12.5
     folder(tmp_path).save(straight)
     resumed = run_of(2, ema=ema, name=name)
     resume(resumed, tmp_path / "latest.pth")
     for part in ("model", "ema", "progress"):
         assert_equal(state(resumed)[part], state(straight)[part])
     assert_equal(resumed.optimizer.state_dict()["state"], straight.optimizer.state_dict()["state"])
-    assert (resumed.progress.epoch, resumed.progress.update, resumed.progress.best_top1) == (1, 5, 12.5)
+    assert (resumed.progress.epoch, resumed.progress.update, resumed.progress.best_metric) == (1, 5, 12.5)
     for trainer in (straight, resumed):
         trainer.train_epoch(epoch(1))
     assert_equal(state(resumed), state(straight))
@@ -204,7 +204,7 @@ def published_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Writes what the published training code leaves after its epoch 6; returns the network and the optimizer."""
     torch.manual_seed(5)
     model = models.create_model(ARCH, 10)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
     for _ in range(2):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
@@ -231,7 +231,7 @@ def test_a_published_checkpoint_goes_on_after_its_epoch(tmp_path, run_of):
     assert_equal(trainer.ema.module.state_dict(), published.state_dict())
     assert_equal(trainer.optimizer.state_dict()["state"], optimizer["state"])
     progress = trainer.progress
-    assert (progress.epoch, progress.consumed, progress.update, progress.best_top1) == (7, 0, 35, 71.25)
+    assert (progress.epoch, progress.consumed, progress.update, progress.best_metric) == (7, 0, 35, 71.25)
     before = trainer.network.head.weight.clone()
     trainer.train_epoch(epoch(0))
     assert (trainer.progress.epoch, trainer.progress.update) == (8, 40)
@@ -259,14 +259,14 @@ def saved(path: Path, trainer: Trainer, **changes: object) -> Path:
 
 def test_weights_alone_are_for_pretrained(tmp_path, run_of):
     path = saved(tmp_path / "weights.pth", run_of(1), optimizer=None, progress=None, epoch=None)
-    with pytest.raises(ValueError, match=re.escape("start from it with --pretrained instead of --resume")) as error:
+    with pytest.raises(ValueError, match=re.escape("start from it with MODEL.PRETRAINED instead of MODEL.RESUME")) as error:
         resume(run_of(2), path)
     assert str(error.value).startswith(f"{path} holds weights but not the state of a training")
 
 
 def test_a_bare_state_dict_is_for_pretrained(tmp_path, run_of):
     torch.save(run_of(1).network.state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(ValueError, match=r"optimizer and epoch is missing\): start from it with --pretrained"):
+    with pytest.raises(ValueError, match=r"optimizer and epoch is missing\): start from it with MODEL.PRETRAINED"):
         resume(run_of(2), tmp_path / "bare.pth")
 
 
@@ -313,7 +313,7 @@ def whole(tmp_path, run_of) -> tuple[Path, dict[str, Any]]:
     """A file of a run with an average after five updates, and what is in it."""
     trainer = run_of(1, ema=True)
     trainer.train_epoch(epoch(0))
-    folder(tmp_path).save(trainer, numbered=True, best=True)
+    folder(tmp_path).save(trainer, periodic=True, best=True)
     return tmp_path / "latest.pth", torch.load(tmp_path / "latest.pth", weights_only=True)
 
 
@@ -346,9 +346,9 @@ MUTATIONS: list[tuple[str, object]] = [
     ("progress/consumed", None),
     ("progress/update", 5.5),
     ("progress/update", "5"),
-    ("progress/best_top1", math.inf),
+    ("progress/best_metric", math.inf),
     ("progress/skipped", [1]),
-    ("progress/best_top1", 10**400),
+    ("progress/best_metric", 10**400),
     ("max_accuracy", -(10**400)),
     ("run/images", 0),
     ("run/global_batch", 0),
@@ -443,7 +443,7 @@ def test_a_file_name_comes_from_nothing_but_a_number(tmp_path, run_of):
     victim.parent.mkdir()
     victim.write_bytes(b"somebody's weights")
     run = tmp_path / "output" / "arch" / "tag"
-    folder(run).save(run_of(1), numbered=True)
+    folder(run).save(run_of(1), periodic=True)
     payload = torch.load(run / "latest.pth", weights_only=True) | {"epoch": "x/../../../../victim/best"}
     (run / "ckpt_epoch_x").mkdir()
     for path in run.glob("*.pth"):
@@ -471,7 +471,7 @@ def test_the_schema_holds_for_every_state_that_is_saved(tmp_path, run_of):
 def test_a_state_is_written_once(tmp_path, run_of):
     trainer, checkpoints = run_of(1, ema=True), folder(tmp_path)
     trainer.progress.epoch = 1
-    checkpoints.save(trainer, numbered=True, best=True, best_ema=True)
+    checkpoints.save(trainer, periodic=True, best=True, best_ema=True)
     inodes = {path.name: path.stat().st_ino for path in tmp_path.glob("*.pth")}
     assert inodes["latest.pth"] == inodes["best_ckpt.pth"] == inodes["ckpt_epoch_0.pth"] != inodes["best_ema.pth"]
     best = (tmp_path / "best_ckpt.pth").read_bytes()
@@ -541,12 +541,12 @@ def test_the_best_average_is_used_as_such_and_resumes_like_any_other(tmp_path, r
 )
 def test_another_experiment_does_not_resume(tmp_path, run_of, other):
     meta = META | {"dataset": "digits", "structure": {}}
-    CheckpointFolder(tmp_path, keep=1, meta=meta, config="").save(run_of(1))
+    checkpoint_folder(tmp_path, keep=1, meta=meta).save(run_of(1))
     ((key, value),) = other.items()
     with pytest.raises(ValueError, match=re.escape(f"another experiment, with {key} {meta[key]} instead of {value}")):
-        CheckpointFolder(tmp_path, keep=1, meta=meta | other, config="").start(LOGGER)
+        checkpoint_folder(tmp_path, keep=1, meta=meta | other).start(LOGGER)
     versions = {"versions": {"torch": "0"}, "form": None}
-    assert CheckpointFolder(tmp_path, keep=1, meta=meta | versions, config="").start(LOGGER) is not None
+    assert checkpoint_folder(tmp_path, keep=1, meta=meta | versions).start(LOGGER) is not None
 
 
 def test_an_absent_file(tmp_path, run_of):
@@ -555,7 +555,7 @@ def test_an_absent_file(tmp_path, run_of):
 
 
 def test_a_run_that_was_killed_while_it_saved_gets_its_best_checkpoint(tmp_path, run_of):
-    folder = CheckpointFolder(tmp_path, keep=1, meta={}, config="")
+    folder = checkpoint_folder(tmp_path, keep=1)
     folder.save(run_of(1), best=True)
     (tmp_path / "best_ckpt.pth").unlink()
     (tmp_path / ".latest.pth.abc.tmp").touch()
@@ -568,11 +568,11 @@ def test_a_run_that_was_killed_while_it_saved_gets_its_best_checkpoint(tmp_path,
 def test_what_another_loss_has_learned_is_refused(tmp_path, run_of):
     run = run_of(1)
     run.criterion = torch.nn.Linear(2, 3)
-    CheckpointFolder(tmp_path, keep=1, meta={}, config="").save(run)
+    checkpoint_folder(tmp_path, keep=1).save(run)
     for other in (torch.nn.Linear(2, 4), torch.nn.CrossEntropyLoss()):
         again = run_of(1)
         again.criterion = other
-        with pytest.raises(ValueError, match="another loss or other classes: give this run another --tag"):
+        with pytest.raises(ValueError, match="another loss or other classes: give this run another TAG"):
             resume(again, tmp_path / "latest.pth")
 
 
@@ -590,7 +590,7 @@ def test_each_process_gets_its_own_running_statistics_back_or_the_mean_of_all(
     trainer.train_epoch(epoch(0))
     (of_one,) = torch.load(saved(tmp_path / "one.pth", trainer), weights_only=True)["rank_statistics"]
     path = saved(tmp_path / "two.pth", trainer, rank_statistics=[torch.full_like(of_one, v) for v in (1.0, 5.0)])
-    resumed = run_of(2, process=Process(rank, world_size, rank, torch.device("cpu")))
+    resumed = run_of(2, rank_info=RankInfo(rank, world_size, rank, torch.device("cpu")))
     resume(resumed, path)
     assert running_statistics(resumed) == {expected}
 
@@ -610,7 +610,7 @@ def test_a_run_that_was_killed_between_two_names_of_a_state_gets_the_newer_one(t
     trainer, checkpoints = run_of(1), folder(tmp_path, keep=1)
     for number in range(2):
         trainer.train_epoch(epoch(number))
-        checkpoints.save(trainer, numbered=True, best=True)
+        checkpoints.save(trainer, periodic=True, best=True)
         if number == 0:
             older = (tmp_path / "best_ckpt.pth").read_bytes(), (tmp_path / "ckpt_epoch_0.pth").read_bytes()
     (tmp_path / "best_ckpt.pth").unlink()  # a name of the newer state as well

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from training_parts import ema_of
 
 from engine.ema import ModelEma
+
 
 
 def network(value: float) -> nn.Module:
@@ -21,7 +23,7 @@ def fill(model: nn.Module, value: float) -> nn.Module:
 
 def average(model: nn.Module, **changes: object) -> ModelEma:
     settings = {"alpha": 0.001, "period": 4, "global_batch": 100, "epochs": 2, "warmup_updates": 8}
-    return ModelEma(model, **settings | changes)
+    return ema_of(model, **settings | changes)
 
 
 def values(ema: ModelEma) -> set[float]:

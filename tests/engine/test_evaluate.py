@@ -1,7 +1,8 @@
 """Accuracies and losses against a count in NumPy, and two networks side by side."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,17 +10,33 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from settings import settings
 from torch import nn
 
 import data
 import models
 from data import Batch, Normalize
-from engine.evaluate import Evaluation, compare, correct_within, evaluate, refuse_nonfinite
-from engine.train import autocast
+from engine.evaluate import Comparison, compare, evaluate, refuse_nonfinite
+from engine.metrics import ClassificationMetric, ClassificationResult
+from engine.metrics.classification import correct_within
+from engine.precision import autocast
 from models.reparam import randomize_statistics, to_deploy
 
 CPU = torch.device("cpu")
 NORMALIZE = Normalize((0.5,) * 3, (0.25,) * 3)
+
+
+def evaluated(
+    model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager = nullcontext()
+) -> ClassificationResult:
+    result = evaluate(model, batches, ClassificationMetric(CPU), NORMALIZE, CPU, precision)
+    assert isinstance(result, ClassificationResult)
+    return result
+
+
+def compared(first: nn.Module, second: nn.Module, batches: Iterable[Batch]) -> Comparison:
+    metrics = ClassificationMetric(CPU), ClassificationMetric(CPU)
+    return compare(first, second, batches, metrics, NORMALIZE, CPU, nullcontext())
 
 
 def network(classes: int) -> nn.Module:
@@ -61,31 +78,31 @@ def test_figures_equal_a_plain_count(classes, count, size):
     with torch.no_grad():
         logits = model(NORMALIZE(everything.images)).numpy()
     top1, top5, loss = counted(logits, everything.labels.numpy())
-    result = evaluate(model, batches(count, size, classes), NORMALIZE, CPU, nullcontext())
+    result = evaluated(model, batches(count, size, classes))
     assert result.images == count
     assert (result.top1, result.top5) == pytest.approx((top1, top5), abs=1e-9)
     assert result.loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_with_up_to_five_classes_every_answer_is_among_the_best_five():
-    assert evaluate(network(5), batches(23, 7, 5), NORMALIZE, CPU, nullcontext()).top5 == 100
+    assert evaluated(network(5), batches(23, 7, 5)).top5 == 100
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_network_stays_as_it_was(training):
     model = network(7).train(training)
     before = deepcopy(model.state_dict())
-    first = evaluate(model, batches(23, 7, 7), NORMALIZE, CPU, nullcontext())
+    first = evaluated(model, batches(23, 7, 7))
     assert model.training is training
     assert all(module.training is training for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert evaluate(model, batches(23, 5, 7), NORMALIZE, CPU, nullcontext()).top1 == first.top1
+    assert evaluated(model, batches(23, 5, 7)).top1 == first.top1
 
 
 def test_the_precision_of_the_forward_pass_is_the_one_asked_for():
     model = network(7)
-    exact = evaluate(model, batches(200, 50, 7), NORMALIZE, CPU, autocast(CPU, None))
-    rounded = evaluate(model, batches(200, 50, 7), NORMALIZE, CPU, autocast(CPU, torch.bfloat16))
+    exact = evaluated(model, batches(200, 50, 7), autocast(CPU, None))
+    rounded = evaluated(model, batches(200, 50, 7), autocast(CPU, torch.bfloat16))
     assert rounded.loss != exact.loss
     assert rounded.loss == pytest.approx(exact.loss, rel=0.02)
 
@@ -99,7 +116,7 @@ def test_correct_within():
 
 
 def test_an_evaluation_in_words_and_as_numbers():
-    evaluation = Evaluation(top1=12.34567, top5=50.0, loss=1.23456, images=359)
+    evaluation = ClassificationResult(top1=12.34567, top5=50.0, loss=1.23456, images=359)
     assert str(evaluation) == "Acc@1 12.346 Acc@5 50.000 loss 1.2346 on 359 images"
     assert evaluation.as_dict() == {"top1": 12.34567, "top5": 50.0, "loss": 1.23456, "images": 359}
 
@@ -117,34 +134,34 @@ def table_of(*rows: list[float]) -> "tuple[Table, Batch]":
 @pytest.mark.parametrize("broken", [[NAN, NAN], [NAN, 0.0], [0.0, NAN], [INF, 0.0], [0.0, -INF], [INF, INF]])
 def test_an_image_with_answers_that_are_not_finite_counts_as_wrong(broken):
     model, batch = table_of([1.0, 0.0], broken, [0.0, 1.0], [2.0, 0.0])
-    result = evaluate(model, [batch], NORMALIZE, CPU, nullcontext())
+    result = evaluated(model, [batch])
     assert (result.top1, result.top5, result.images, result.nonfinite) == (50.0, 75.0, 4, 1)
     assert math.isnan(result.loss)
     assert str(result) == ("Acc@1 50.000 Acc@5 75.000 loss nan on 4 images, 1 of them with answers that are not finite")
     with pytest.raises(ValueError, match="answers to 1 of 4 images are not finite numbers: its weights are broken"):
-        refuse_nonfinite(result.nonfinite, result.images)
+        refuse_nonfinite(result)
 
 
 def test_finite_answers_are_not_refused():
     model, batch = table_of([3e38, 0.0], [0.0, -3e38])
-    result = evaluate(model, [batch], NORMALIZE, CPU, nullcontext())
+    result = evaluated(model, [batch])
     assert (result.top1, result.nonfinite) == (100.0, 0)
-    refuse_nonfinite(result.nonfinite, result.images)
+    refuse_nonfinite(result)
 
 
 def test_an_overflow_of_half_precision_is_noticed():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
     nn.init.constant_(model[1].weight, 1e4)
-    whole = evaluate(model, batches(6, 6, 3), NORMALIZE, CPU, nullcontext())
-    half = evaluate(model, batches(6, 6, 3), NORMALIZE, CPU, autocast(CPU, torch.float16))
+    whole = evaluated(model, batches(6, 6, 3))
+    half = evaluated(model, batches(6, 6, 3), autocast(CPU, torch.float16))
     assert whole.nonfinite == 0
     assert half.nonfinite > 0
 
 
 def test_no_images_are_no_accuracy():
     with pytest.raises(ValueError, match="there are no images to evaluate"):
-        evaluate(network(3), [], NORMALIZE, CPU, nullcontext())
+        evaluated(network(3), [])
 
 
 def test_an_unreadable_image_is_not_passed_over(tmp_path: Path):
@@ -155,18 +172,18 @@ def test_an_unreadable_image_is_not_passed_over(tmp_path: Path):
             Image.fromarray(np.full((6, 6, 3), 40 * number, dtype=np.uint8)).save(path)
     broken = tmp_path / "val" / "bee" / "1.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    source = data.open_source("imagenet", tmp_path, "val")
-    loader = data.build_eval_loader(source, data.eval_transform((6, 6)), batch_size=4)
-    with pytest.raises(ValueError, match="1 images can't be read, so the accuracy would be wrong") as error:
-        evaluate(network(2), loader, NORMALIZE, CPU, nullcontext())
+    cfg = settings(f"DATA.DATA_PATH {tmp_path} DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0").DATA
+    loader = data.build_eval_loader(data.open_source(cfg, "val"), data.eval_transform((6, 6)), cfg)
+    with pytest.raises(ValueError, match="1 images can't be read, so the figures would be wrong") as error:
+        evaluated(network(2), loader)
     assert str(broken) in str(error.value)
 
 
 def test_a_network_compared_to_itself_differs_by_nothing():
     model = network(7).eval()
-    result = compare(model, deepcopy(model), batches(23, 7, 7), NORMALIZE, CPU, nullcontext())
+    result = compared(model, deepcopy(model), batches(23, 7, 7))
     assert (result.agreement, result.difference) == (100.0, 0.0)
-    assert result.first == result.second == evaluate(model, batches(23, 7, 7), NORMALIZE, CPU, nullcontext())
+    assert result.first == result.second == evaluated(model, batches(23, 7, 7))
 
 
 class Table(nn.Module):
@@ -187,7 +204,7 @@ def test_agreement_and_difference_by_hand():
     images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
     labels = torch.tensor([0, 0, 0, 1])
     cut = [Batch(images[i : i + 3], labels[i : i + 3], torch.arange(4)[i : i + 3], []) for i in (0, 3)]
-    result = compare(first, second, cut, NORMALIZE, CPU, nullcontext())
+    result = compared(first, second, cut)
     assert result.agreement == 75.0
     assert result.difference == pytest.approx(1.0 / 8.0)  # 2.0 against 1.0, where the largest logit has size 8
     assert (result.first.top1, result.second.top1) == (50.0, 25.0)
@@ -202,7 +219,7 @@ def test_answers_that_are_no_numbers_never_agree(value, which):
     # In batches of one, too: what comes after does not make it good.
     for cut in ([batch], [Batch(*(part[i : i + 1] for part in batch[:3]), []) for i in range(2)]):
         first.seen = second.seen = 0
-        result = compare(first, second, cut, NORMALIZE, CPU, nullcontext())
+        result = compared(first, second, cut)
         assert result.difference == float("inf")
         assert result.agreement == 50.0
         assert (result.first.nonfinite, result.second.nonfinite) == (which != "second", which != "first")
@@ -216,8 +233,8 @@ def test_a_conversion_that_forgets_the_statistics_is_found_out():
     right = to_deploy(model).eval()
     source = data.open_source("digits", "digits", "val")
     loader = data.build_eval_loader(source, data.eval_transform((16, 16)), batch_size=200)
-    good = compare(model.eval(), right, loader, NORMALIZE, CPU, nullcontext())
-    bad = compare(model, wrong, loader, NORMALIZE, CPU, nullcontext())
+    good = compared(model.eval(), right, loader)
+    bad = compared(model, wrong, loader)
     assert (good.agreement, good.first.images) == (100.0, 359)
     assert good.difference < 1e-5
     assert bad.difference > 0.01

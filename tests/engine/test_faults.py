@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from training_parts import checkpoint_folder, optimizer_of, resume
 
 from data import Batch
-from engine.checkpoint import CheckpointFolder, resume
-from engine.optimizer import build_optimizer
 from utils.lock import folder_lock
 from utils.log import MetricsWriter
 
@@ -56,19 +55,19 @@ def test_an_update_of_broken_numbers_leaves_no_trace(trainer_of, batch_of, name,
     broken, whole = network(), network()
     trainer = trainer_of(
         broken,
-        optimizer=build_optimizer(broken, name=name, lr=0.01, weight_decay=0.1),
+        optimizer=optimizer_of(broken, name=name, lr=0.01, weight_decay=0.1),
         criterion=Spoiling(*spoilt, value=value),
         max_skipped=5,
     )
     trainer.train_epoch(batches)
-    optimizer = build_optimizer(whole, name=name, lr=0.01, weight_decay=0.1)
+    optimizer = optimizer_of(whole, name=name, lr=0.01, weight_decay=0.1)
     trainer_of(whole, optimizer=optimizer).train_epoch(b for i, b in enumerate(batches) if i not in spoilt)
     assert same(learnt(broken), learnt(whole))
     assert trainer.progress.skipped == len(spoilt)
     assert trainer.progress.update == 4
 
 
-def test_a_skipped_update_is_told_of_with_its_images(trainer_of, batch_of, caplog: pytest.LogCaptureFixture):
+def test_a_skipped_update_is_logged_with_its_images(trainer_of, batch_of, caplog: pytest.LogCaptureFixture):
     trainer = trainer_of(network(), criterion=Spoiling(1), max_skipped=5, locate=lambda index: f"image-{index}.png")
     with caplog.at_level(logging.WARNING, logger="tests.engine"):
         trainer.train_epoch(batch_of(8, seed=number) for number in range(3))
@@ -107,7 +106,7 @@ class Learning(nn.CrossEntropyLoss):
 def test_gradients_of_what_the_loss_learns_count(trainer_of, batch_of):
     """For the decision to skip an update, and for the norm that is clipped."""
     model, criterion = network(), Learning(1)
-    optimizer = build_optimizer(nn.ModuleList([model, criterion]), name="sgd", lr=0.01, weight_decay=0.1)
+    optimizer = optimizer_of(model, name="sgd", lr=0.01, weight_decay=0.1, criterion=criterion)
     trainer = trainer_of(model, criterion=criterion, optimizer=optimizer, max_skipped=1, clip_grad=1e-3)
     trainer.train_epoch([batch_of(8), batch_of(8, seed=1)])
     assert trainer.progress.skipped == 1
@@ -130,16 +129,16 @@ def epoch(batch_of, number: int) -> list[Batch]:
 
 
 def saved(trainer, folder: Path) -> Path:
-    CheckpointFolder(folder, keep=3, meta={}, config="").save(trainer)
+    checkpoint_folder(folder, keep=3).save(trainer)
     return folder / "latest.pth"
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_a_run_that_stops_within_an_epoch_goes_on_there(trainer_of, batch_of, tmp_path, stop_after):
+def test_a_run_that_stops_within_an_epoch_resumes_there(trainer_of, batch_of, tmp_path, stop_after):
     def build(seed: int, folder: Path, start: int = 0, first: int = 0):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Flatten(), nn.Linear(108, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
-        optimizer = build_optimizer(model, name="adamw", lr=0.01, weight_decay=0.1)
+        optimizer = optimizer_of(model, name="adamw", lr=0.01, weight_decay=0.1)
         return trainer_of(model, optimizer=optimizer, metrics=MetricsWriter(folder, start, first), print_freq=2)
 
     folders = [tmp_path / name for name in ("straight", "stopped")]
@@ -217,10 +216,10 @@ def damaged(path: Path) -> Path:
 
 
 def test_a_damaged_checkpoint_is_passed_over(trainer_of, tmp_path, caplog: pytest.LogCaptureFixture):
-    trainer, checkpoints = trainer_of(network()), CheckpointFolder(tmp_path, keep=3, meta={}, config="")
+    trainer, checkpoints = trainer_of(network()), checkpoint_folder(tmp_path, keep=3)
     for finished in (3, 4):
         trainer.progress.epoch, trainer.progress.update = finished + 1, 10 * finished
-        checkpoints.save(trainer, numbered=True)
+        checkpoints.save(trainer, periodic=True)
     damaged(tmp_path / "latest.pth")
     with caplog.at_level(logging.WARNING, logger="tests.engine"):
         assert checkpoints.newest(LOGGER).path == tmp_path / "ckpt_epoch_4.pth"
@@ -228,28 +227,28 @@ def test_a_damaged_checkpoint_is_passed_over(trainer_of, tmp_path, caplog: pytes
 
 
 def test_the_newest_is_the_one_with_the_most_updates(trainer_of, tmp_path):
-    trainer, checkpoints = trainer_of(network()), CheckpointFolder(tmp_path, keep=3, meta={}, config="")
+    trainer, checkpoints = trainer_of(network()), checkpoint_folder(tmp_path, keep=3)
     trainer.progress.epoch, trainer.progress.update = 3, 30
     checkpoints.save(trainer)
     (tmp_path / "latest.pth").rename(tmp_path / "best_ckpt.pth")
     trainer.progress.epoch, trainer.progress.update = 2, 20
-    checkpoints.save(trainer, numbered=True)
+    checkpoints.save(trainer, periodic=True)
     assert checkpoints.newest(LOGGER).path == tmp_path / "best_ckpt.pth"
 
 
 def test_where_all_are_damaged_the_run_does_not_begin_anew(trainer_of, tmp_path):
-    checkpoints = CheckpointFolder(tmp_path, keep=3, meta={}, config="")
+    checkpoints = checkpoint_folder(tmp_path, keep=3)
     checkpoints.save(trainer_of(network()))
     damaged(tmp_path / "latest.pth")
     with pytest.raises(ValueError, match=re.escape(f"none of the 1 checkpoints in {tmp_path} can be read")) as error:
         checkpoints.newest(LOGGER)
-    assert "--tag" in str(error.value)
+    assert "another TAG" in str(error.value)
 
 
 def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
     (tmp_path / ".latest.pth.x1.tmp").touch()
     (tmp_path / "notes.tmp").touch()
-    CheckpointFolder(tmp_path, keep=3, meta={}, config="").clear_leftovers()
+    checkpoint_folder(tmp_path, keep=3).clear_leftovers()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.tmp"]
 
 

@@ -5,9 +5,10 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from training_parts import optimizer_of
 
-from configs.rules import RULES
-from engine.optimizer import build_optimizer, match_layout, parameter_groups
+from configs.constraints import CONSTRAINTS
+from engine.optimizer import OPTIMIZERS, match_layout, parameter_groups
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -39,7 +40,7 @@ def gradients(model: nn.Module, seed: int) -> None:
 
 def test_biases_norms_and_exempt_names_do_not_decay():
     model = Exempting()
-    decaying, plain = parameter_groups(model, 0.3)
+    decaying, plain = parameter_groups(model, weight_decay=0.3)
     assert (decaying["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert [id(p) for p in decaying["params"]] == [id(model.linear.weight)]
     expected = [model.position, model.linear.bias, model.norm.weight, model.norm.bias]
@@ -48,7 +49,7 @@ def test_biases_norms_and_exempt_names_do_not_decay():
 
 def test_the_order_within_a_group_is_that_of_the_network():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2))
-    decaying, plain = parameter_groups(model, 0.3)
+    decaying, plain = parameter_groups(model, weight_decay=0.3)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [names[id(p)] for p in decaying["params"]] == ["0.weight", "2.weight"]
     assert [names[id(p)] for p in plain["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
@@ -58,12 +59,12 @@ def test_a_bias_of_several_dimensions_does_not_decay():
     model = nn.Module()
     model.bias_holder = nn.Module()
     model.bias_holder.bias = nn.Parameter(torch.ones(3, 1, 1))
-    decaying, plain = parameter_groups(model, 0.3)
+    decaying, plain = parameter_groups(model, weight_decay=0.3)
     assert (len(decaying["params"]), len(plain["params"])) == (0, 1)
 
 
 def test_the_options_of_adamw_arrive():
-    optimizer = build_optimizer(network(), name="adamw", lr=0.02, weight_decay=0.3, betas=[0.7, 0.8], eps=1e-5)
+    optimizer = optimizer_of(network(), name="adamw", lr=0.02, weight_decay=0.3, betas=[0.7, 0.8], eps=1e-5)
     assert isinstance(optimizer, torch.optim.AdamW)
     for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.7, 0.8), 1e-5)
@@ -72,7 +73,7 @@ def test_the_options_of_adamw_arrive():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
 def test_the_options_of_sgd_arrive(momentum):
-    optimizer = build_optimizer(network(), name="sgd", lr=0.02, weight_decay=0.3, momentum=momentum)
+    optimizer = optimizer_of(network(), name="sgd", lr=0.02, weight_decay=0.3, momentum=momentum)
     assert isinstance(optimizer, torch.optim.SGD)
     for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.02, momentum, decay)
@@ -89,8 +90,8 @@ def test_the_options_of_sgd_arrive(momentum):
 def test_updates_equal_those_of_torch_unfused(name, plain):
     ours = network()
     theirs = deepcopy(ours)
-    optimizer = build_optimizer(ours, name=name, lr=0.02, weight_decay=0.3, momentum=0.6, betas=(0.7, 0.8), eps=1e-5)
-    reference = plain(parameter_groups(theirs, 0.3))
+    optimizer = optimizer_of(ours, name=name, lr=0.02, weight_decay=0.3, momentum=0.6, betas=(0.7, 0.8), eps=1e-5)
+    reference = plain(parameter_groups(theirs, weight_decay=0.3))
     start = [p.clone() for p in ours.parameters()]
     for step in range(3):
         gradients(ours, step)
@@ -107,7 +108,7 @@ def test_moments_take_the_layout_of_their_parameters(name):
     kernel = torch.randn(4, 3, 3, 3)
     parameters = {layout: nn.Parameter(kernel.clone(memory_format=layout)) for layout in LAYOUTS}
     holders = {layout: nn.ParameterDict({"kernel": p, "bias": torch.zeros(3)}) for layout, p in parameters.items()}
-    ours, theirs = (build_optimizer(holders[layout], name=name, lr=0.1, weight_decay=0.1) for layout in LAYOUTS)
+    ours, theirs = (optimizer_of(holders[layout], name=name, lr=0.1, weight_decay=0.1) for layout in LAYOUTS)
     gradients(holders[LAYOUTS[0]], 1)
     ours.step()
     theirs.load_state_dict(deepcopy(ours.state_dict()))
@@ -121,17 +122,22 @@ def test_moments_take_the_layout_of_their_parameters(name):
 def test_adamw_by_hand():
     model = nn.Linear(1, 1, bias=False).double()
     model.weight.data.fill_(2.0)
-    optimizer = build_optimizer(model, name="adamw", lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-8)
+    optimizer = optimizer_of(model, name="adamw", lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-8)
     model.weight.grad = torch.full((1, 1), 3.0, dtype=torch.float64)
     optimizer.step()
     # The first step has the size of the learning rate, whatever the gradient; the decay is apart from it.
     assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-8)
 
 
-def test_all_optimizers_of_the_rules_exist_and_no_others():
-    words = RULES["TRAIN.OPTIMIZER.NAME"].allowed.removeprefix("one of ").split(", ")
-    assert words == ["adamw", "sgd"]
-    for name in words:
-        build_optimizer(network(), name=name, lr=0.1, weight_decay=0.0)
-    with pytest.raises(ValueError, match="unknown optimizer 'adam': choose adamw or sgd"):
-        build_optimizer(network(), name="adam", lr=0.1, weight_decay=0.0)
+def test_the_schema_allows_all_optimizers_and_no_others():
+    assert [*OPTIMIZERS] == ["adamw", "sgd"]
+    assert CONSTRAINTS["TRAIN.OPTIMIZER.NAME"].allowed == f"one of {', '.join(OPTIMIZERS)}"
+
+
+def test_what_the_loss_learns_is_trained_behind_the_network():
+    model, criterion = Exempting(), nn.Linear(2, 2)
+    optimizer = optimizer_of(model, weight_decay=0.3, criterion=criterion)
+    decaying, plain = (group["params"] for group in optimizer.param_groups)
+    assert [id(p) for p in decaying] == [id(model.linear.weight), id(criterion.weight)]
+    assert [id(p) for p in plain[-1:]] == [id(criterion.bias)]
+    assert id(model.position) in map(id, plain), "the names that a network exempts stay exempt"

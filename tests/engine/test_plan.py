@@ -1,4 +1,4 @@
-"""The derived numbers against values worked out by hand, and against the published 100-epoch recipe."""
+"""The numbers of a training against values worked out by hand, and against the published 100-epoch recipe."""
 
 import dataclasses
 import json
@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs import derive, flatten, load_config, parse_opts
-from engine.ema import ModelEma
+from training_parts import ema_of
+
+from configs import flatten, load_config, parse_opts
+from engine.plan import plan_training
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,12 +26,12 @@ def test_the_published_recipe():
     assert flat["MODEL.ARCH"] == golden["arch"]
     assert flat["TRAIN.LR_SCHEDULER.NAME"] == golden["schedule"]
     assert flat["DATA.BATCH_SIZE"] == golden["batch_size_per_gpu"]
-    derived = derive(cfg, world_size=golden["world_size"], steps_per_epoch=golden["steps_per_epoch"])
-    assert derived.global_batch == 256  # so that nothing is scaled
-    assert derived.lr == golden["base_lr"]
-    assert derived.warmup_lr == golden["warmup_lr"]
-    assert derived.min_lr == golden["min_lr"]
-    assert (derived.updates_per_epoch, derived.total_updates, derived.warmup_updates) == (5004, 500_400, 50_040)
+    plan = plan_training(cfg, world_size=golden["world_size"], steps_per_epoch=golden["steps_per_epoch"])
+    assert plan.global_batch == 256  # so that nothing is scaled
+    assert plan.lr == golden["base_lr"]
+    assert plan.warmup_lr == golden["warmup_lr"]
+    assert plan.min_lr == golden["min_lr"]
+    assert (plan.updates_per_epoch, plan.total_updates, plan.warmup_updates) == (5004, 500_400, 50_040)
 
 
 # options, processes, steps an epoch -> global batch, lr, updates an epoch, in all, of warm-up, between decays
@@ -49,24 +51,24 @@ BY_HAND = [
 @pytest.mark.parametrize("row", BY_HAND)
 def test_numbers_by_hand(row):
     opts, world_size, steps, batch, lr, *updates = row
-    derived = derive(load(opts), world_size=world_size, steps_per_epoch=steps)
-    assert derived.global_batch == batch
-    assert derived.lr == pytest.approx(lr, rel=1e-12)
-    assert dataclasses.astuple(derived)[4:] == tuple(updates)
+    plan = plan_training(load(opts), world_size=world_size, steps_per_epoch=steps)
+    assert plan.global_batch == batch
+    assert plan.lr == pytest.approx(lr, rel=1e-12)
+    assert dataclasses.astuple(plan)[4:] == tuple(updates)
 
 
 def test_all_three_learning_rates_scale():
-    derived = derive(load("TRAIN.WARMUP_LR 1e-6 TRAIN.MIN_LR 1e-5"), world_size=4, steps_per_epoch=10)
-    assert (derived.warmup_lr, derived.min_lr) == pytest.approx((2e-6, 2e-5), rel=1e-12)
+    plan = plan_training(load("TRAIN.WARMUP_LR 1e-6 TRAIN.MIN_LR 1e-5"), world_size=4, steps_per_epoch=10)
+    assert (plan.warmup_lr, plan.min_lr) == pytest.approx((2e-6, 2e-5), rel=1e-12)
 
 
 def test_the_quickstart_learns_at_2e_3():
     cfg = load_config(ROOT / "configs/quickstart.yaml")
-    assert derive(cfg, world_size=1, steps_per_epoch=22).lr == pytest.approx(2e-3, rel=1e-12)
+    assert plan_training(cfg, world_size=1, steps_per_epoch=22).lr == pytest.approx(2e-3, rel=1e-12)
 
 
 def test_the_log_line():
-    line = str(derive(load(), world_size=2, steps_per_epoch=10))
+    line = str(plan_training(load(), world_size=2, steps_per_epoch=10))
     assert line == (
         "global batch 256, learning rate 0.002 (warm-up from 0, down to 0), "
         "10 updates an epoch, 1000 in all, 100 of them warm-up"
@@ -75,18 +77,18 @@ def test_the_log_line():
 
 def test_less_than_one_update_is_a_mistake_of_the_user():
     with pytest.raises(ValueError, match="TRAIN.ACCUMULATION_STEPS = 8: an epoch has 7 batches only.* lower it"):
-        derive(load("TRAIN.ACCUMULATION_STEPS 8"), world_size=1, steps_per_epoch=7)
+        plan_training(load("TRAIN.ACCUMULATION_STEPS 8"), world_size=1, steps_per_epoch=7)
 
 
 def test_less_than_one_batch_of_images_is_a_mistake_of_the_user():
     with pytest.raises(ValueError, match=r"DATA.BATCH_SIZE = 128: .* do not fill one batch .* lower it"):
-        derive(load(), world_size=2, steps_per_epoch=0)
+        plan_training(load(), world_size=2, steps_per_epoch=0)
 
 
-def test_derived_numbers_stay():
-    derived = derive(load(), world_size=1, steps_per_epoch=10)
+def test_plan_numbers_stay():
+    plan = plan_training(load(), world_size=1, steps_per_epoch=10)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        derived.lr = 1.0
+        plan.lr = 1.0
 
 
 @pytest.mark.parametrize(
@@ -99,20 +101,20 @@ def test_derived_numbers_stay():
 )
 def test_an_average_that_would_be_a_copy_is_refused(opts, weight, remedies):
     with pytest.raises(ValueError, match=r"^TRAIN.EMA_ALPHA = 0.\d: with a global batch of") as caught:
-        derive(load(opts), world_size=1, steps_per_epoch=10)
+        plan_training(load(opts), world_size=1, steps_per_epoch=10)
     assert f"would have the weight {weight} in their moving average" in str(caught.value)
     assert f"it must be {remedies}" in str(caught.value)
 
 
 def test_an_average_just_below_that_is_allowed():
-    derive(load("TRAIN.EMA_ALPHA 0.097"), world_size=1, steps_per_epoch=10)
+    plan_training(load("TRAIN.EMA_ALPHA 0.097"), world_size=1, steps_per_epoch=10)
     with pytest.raises(ValueError, match=r"TRAIN.EMA_ALPHA = 0.097"):
-        derive(load("TRAIN.EMA_ALPHA 0.097"), world_size=2, steps_per_epoch=10)
+        plan_training(load("TRAIN.EMA_ALPHA 0.097"), world_size=2, steps_per_epoch=10)
 
 
 def test_the_example_that_the_schema_gives():
     text = (ROOT / "configs/defaults.py").read_text()
     assert "0.998 for EMA_ALPHA 1e-4 with a global batch of 256, 100" in text
     model = torch.nn.Linear(1, 1)
-    ema = ModelEma(model, alpha=1e-4, period=8, global_batch=256, epochs=100, warmup_updates=0)
+    ema = ema_of(model, alpha=1e-4, period=8, global_batch=256, epochs=100, warmup_updates=0)
     assert ema.decay == pytest.approx(0.998, abs=1e-4)

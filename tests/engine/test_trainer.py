@@ -13,18 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from settings import settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.loss import SoftTargetCrossEntropy
 from torch import nn
+from training_parts import checkpoint_folder, ema_of, optimizer_of, resume, schedule_of
 
 import data
 import models
-from data import Batch, build_mixing
-from engine.checkpoint import CheckpointFolder, resume
-from engine.ema import ModelEma
-from engine.loss import build_loss
-from engine.optimizer import build_optimizer
-from engine.schedule import build_schedule
-from engine.train import Trainer
+from data import Batch
+from engine.trainer import Trainer
 from utils.log import MetricsWriter
 from utils.seed import seed_everything
 
@@ -84,8 +82,8 @@ def test_the_last_batches_that_fill_no_update_are_left_out(plain_network, traine
 
 def test_each_update_has_the_learning_rate_of_the_schedule(plain_network, trainer_of, batch_of):
     model = plain_network()
-    optimizer = build_optimizer(model, name="sgd", lr=1.0, weight_decay=0.0, momentum=0.0)
-    schedule = build_schedule(
+    optimizer = optimizer_of(model, name="sgd", lr=1.0, weight_decay=0.0, momentum=0.0)
+    schedule = schedule_of(
         optimizer,
         name="linear",
         total_updates=6,
@@ -124,19 +122,20 @@ def digits_run(trainer_of, seed: int, *, mixup: float = 0.4) -> list[torch.Tenso
     """Three updates of a network with drop path, mixing and shifted images; returns the weights."""
     seed_everything(seed)
     model = models.create_model("RepMLPNet-Digits", 10, drop_path_rate=0.2)
-    loader = data.build_train_loader(
-        data.open_source("digits", "digits", "train"),
-        data.train_transform((16, 16), preset="shift"),
-        batch_size=100,
-        seed=seed,
+    cfg = settings(
+        "DATA.DATASET digits DATA.DATA_PATH digits DATA.BATCH_SIZE 100 DATA.NUM_WORKERS 0 "
+        f"AUG.PRESET shift AUG.MIXUP {mixup} AUG.CUTMIX {mixup}"
     )
-    loader.sampler.set_position(0)
-    mixing = build_mixing(num_classes=10, batch_size=100, mixup=mixup, cutmix=mixup, seed=seed)
-    optimizer = build_optimizer(model, name="adamw", lr=0.001, weight_decay=0.05)
-    criterion = build_loss(mixing is not None, 0.1)
-    trainer_of(model, optimizer=optimizer, criterion=criterion, mixing=mixing, seed=seed).train_epoch(
-        itertools.islice(loader, 3)
+    source = data.open_source(cfg.DATA, "train")
+    loader = data.build_train_loader(source, data.train_transform((16, 16), cfg.AUG), cfg.DATA, seed=seed)
+    loader.set_position(0)
+    augmentation = data.build_batch_augmentation(
+        cfg.AUG, num_classes=10, batch_size=100, label_smoothing=0.1, seed=seed
     )
+    optimizer = optimizer_of(model, name="adamw", lr=0.001, weight_decay=0.05)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1) if augmentation is None else SoftTargetCrossEntropy()
+    parts = {"optimizer": optimizer, "criterion": criterion, "batch_augmentation": augmentation, "seed": seed}
+    trainer_of(model, **parts).train_epoch(itertools.islice(loader, 3))
     return weights(model)
 
 
@@ -159,7 +158,7 @@ def test_training_leaves_the_network_in_training_mode_and_updates_statistics(tra
 
 def test_the_moving_average_sees_every_update(plain_network, trainer_of, batch_of):
     model = plain_network()
-    ema = ModelEma(model, alpha=0.1, period=2, global_batch=5, epochs=1, warmup_updates=0)
+    ema = ema_of(model, alpha=0.1, period=2, global_batch=5, epochs=1, warmup_updates=0)
     assert ema.decay == 0.0  # so that it is the network after each second update
     trainer = trainer_of(model, ema=ema)
     trainer.train_epoch(batch_of(5, seed=number) for number in range(2))
@@ -184,14 +183,14 @@ def test_the_layout_in_memory_changes_nothing_even_in_the_middle_of_a_run(
 
     def build(layout: torch.memory_format) -> Trainer:
         model = plain_network().to(memory_format=layout)
-        optimizer = build_optimizer(model, name=name, lr=0.05, weight_decay=0.1)
+        optimizer = optimizer_of(model, name=name, lr=0.05, weight_decay=0.1)
         return trainer_of(model, optimizer=optimizer, accumulation=accumulation, clip_grad=1.0)
 
     straight = build(torch.contiguous_format)
     straight.train_epoch(batches)
     stopped, resumed = build(first), build(second)
     stopped.train_epoch(batches, lambda: stopped.progress.update == 2)
-    CheckpointFolder(tmp_path, keep=1, meta={}, config="").save(stopped)
+    checkpoint_folder(tmp_path, keep=1).save(stopped)
     resume(resumed, tmp_path / "latest.pth")
     resumed.train_epoch(batches[2 * accumulation :])
     assert resumed.network[0].weight.is_contiguous(memory_format=second)
@@ -243,7 +242,7 @@ def test_the_recorded_losses_are_the_means_since_the_last_record_and_over_the_ep
     plain_network, trainer_of, batch_of, tmp_path: Path, metrics, accumulation
 ):
     model = plain_network()
-    frozen = build_optimizer(model, name="sgd", lr=0.0, weight_decay=0.0)
+    frozen = optimizer_of(model, name="sgd", lr=0.0, weight_decay=0.0)
     batches = [batch_of(5, seed=number) for number in range(6 * accumulation)]
     trainer = trainer_of(model, optimizer=frozen, print_freq=2, metrics=metrics, accumulation=accumulation)
     trainer.train_epoch(batches[: 3 * accumulation])
@@ -259,7 +258,7 @@ def test_the_recorded_losses_are_the_means_since_the_last_record_and_over_the_ep
 
 def test_batches_of_different_sizes_count_by_their_images(plain_network, trainer_of, batch_of, tmp_path, metrics):
     model = plain_network()
-    frozen = build_optimizer(model, name="sgd", lr=0.0, weight_decay=0.0)
+    frozen = optimizer_of(model, name="sgd", lr=0.0, weight_decay=0.0)
     batches = [batch_of(2), batch_of(6, seed=1)]
     trainer_of(model, optimizer=frozen, print_freq=2, metrics=metrics).train_epoch(batches)
     first, second = losses_of(model, batches)
@@ -269,9 +268,9 @@ def test_batches_of_different_sizes_count_by_their_images(plain_network, trainer
 
 def test_a_record_has_the_learning_rate_of_the_update_before_it(plain_network, trainer_of, batch_of, tmp_path, metrics):
     model = plain_network()
-    optimizer = build_optimizer(model, name="sgd", lr=1.0, weight_decay=0.0)
+    optimizer = optimizer_of(model, name="sgd", lr=1.0, weight_decay=0.0)
     options = {"warmup_updates": 4, "warmup_lr": 0.0, "min_lr": 0.0, "decay_updates": 1, "decay_rate": 1.0}
-    schedule = build_schedule(optimizer, name="linear", total_updates=100, **options)
+    schedule = schedule_of(optimizer, name="linear", total_updates=100, **options)
     trainer = trainer_of(model, optimizer=optimizer, schedule=schedule, print_freq=2, metrics=metrics)
     trainer.train_epoch(batch_of(5, seed=number) for number in range(4))
     assert [(r["update"], r["lr"]) for r in records(tmp_path, "train")] == [(2, 0.25), (4, 0.75)]
@@ -285,7 +284,7 @@ def test_the_recorded_norm_is_that_of_the_gradient_before_clipping_and_without_s
 ):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
-    frozen, reference = build_optimizer(model, name="sgd", lr=0.0, weight_decay=0.0), deepcopy(model)
+    frozen, reference = optimizer_of(model, name="sgd", lr=0.0, weight_decay=0.0), deepcopy(model)
     settings = {"dtype": dtype, "clip_grad": clip, "accumulation": accumulation, "print_freq": 2, "metrics": metrics}
     batches, norms = [batch_of(5, seed=number) for number in range(2 * accumulation)], []
     trainer_of(model, optimizer=frozen, **settings).train_epoch(batches)
@@ -380,7 +379,7 @@ def test_an_accumulated_update_counts_all_of_its_images(clocked, batch_of):
 
 def test_a_checkpoint_takes_none_of_the_time(clocked, batch_of):
     def save(trainer: Trainer) -> None:
-        trainer.look()  # as a checkpoint does before it is written
+        trainer.check_skipped()  # as a checkpoint does before it is written
         clocked.clock.now += 1000.0
 
     assert clocked([[batch_of(4)] * 5], (0.5,), save, print_freq=2) == [("0:00:24", 8.0), ("0:00:23", 8.0), ("0", 8.0)]
@@ -392,7 +391,7 @@ def test_the_rates_of_a_resumed_run_are_those_of_its_own_life(
     batches, clock = [batch_of(4, seed=number) for number in range(10)], clocked.clock
     lives = [trainer_of(plain_network(), print_freq=4, updates_per_epoch=10) for _ in range(2)]
     lives[0].train_epoch(clock.batches(batches, 0.5), lambda: lives[0].progress.update == 6)
-    CheckpointFolder(tmp_path, keep=1, meta={}, config="").save(lives[0])
+    checkpoint_folder(tmp_path, keep=1).save(lives[0])
     resume(lives[1], tmp_path / "latest.pth")
     caplog.clear()
     lives[1].train_epoch(clock.batches(batches[6:], 2.0))
@@ -407,7 +406,7 @@ def test_an_epoch_without_any_update_of_this_life_has_a_mean_but_no_rate(
     batches = [batch_of(4, seed=number) for number in range(3)]
     first = trainer_of(plain_network(), updates_per_epoch=3)
     first.train_epoch(batches, lambda: first.progress.update == 3)
-    CheckpointFolder(tmp_path, keep=1, meta={}, config="").save(first)
+    checkpoint_folder(tmp_path, keep=1).save(first)
     mean = first.meters["epoch_loss"].compute()
     second = trainer_of(plain_network(), updates_per_epoch=3, metrics=metrics)
     resume(second, tmp_path / "latest.pth")

@@ -8,14 +8,11 @@ from torch import Tensor, nn
 
 from data import Batch
 from data.segmentation import IGNORED
-from engine.segmentation import (
-    SegmentationEvaluation,
-    confusion_matrix,
-    evaluate_segmentation,
-    intersection_over_union,
-    summarise,
-)
+from engine.evaluate import compare, evaluate
+from engine.metrics import SegmentationMetric, SegmentationResult
+from engine.metrics.segmentation import confusion_matrix, intersection_over_union, summarise
 
+CPU = torch.device("cpu")
 X = IGNORED
 LABELS = torch.tensor([[0, 0, 1, 1], [0, 2, 2, X]])
 ANSWERS = torch.tensor([[0, 1, 1, 1], [0, 2, 0, 2]])
@@ -34,10 +31,11 @@ def batch(labels: Tensor, answers: Tensor, unreadable: tuple[str, ...] = ()) -> 
     return Batch(images, labels, torch.arange(len(labels)), list(unreadable))
 
 
-def evaluated(*batches: Batch, network: type[nn.Module] = Answers) -> SegmentationEvaluation:
+def evaluated(*batches: Batch, network: type[nn.Module] = Answers) -> SegmentationResult:
     model = network().train()
-    result = evaluate_segmentation(model, batches, nn.Identity(), torch.device("cpu"), nullcontext(), 3)
+    result = evaluate(model, batches, SegmentationMetric(CPU, 3), nn.Identity(), CPU, nullcontext())
     assert model.training
+    assert isinstance(result, SegmentationResult)
     return result
 
 
@@ -113,3 +111,24 @@ def test_a_network_without_any_finite_logit_is_as_bad_as_can_be() -> None:
 def test_an_unreadable_image_is_an_error() -> None:
     with pytest.raises(ValueError, match="1 images can't be read, so the figures would be wrong: a.png"):
         evaluated(batch(LABELS[None], ANSWERS[None], ("a.png: gone",)))
+
+
+def test_two_networks_agree_pixel_by_pixel() -> None:
+    class Otherwise(Answers):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            logits[:, :, 0] = logits[:, :, 0].flip(1)  # the first of two rows
+            return logits
+
+    metrics = SegmentationMetric(CPU, 3), SegmentationMetric(CPU, 3)
+    answers = batch(LABELS[None], ANSWERS[None])
+    result = compare(Answers().eval(), Otherwise().eval(), [answers], metrics, nn.Identity(), CPU, nullcontext())
+    # Row one answers 0, 1, 1, 1, of which flipping the classes leaves the ones alone.
+    assert result.agreement == 100 * 7 / 8
+    assert result.difference == 1.0
+    assert result.first == evaluated(answers)
+
+
+def test_the_figures_of_each_class_by_name() -> None:
+    result = summarise(torch.tensor([[3, 0, 1, 0], [0, 0, 0, 0], [0, 0, 4, 0]]), 7)
+    assert result.details(["road", "pole", "sky"]) == ["road          75.00", "pole          absent", "sky           80.00"]

@@ -1,15 +1,22 @@
 """Verification against cases that can be counted by hand, and against every threshold and every pair of pairs."""
 
+import math
+from contextlib import nullcontext
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from engine.verification import NotFinite, best_threshold, deal_folds, embed, k_fold_accuracies, roc_auc, verify
+from data import Batch, Pairs
+from engine.evaluate import evaluate, refuse_nonfinite
+from engine.metrics import VerificationMetric
+from engine.metrics.verification import assign_folds, best_threshold, k_fold_accuracies, roc_auc, verify
 
+CPU = torch.device("cpu")
 # Few values, so that many scores are equal; both kinds of pairs.
 rows_of_pairs = st.lists(
     st.tuples(st.sampled_from((-0.5, 0.0, 0.25, 0.5, 1.0)), st.booleans()), min_size=2, max_size=12
@@ -70,9 +77,9 @@ def test_roc_auc_counts_pairs_of_pairs(rows: list) -> None:
     assert roc_auc(scores, same) == pytest.approx(sum(wins) / len(wins), abs=1e-12)
 
 
-def test_folds_are_dealt_out_within_each_kind() -> None:
+def test_folds_are_assigned_within_each_kind() -> None:
     same = torch.tensor([True, True, True, True, False, False, True, False, False])
-    folds = deal_folds(same, 2)
+    folds = assign_folds(same, 2)
     assert folds[same].tolist() == [1, 0, 1, 0, 1]
     assert folds[~same].tolist() == [1, 0, 1, 0]
 
@@ -80,7 +87,7 @@ def test_folds_are_dealt_out_within_each_kind() -> None:
 def test_each_fold_is_judged_by_the_threshold_of_the_others() -> None:
     # Fold 1 holds 0.9 and 0.6, fold 0 holds 0.5 and 0.2: the thresholds are 0.75 in one, 0.35 in the other.
     scores, same = torch.tensor([0.9, 0.6, 0.5, 0.2]).double(), torch.tensor([True, False, True, False])
-    assert deal_folds(same, 2).tolist() == [1, 1, 0, 0]
+    assert assign_folds(same, 2).tolist() == [1, 1, 0, 0]
     assert k_fold_accuracies(scores, same, 2).tolist() == [0.5, 0.5]
     assert k_fold_accuracies(torch.tensor([0.9, 0.4, 0.8, 0.2]).double(), same, 2).tolist() == [1.0, 1.0]
 
@@ -89,7 +96,7 @@ def test_each_fold_is_judged_by_the_threshold_of_the_others() -> None:
 def test_folds_that_the_pairs_do_not_fill_are_refused(folds: int) -> None:
     same = torch.tensor([True, True, False, False, False])
     with pytest.raises(ValueError, match=f"{folds} folds: .* pairs of either kind, not 2"):
-        deal_folds(same, folds)
+        assign_folds(same, folds)
 
 
 def test_verification_looks_at_angles_alone() -> None:
@@ -108,11 +115,14 @@ def test_embeddings_that_are_not_finite_have_no_figure(value: float) -> None:
     embeddings[1, 2] = embeddings[5, 0] = value
     same = torch.tensor([True, True, False, False])
     first, second = torch.tensor([[0, 1], [1, 2], [2, 3], [4, 0]]).T
-    with pytest.raises(NotFinite, match="the embeddings of 1 images are not finite numbers"):
-        verify(embeddings, first, second, same, folds=2)
-    second[3] = 5
-    with pytest.raises(NotFinite, match="the embeddings of 2 images"):
-        verify(embeddings, first, second, same, folds=2)
+    for count in (1, 2):
+        result = verify(embeddings, first, second, same, folds=2)
+        assert (result.nonfinite, result.images, result.pairs) == (count, 6, 4)
+        assert all(math.isnan(figure) for figure in (result.accuracy, result.spread, result.auc, result.threshold))
+        assert str(result).endswith(f"on 4 pairs, {count} images without a finite embedding")
+        with pytest.raises(ValueError, match=f"answers to {count} of 6 images are not finite numbers"):
+            refuse_nonfinite(result)
+        second[3] = 5
 
 
 def test_an_embedding_that_no_pair_has_does_not_matter() -> None:
@@ -121,25 +131,31 @@ def test_an_embedding_that_no_pair_has_does_not_matter() -> None:
     assert verify(embeddings, first, second, torch.tensor([True, True, False, False]), folds=2).accuracy == 100
 
 
-def test_embeddings_come_in_the_order_of_the_batches(batch_of, plain_network) -> None:
-    model = plain_network().train()
-    batches = [batch_of(3), batch_of(2, seed=1)]
-    found = embed(model, batches, Scale(), torch.device("cpu"))
+def batches_of(images: Tensor, *cuts: tuple[int, ...], unreadable: tuple[str, ...] = ()) -> list[Batch]:
+    """Batches of the images at these positions."""
+    return [Batch(images[[*cut]], torch.zeros(len(cut)).long(), torch.tensor(cut), list(unreadable)) for cut in cuts]
+
+
+PAIRS = Pairs(np.array([0, 2, 0, 1]), np.array([1, 3, 2, 3]), np.array([True, True, False, False]))
+
+
+def metric() -> VerificationMetric:
+    return VerificationMetric(CPU, PAIRS, folds=2)
+
+
+def test_pairs_name_images_by_their_position_in_the_set() -> None:
+    """Whatever the batches that bring them, as those of several processes do."""
+    images = torch.tensor([[2.0, 0], [0.1, 0.01], [0, 3.0], [0.2, 0.5], [7.0, 7.0]])
+    expected = verify(images.double(), *(torch.from_numpy(part) for part in PAIRS), folds=2)
+    model = nn.Identity().train()
+    for cuts in ([(0, 1, 2, 3, 4)], [(0, 2, 4), (1, 3)], [(4,), (3, 1), (2, 0)]):
+        assert evaluate(model, batches_of(images, *cuts), metric(), nn.Identity(), CPU, nullcontext()) == expected
     assert model.training
-    assert (found.shape, found.dtype) == ((5, 4), torch.float64)
-    model.eval()
-    expected = torch.cat([model(batch.images.double()) for batch in batches])
-    assert torch.allclose(found, expected)
 
 
-def test_an_unreadable_image_or_none_at_all_is_refused(batch_of, plain_network) -> None:
-    unreadable = [batch_of(3, unreadable=("a.png: broken",))]
+def test_an_unreadable_image_or_none_at_all_is_refused() -> None:
+    unreadable = batches_of(torch.ones(4, 2), (0, 1, 2, 3), unreadable=("a.png: broken",))
     with pytest.raises(ValueError, match=r"1 images can't be read.*a\.png"):
-        embed(plain_network(), unreadable, Scale(), torch.device("cpu"))
+        evaluate(nn.Identity(), unreadable, metric(), nn.Identity(), CPU, nullcontext())
     with pytest.raises(ValueError, match="there are no images to evaluate"):
-        embed(plain_network(), [], Scale(), torch.device("cpu"))
-
-
-class Scale(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return images.double()
+        evaluate(nn.Identity(), [], metric(), nn.Identity(), CPU, nullcontext())
