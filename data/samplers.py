@@ -21,7 +21,7 @@ class TrainSampler(Sampler[SampleKey]):
     How far the epoch has come is therefore one number, and a run may resume from it with other processes or batches.
     Images at the end that fill no whole step are left out; which ones changes with the epoch.
 
-    With `fixed_shards` a rank is only ever assigned the images with `index % world_size == rank`, those that it holds in
+    With `fixed_shards` a rank is assigned the images with `index % world_size == rank` alone, those that it holds in
     memory; a run can then only resume in the middle of an epoch with the number of processes that it began with.
 
     Raises ValueError where the images do not fill one step.

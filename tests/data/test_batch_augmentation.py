@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from settings import settings
 
 from data import ERASING_MODES, MIXUP_MODES, PRESETS, build_batch_augmentation
-from settings import settings
 
 CLASSES = 5
 

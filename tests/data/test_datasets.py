@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from settings import settings
 
 import configs
 from data import (
@@ -35,7 +36,6 @@ from data import (
 )
 from data.datasets import DEFAULT, WITHOUT_PATH
 from data.shapes import CLASSES, coverage, render
-from settings import settings
 
 LOADING = settings("DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0").DATA
 

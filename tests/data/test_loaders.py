@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from PIL import Image
+from settings import settings
 
 from data import (
     DigitsSource,
@@ -21,7 +22,6 @@ from data import (
 )
 from data.loaders import MAX_TRIES
 from data.transport import REFUSALS
-from settings import settings
 
 
 def fingerprint(loader) -> list[tuple[bytes, list[int], list[int]]]:

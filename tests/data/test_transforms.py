@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from settings import settings
 from timm.data.auto_augment import AugmentOp
 from torchvision import transforms as reference
 
@@ -18,7 +19,6 @@ from data import (
     train_transform,
 )
 from data.randaugment import GREY, PUBLISHED_OPERATIONS, cutout, posterize, published_rand_augment
-from settings import settings
 from utils.seed import keyed_rng
 
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from settings import settings
 
 from data import Batch, DigitsSource, build_eval_loader, eval_transform
 from data.transport import REFUSALS, Failure, Parcel, check_room, with_remedy
-from settings import settings
 
 
 def batch() -> Batch:
