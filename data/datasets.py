@@ -31,9 +31,9 @@ class DatasetSpec:
         mean: of its training pixels, on a scale of 0 to 1.
         std: theirs, on the same scale.
         image_size: the side in pixels of its images; None where it varies.
-        labels: what a label is, which decides the tasks that the data set is for: `classes` (one of the same classes
-            for each image of `train` and `val`), `masks` (a class for each pixel), `identities` (a person for each
-            image; those of `train` and `val` may be different people).
+        labels: what the labels are, which decides the task that the data set is for: `classes` (one for each image),
+            `masks` (a class for each pixel), `identities` (a class for each image, a person, say; `train` and `val`
+            may have different ones).
     """
 
     open: Callable[..., Source]
@@ -81,7 +81,7 @@ DATASETS: dict[str, DatasetSpec] = {
     SHAPES: DatasetSpec(
         _open_shapes, mean=(0.500748, 0.501421, 0.502679), std=(0.290556, 0.293015, 0.292761), image_size=32
     ),
-    # Of these two, the statistics are those that their networks are customarily trained with.
+    # The statistics of these two are the customary ones and not their own.
     "cityscapes": DatasetSpec(_open_cityscapes, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, labels="masks"),
     "faces": DatasetSpec(_open_faces, mean=(0.5,) * 3, std=(0.5,) * 3, labels="identities"),
 }
@@ -107,7 +107,7 @@ def resolve_name(dataset: str, data_path: str | Path) -> str:
         if dataset not in (path, DEFAULT):
             raise ValueError(
                 f"DATA.DATASET {dataset} and DATA.DATA_PATH {path}, a word that stands for a data set of its own, "
-                f"contradict each other: set DATA.DATA_PATH to a folder, or DATA.DATASET to {path}"
+                f"contradict each other: set another DATA.DATA_PATH, or DATA.DATASET to {path}"
             )
         return path
     if dataset in WITHOUT_PATH and path not in NO_PATH:
