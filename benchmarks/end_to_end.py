@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from yacs.config import CfgNode
 
+import configs
 import data
 import models
 from models.fusion import fuse_batch_norms
@@ -65,6 +67,18 @@ def write_photos(folder: Path, count: int) -> None:
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=QUALITY)
 
 
+def configuration(args: argparse.Namespace, folder: Path, workers: int = 0, preset: str = "none") -> CfgNode:
+    """Returns the configuration of a path: the files in `folder`, loaded and augmented in this way."""
+    values = {
+        "DATA.DATA_PATH": folder,
+        "DATA.BATCH_SIZE": args.batch_size,
+        "DATA.NUM_WORKERS": workers,
+        "DATA.PIN_MEMORY": False,
+        "AUG.PRESET": preset,
+    }
+    return configs.load_config(None, [configs.Override("--opts", key, value) for key, value in values.items()])
+
+
 class Evaluation:
     """The path of an evaluation: load, resize, normalise, network."""
 
@@ -97,11 +111,11 @@ def evaluation_rows(folder: Path, args: argparse.Namespace) -> list[tuple[Varian
     torch.manual_seed(0)
     model = cast(models.RepMLPNet, models.create_model(args.arch).eval())
     randomize_statistics(model)
-    source = data.open_source("imagenet", folder, "val")
+    source = data.open_source(configuration(args, folder).DATA, "val")
     transform, fused = data.eval_transform(model.img_size), fuse_batch_norms(model)
     spec, expected, rows = data.DATASETS["imagenet"], None, []
     for workers in args.workers:
-        batches = data.build_eval_loader(source, transform, batch_size=args.batch_size, num_workers=workers)
+        batches = data.build_eval_loader(source, transform, configuration(args, folder, workers).DATA)
         if expected is None:
             images = data.Normalize(spec.mean, spec.std, dtype=torch.float64)(next(iter(batches)).images)
             with torch.inference_mode():
@@ -121,13 +135,13 @@ def loading_rows(folder: Path, args: argparse.Namespace) -> list[tuple[Variant, 
     Raises:
         ValueError: other images are loaded.
     """
-    source, size = data.open_source("imagenet", folder, "train"), models.default_image_size(args.arch)
+    source, size = data.open_source(configuration(args, folder).DATA, "train"), models.default_image_size(args.arch)
     rows = []
     for preset in args.presets:
         expected = None
         for workers in args.workers:
-            transform = data.train_transform(size, preset=preset)
-            batches = data.build_train_loader(source, transform, batch_size=args.batch_size, num_workers=workers)
+            cfg = configuration(args, folder, workers, preset)
+            batches = data.build_train_loader(source, data.train_transform(size, cfg.AUG), cfg.DATA, seed=cfg.SEED)
             found = next(iter(batches)).images
             expected = found if expected is None else expected
             name = f"load {preset}, {workers} workers"

@@ -1,49 +1,69 @@
 """From stored images to batches on the device.
 
-`open_source` finds the images of a data set in `DATASETS`; `train_transform` and `eval_transform` turn each into a
-uint8 tensor; `build_train_loader` and `build_eval_loader` shard them over the processes in batches; `Normalize` and
-`build_mixing` finish a batch on the device. Every random draw is a function of the seed, the epoch and the image (or
-the step), so that workers, processes and a resumed run do not change what is drawn.
+`open_source` opens the images of a data set in `DATASETS`; `train_transform` and `eval_transform` turn each into a
+uint8 tensor, `segmentation_train_transform` and `segmentation_eval_transform` together with its mask (`MaskedDataset`);
+`build_train_loader` and `build_eval_loader` shard them over the processes in batches; `Normalize` and
+`build_batch_augmentation` finish a batch on the device. The builders take the frozen section of the configuration that
+describes what they build, DATA or AUG; what its keys may be stands beside what they choose (`PRESETS`,
+`INTERPOLATIONS`, ...).
+
+Every random number is a function of the seed, the epoch and the image (or the step), so that workers, processes and a
+resumed run do not change it.
 """
 
+from .batch_augmentation import ERASING_MODES, MIXUP_MODES, BatchAugmentation, build_batch_augmentation
+from .cityscapes import CITYSCAPES, CityscapesSource
 from .datasets import DATASETS, DatasetSpec, open_source, resolve_name
-from .loaders import Batch, Sample, TransformedDataset, build_eval_loader, build_train_loader
-from .mixing import Mixing, build_mixing
+from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .pairs import Pairs, draw_pairs, read_pairs
-from .samplers import Draw, EvalSampler, TrainSampler
+from .samplers import EvalSampler, SampleKey, TrainSampler
+from .segmentation import MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from .shapes import ShapesSource
-from .sources import DIGITS, SHAPES, CifarSource, DigitsSource, FolderSource, ImageSource
-from .transforms import PRESETS, Normalize, eval_transform, train_transform
-from .zipped import ZipSource
+from .sources import DIGITS, IGNORED, SHAPES, CifarSource, DigitsSource, FolderSource, ImageSource, Source
+from .transforms import INTERPOLATIONS, PRESETS, Normalize, eval_transform, is_auto_augment_policy, train_transform
+from .zipped import CACHE_MODES, ZipSource
 
 __all__ = [
+    "CACHE_MODES",
+    "CITYSCAPES",
     "DATASETS",
     "DIGITS",
+    "ERASING_MODES",
+    "IGNORED",
+    "INTERPOLATIONS",
+    "MIXUP_MODES",
     "PRESETS",
     "SHAPES",
     "Batch",
+    "BatchAugmentation",
+    "BatchLoader",
     "CifarSource",
+    "CityscapesSource",
     "DatasetSpec",
     "DigitsSource",
-    "Draw",
     "EvalSampler",
     "FolderSource",
     "ImageSource",
-    "Mixing",
+    "MaskedDataset",
     "Normalize",
     "Pairs",
     "Sample",
+    "SampleKey",
     "ShapesSource",
+    "Source",
     "TrainSampler",
     "TransformedDataset",
     "ZipSource",
+    "build_batch_augmentation",
     "build_eval_loader",
-    "build_mixing",
     "build_train_loader",
     "draw_pairs",
     "eval_transform",
+    "is_auto_augment_policy",
     "open_source",
     "read_pairs",
     "resolve_name",
+    "segmentation_eval_transform",
+    "segmentation_train_transform",
     "train_transform",
 ]

@@ -6,15 +6,17 @@ A data set is one entry in `DATASETS`, with a source of images behind it if none
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from yacs.config import CfgNode
 
 from utils.cli import did_you_mean
 from utils.text import printable
 
+from .cityscapes import CityscapesSource
 from .shapes import ShapesSource
-from .sources import DIGITS, SHAPES, SPLITS, CifarSource, DigitsSource, FolderSource, ImageSource
+from .sources import DIGITS, SHAPES, SPLITS, CifarSource, DigitsSource, FolderSource, ImageSource, Source
 from .zipped import ZipSource
 
 Channels = tuple[float, float, float]  # red, green, blue
@@ -24,34 +26,47 @@ Channels = tuple[float, float, float]  # red, green, blue
 class DatasetSpec:
     """What is known about a data set without opening it.
 
-    `open(root, split, **options)` returns its images, with the options of `open_source`. `mean` and `std` are those
-    of its training pixels on a scale of 0 to 1. `image_size` is the side in pixels of its images, None where it varies.
+    Attributes:
+        open: `open(cfg, split, rank=..., world_size=...)` returns its images, as `open_source` does.
+        mean: of its training pixels, on a scale of 0 to 1.
+        std: theirs, on the same scale.
+        image_size: the side in pixels of its images; None where it varies.
+        labels: what the labels are, which decides the task that the data set is for: `classes` (one for each image),
+            `masks` (a class for each pixel), `identities` (a class for each image, a person, say; `train` and `val`
+            may have different ones).
     """
 
-    open: Callable[..., ImageSource]
+    open: Callable[..., Source]
     mean: Channels
     std: Channels
     image_size: int | None = None
+    labels: Literal["classes", "masks", "identities"] = "classes"
 
 
-def _open_imagenet(
-    root: str | Path, split: str, *, zip_mode: bool, cache_mode: str, rank: int, world_size: int, **_: Any
-) -> ImageSource:
-    if zip_mode:
-        return ZipSource(root, split, cache_mode=cache_mode, rank=rank, world_size=world_size)
-    return FolderSource(root, split)
+def _open_imagenet(cfg: CfgNode, split: str, *, rank: int, world_size: int) -> ImageSource:
+    if cfg.ZIP_MODE:
+        return ZipSource(cfg.DATA_PATH, split, cache_mode=cfg.CACHE_MODE, rank=rank, world_size=world_size)
+    return FolderSource(cfg.DATA_PATH, split)
 
 
-def _open_cifar(root: str | Path, split: str, *, download: bool, **_: Any) -> ImageSource:
-    return CifarSource(root, split, download=download)
+def _open_cifar(cfg: CfgNode, split: str, **_: Any) -> ImageSource:
+    return CifarSource(cfg.DATA_PATH, split, download=cfg.DOWNLOAD)
 
 
-def _open_digits(_root: str | Path, split: str, **_: Any) -> ImageSource:
+def _open_digits(_cfg: CfgNode, split: str, **_: Any) -> ImageSource:
     return DigitsSource(split)
 
 
-def _open_shapes(_root: str | Path, split: str, **_: Any) -> ImageSource:
+def _open_shapes(_cfg: CfgNode, split: str, **_: Any) -> ImageSource:
     return ShapesSource(split)
+
+
+def _open_cityscapes(cfg: CfgNode, split: str, **_: Any) -> Source:
+    return CityscapesSource(cfg.DATA_PATH, split)
+
+
+def _open_faces(cfg: CfgNode, split: str, **_: Any) -> ImageSource:
+    return FolderSource(cfg.DATA_PATH, split, same_classes=False)
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -66,6 +81,9 @@ DATASETS: dict[str, DatasetSpec] = {
     SHAPES: DatasetSpec(
         _open_shapes, mean=(0.500748, 0.501421, 0.502679), std=(0.290556, 0.293015, 0.292761), image_size=32
     ),
+    # The statistics of these two are the customary ones and not their own.
+    "cityscapes": DatasetSpec(_open_cityscapes, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, labels="masks"),
+    "faces": DatasetSpec(_open_faces, mean=(0.5,) * 3, std=(0.5,) * 3, labels="identities"),
 }
 WITHOUT_PATH = (DIGITS, SHAPES)
 # What stands for no data path, nothing and what the configuration has by default; and for no data set, its default.
@@ -88,49 +106,33 @@ def resolve_name(dataset: str, data_path: str | Path) -> str:
     if path in WITHOUT_PATH:
         if dataset not in (path, DEFAULT):
             raise ValueError(
-                f"the data set {dataset} (DATA.DATASET, --dataset) and the data path {path!r}, which stands for a data "
-                f"set of its own, contradict each other: give another data path, or --dataset {path}"
+                f"DATA.DATASET {dataset} and DATA.DATA_PATH {path}, a word that stands for a data set of its own, "
+                f"contradict each other: set another DATA.DATA_PATH, or DATA.DATASET to {path}"
             )
         return path
     if dataset in WITHOUT_PATH and path not in NO_PATH:
         raise ValueError(
-            f"the data set {dataset} (DATA.DATASET, --dataset) has no folder and would leave {printable(path)} unread: "
-            f"give --dataset {DEFAULT} to read image folders there, or the word {dataset} as data path"
+            f"DATA.DATASET {dataset} has no folder and would leave DATA.DATA_PATH {printable(path)} unread: "
+            f"set DATA.DATASET to {DEFAULT} to read image folders there, or DATA.DATA_PATH to the word {dataset}"
         )
     return dataset
 
 
-def open_source(
-    dataset: str,
-    data_path: str | Path,
-    split: str,
-    *,
-    zip_mode: bool = False,
-    cache_mode: str = "part",
-    download: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> ImageSource:
+def open_source(cfg: CfgNode, split: str, *, rank: int = 0, world_size: int = 1) -> Source:
     """Opens the images of a split, `train` or `val`, without ever building the other one.
 
-    `zip_mode`, `cache_mode`, `rank` and `world_size` are for zipped image folders (see `ZipSource`), `download` is
-    for data sets that can be fetched. Raises ValueError, with the remedy, where the data is missing or malformed, and
-    where the options contradict each other.
+    `cfg` is the section DATA: DATASET and DATA_PATH say what is opened (see `resolve_name`), ZIP_MODE and CACHE_MODE
+    are for zipped image folders (see `ZipSource`, also for `rank` and `world_size`), DOWNLOAD for data sets that can be
+    fetched. Raises ValueError, with the remedy, where the data is missing or malformed, and where the keys contradict
+    each other.
     """
     assert split in SPLITS
-    name = resolve_name(dataset, data_path)
-    if name not in WITHOUT_PATH and not str(data_path):
+    name = resolve_name(cfg.DATASET, cfg.DATA_PATH)
+    if name not in WITHOUT_PATH and not cfg.DATA_PATH:
         raise ValueError(
-            f"no data path for {name}: give --data-path PATH, or one of {', '.join(WITHOUT_PATH)}, which need none"
+            f"no data path for {name}: set DATA.DATA_PATH to its folder, or to one of the words "
+            f"{', '.join(WITHOUT_PATH)}, which need none"
         )
-    if zip_mode and name != DEFAULT:
-        raise ValueError(f"--zip (DATA.ZIP_MODE) is for zipped image folders, which {name} is not: leave it out")
-    return DATASETS[name].open(
-        data_path,
-        split,
-        zip_mode=zip_mode,
-        cache_mode=cache_mode,
-        download=download,
-        rank=rank,
-        world_size=world_size,
-    )
+    if cfg.ZIP_MODE and name != DEFAULT:
+        raise ValueError(f"DATA.ZIP_MODE is for zipped image folders, which {name} is not: leave it out")
+    return DATASETS[name].open(cfg, split, rank=rank, world_size=world_size)

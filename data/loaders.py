@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from yacs.config import CfgNode
 
 from utils.seed import keyed_rng
 from utils.signals import SIGNALS
 from utils.text import printable
 
-from .samplers import Draw, EvalSampler, TrainSampler
+from .samplers import EvalSampler, SampleKey, TrainSampler
 from .sources import Source
 from .transport import REFUSALS, SHARED_MEMORY, Failure, Parcel, check_room, with_remedy
 
@@ -49,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class TransformedDataset(Dataset[Sample]):
-    """The images of a source under a transform whose random draws depend on (seed, epoch, index) alone."""
+    """The images of a source under a transform whose random numbers depend on (seed, epoch, index) alone."""
 
     def __init__(self, source: Source, transform: Callable[..., Any], seed: int = 0) -> None:
         self.source = source
@@ -59,27 +60,27 @@ class TransformedDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, draw: Draw) -> Sample:
-        """Returns the image of a draw, or the next readable one in its place, reported as such.
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """Returns the image of a sample key, or the next readable one in its place, reported as such.
 
         Raises OSError where `MAX_TRIES` images in a row cannot be read.
         """
-        image, label, index, unreadable = self._load_readable(draw.index)
-        with keyed_rng(self.seed, draw.epoch, draw.index):
+        image, label, index, unreadable = self._load_readable(key.index)
+        with keyed_rng(self.seed, key.epoch, key.index):
             return Sample(*self.transformed(image, label), index, unreadable)
 
-    def __getitems__(self, draws: list[Draw]) -> Batch | Parcel | Failure:
-        """Returns the batch of these draws; in a data loading process it is packed, or says why there is none."""
+    def __getitems__(self, keys: list[SampleKey]) -> Batch | Parcel | Failure:
+        """Returns the batch of these keys; in a data loading process it is packed, or says why there is none."""
         if get_worker_info() is None:
-            return self._batch(draws)
+            return self._batch(keys)
         try:
-            return Parcel(self._batch(draws))
+            return Parcel(self._batch(keys))
         except (OSError, ValueError) as error:
             return Failure.of(error)
 
-    def _batch(self, draws: list[Draw]) -> Batch:
+    def _batch(self, keys: list[SampleKey]) -> Batch:
         with with_remedy():
-            return collate([self[draw] for draw in draws])
+            return collate([self[key] for key in keys])
 
     def transformed(self, image: Image.Image, label: Any) -> tuple[Tensor, Any]:
         """Returns the image, uint8 (C, H, W), and its label."""
@@ -110,53 +111,15 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-def build_train_loader(
-    source: Source,
-    transform: Callable[..., Any],
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    fixed_shards: bool = False,
-    dataset: type[TransformedDataset] = TransformedDataset,
-) -> DataLoader[Sample]:
-    """Returns a loader of this rank's `Batch`es of exactly `batch_size`; its `sampler` is a `TrainSampler`.
-
-    `dataset` applies the transform. Call `loader.sampler.set_position(epoch)` before each epoch. Raises ValueError
-    where the images do not fill a step.
-    """
-    sampler = TrainSampler(
-        len(source), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, fixed_shards=fixed_shards
-    )
-    return _build_loader(dataset(source, transform, seed), sampler, batch_size, num_workers, pin_memory)
-
-
-def build_eval_loader(
-    source: Source,
-    transform: Callable[..., Any],
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-    dataset: type[TransformedDataset] = TransformedDataset,
-) -> DataLoader[Sample]:
-    """Returns a loader of this rank's `Batch`es: over all ranks each image exactly once, the last batch smaller.
-
-    `dataset` applies the transform.
-    """
-    sampler = EvalSampler(len(source), rank=rank, world_size=world_size)
-    return _build_loader(dataset(source, transform), sampler, batch_size, num_workers, pin_memory)
-
-
 class BatchLoader(DataLoader[Sample]):
     """A loader whose workers' failures reach the run as they were raised, with the remedy, their deaths included."""
 
     _workers: Sequence[multiprocessing.process.BaseProcess] = ()  # they stay for all epochs
+
+    def set_position(self, epoch: int, consumed: int = 0) -> None:
+        """Makes the next iteration begin in `epoch` after `consumed` images; see `TrainSampler.set_position`."""
+        assert isinstance(self.sampler, TrainSampler)
+        self.sampler.set_position(epoch, consumed)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yields the batches; raises OSError where the system refuses something, or kills one of the workers."""
@@ -213,10 +176,53 @@ def _leave_signals_to_the_run(_worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def build_train_loader(
+    source: Source,
+    transform: Callable[..., Any],
+    cfg: CfgNode,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    dataset: type[TransformedDataset] = TransformedDataset,
+) -> BatchLoader:
+    """Returns a loader of this rank's `Batch`es, all of exactly BATCH_SIZE images; `cfg` is the section DATA.
+
+    `dataset` applies the transform. Call `set_position` before each epoch. Raises ValueError where the images do not
+    fill a step.
+    """
+    sampler = TrainSampler(
+        len(source),
+        batch_size=cfg.BATCH_SIZE,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        fixed_shards=cfg.ZIP_MODE and cfg.CACHE_MODE == "part",  # each rank has only its own images in memory
+    )
+    return _build_loader(dataset(source, transform, seed), sampler, cfg.BATCH_SIZE, cfg)
+
+
+def build_eval_loader(
+    source: Source,
+    transform: Callable[..., Any],
+    cfg: CfgNode,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    dataset: type[TransformedDataset] = TransformedDataset,
+) -> BatchLoader:
+    """Returns a loader of this rank's `Batch`es: over all ranks each image exactly once, the last batch smaller.
+
+    `cfg` is the section DATA; `dataset` applies the transform.
+    """
+    sampler = EvalSampler(len(source), rank=rank, world_size=world_size)
+    return _build_loader(dataset(source, transform), sampler, cfg.TEST_BATCH_SIZE or cfg.BATCH_SIZE, cfg)
+
+
 def _build_loader(
-    dataset: TransformedDataset, sampler: Sampler[Draw], batch_size: int, num_workers: int, pin_memory: bool
-) -> DataLoader[Sample]:
-    num_workers = min(num_workers, len(os.sched_getaffinity(0)))  # more than there are cores would only be in the way
+    dataset: TransformedDataset, sampler: TrainSampler | EvalSampler, batch_size: int, cfg: CfgNode
+) -> BatchLoader:
+    num_workers = min(cfg.NUM_WORKERS, len(os.sched_getaffinity(0)))  # more than there are cores would be in the way
     return BatchLoader(
         dataset,
         batch_size=batch_size,
@@ -225,6 +231,6 @@ def _build_loader(
         num_workers=num_workers,  # torch gives each worker a single thread
         worker_init_fn=_leave_signals_to_the_run,
         persistent_workers=num_workers > 0,
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        pin_memory=cfg.PIN_MEMORY and torch.cuda.is_available(),
         generator=torch.Generator(),  # each iteration draws from it, and must not disturb the global one
     )

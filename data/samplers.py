@@ -7,21 +7,21 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-class Draw(NamedTuple):
+class SampleKey(NamedTuple):
     """An image to load, and the epoch it is loaded for: workers need no other state to augment it."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody needs here
 
 
-class TrainSampler(Sampler[Draw]):
-    """Cuts one shuffled order of all images, drawn from (seed, epoch), into the batches of all processes.
+class TrainSampler(Sampler[SampleKey]):
+    """Shards one random order of all images, a function of (seed, epoch), into the batches of all processes.
 
     A step takes the next `batch_size * world_size` images of that order, and each rank its own `batch_size` of them.
     How far the epoch has come is therefore one number, and a run may resume from it with other processes or batches.
     Images at the end that fill no whole step are left out; which ones changes with the epoch.
 
-    With `fixed_shards` a rank only ever draws the images with `index % world_size == rank`, those that it holds in
+    With `fixed_shards` a rank is assigned the images with `index % world_size == rank` alone, those that it holds in
     memory; a run can then only resume in the middle of an epoch with the number of processes that it began with.
 
     Raises ValueError where the images do not fill one step.
@@ -42,7 +42,7 @@ class TrainSampler(Sampler[Draw]):
         if length < batch_size * world_size:
             raise ValueError(
                 f"{length} training images do not fill one step of {batch_size * world_size} "
-                f"({world_size} processes of {batch_size}): lower --batch-size"
+                f"({world_size} processes of {batch_size}): lower DATA.BATCH_SIZE"
             )
         self.length = length
         self.batch_size = batch_size
@@ -80,10 +80,10 @@ class TrainSampler(Sampler[Draw]):
         """Returns the number of images that are left of the epoch for this rank."""
         return self.steps * self.batch_size
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[SampleKey]:
         epoch = self.epoch
         for index in self._order().tolist():
-            yield Draw(epoch, index)
+            yield SampleKey(epoch, index)
 
     def _order(self) -> np.ndarray:
         """Returns the indices (len(self),) of this rank's images in the order of their use."""
@@ -95,8 +95,8 @@ class TrainSampler(Sampler[Draw]):
         return used.reshape(self.steps, self.world_size, self.batch_size)[:, self.rank].reshape(-1)
 
 
-class EvalSampler(Sampler[Draw]):
-    """Gives every image to exactly one process, in order; processes may differ by one image, none sees padding."""
+class EvalSampler(Sampler[SampleKey]):
+    """Assigns every image to exactly one process, in order; processes may differ by one image, none sees padding."""
 
     def __init__(self, length: int, *, rank: int = 0, world_size: int = 1) -> None:
         assert 0 <= rank < world_size
@@ -105,6 +105,6 @@ class EvalSampler(Sampler[Draw]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[SampleKey]:
         for index in self.indices:
-            yield Draw(0, index)
+            yield SampleKey(0, index)

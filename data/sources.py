@@ -1,4 +1,4 @@
-"""Raw images from where they are stored: a folder, CIFAR-100's files, the embedded digits."""
+"""Raw images with their labels as they are stored: an image folder, CIFAR-100's files, the embedded digits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -17,6 +17,7 @@ from .decode import EXTENSIONS, decode_rgb
 from .folders import class_names, image_files
 
 SPLITS = ("train", "val")
+IGNORED = 255  # in a mask, a pixel that neither trains nor counts
 # The words that stand for a data set without files of the user, wherever a data path is taken.
 DIGITS, SHAPES = "digits", "shapes"
 
@@ -149,7 +150,7 @@ class CifarSource(ImageSource):
         except RuntimeError as error:  # torchvision's answer to missing and to damaged files
             raise ValueError(
                 f"CIFAR-100 is missing or damaged in {root / CIFAR100.base_folder}: "
-                "give the folder that holds it as --data-path, or fetch it with --opts DATA.DOWNLOAD True"
+                "set DATA.DATA_PATH to the folder that holds it, or DATA.DOWNLOAD True to fetch it"
             ) from error
         self.classes = list(cifar.classes)
         self._images: np.ndarray = cifar.data

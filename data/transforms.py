@@ -13,6 +13,7 @@ from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torch import Tensor, nn
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, RandomCrop, RandomHorizontalFlip
+from yacs.config import CfgNode
 
 from .randaugment import published_rand_augment
 
@@ -22,8 +23,7 @@ Transform = Callable[[Image.Image], Tensor]  # RGB image -> uint8 (3, height, wi
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 SMALL = 32  # images of at most this side are shifted rather than cropped and zoomed, as published for CIFAR
 
-# The strings that timm's parsers understand; what they do not know they partly ignore without a word.
-_AUTO_AUGMENT = re.compile(r"(rand|augmix|original|originalr|v0|v0r|3a)(-(t(weights|3aw?)|[a-z]+\d+(\.\d+)?))*")
+_POLICY = re.compile(r"(rand|augmix|original|originalr|v0|v0r|3a)(-(t(weights|3aw?)|[a-z]+\d+(\.\d+)?))*")
 
 
 class ResizeToCover:
@@ -105,32 +105,31 @@ def _shift(size: Size, interpolation: str) -> list[Callable]:
     ]
 
 
-def train_transform(
-    size: Size,
-    *,
-    preset: str | None = None,
-    interpolation: str = "bilinear",
-    color_jitter: float = 0.4,
-    auto_augment: str = "rand-m9-mstd0.5-inc1",
-) -> Transform:
-    """Returns the augmentation of a training image: a preset, or timm's pipeline where `preset` is None.
+def train_transform(size: Size, cfg: CfgNode, *, interpolation: str = "bilinear") -> Transform:
+    """Returns the augmentation of a training image: a preset, or timm's pipeline where PRESET is None.
 
-    timm's pipeline crops, flips, and then either follows the policy `auto_augment` (timm's syntax, `none` for none)
-    or, without one, jitters brightness, contrast and saturation by up to `color_jitter`. Up to 32 pixels it shifts by
-    up to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches.
+    `cfg` is the section AUG. timm's pipeline crops, flips, and then either follows the policy AUTO_AUGMENT or, where
+    that is `none`, jitters brightness, contrast and saturation by up to COLOR_JITTER. Up to 32 pixels it shifts by up
+    to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches.
 
     Raises ValueError for a policy that timm does not know.
     """
-    assert interpolation in INTERPOLATIONS
-    if preset is None:
-        return _timm_transform(size, interpolation, color_jitter, auto_augment)
-    return PRESETS[preset](size, interpolation)
+    if cfg.PRESET is not None:
+        return PRESETS[cfg.PRESET](size, interpolation)
+    return _timm_transform(size, interpolation, cfg.COLOR_JITTER, cfg.AUTO_AUGMENT)
+
+
+def is_auto_augment_policy(text: str) -> bool:
+    """Says whether `text` has the form of a policy in timm's notation, or is `none`.
+
+    timm's parsers refuse some of what they do not know, and ignore the rest of it silently.
+    """
+    return text == "none" or _POLICY.fullmatch(text) is not None
 
 
 def _timm_transform(size: Size, interpolation: str, color_jitter: float, auto_augment: str) -> Transform:
+    assert is_auto_augment_policy(auto_augment)
     try:
-        if auto_augment != "none" and not _AUTO_AUGMENT.fullmatch(auto_augment):
-            raise ValueError("malformed")
         pipeline = create_transform(
             size,
             is_training=True,
@@ -157,7 +156,6 @@ def eval_transform(size: Size, *, crop: bool = False, interpolation: str = "bili
     With `crop` it covers 256/224 of the size instead, so that the centre is about 3/4 of the image; the published
     accuracies are without. `random` interpolation is for training and means bilinear here.
     """
-    assert interpolation in INTERPOLATIONS
     height, width = size
     cover = (height * 256 // 224, width * 256 // 224) if crop else size
     return Compose([ResizeToCover(cover, interpolation), CenterCrop(size), PILToTensor()])

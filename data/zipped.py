@@ -42,7 +42,9 @@ class ZipSource(ImageSource):
         archive, map_file = root / f"{split}.zip", root / f"{split}_map.txt"
         for path in (archive, map_file):
             if not path.is_file():
-                raise ValueError(f"{path} is missing: --zip reads {split}.zip and {split}_map.txt from the data path")
+                raise ValueError(
+                    f"{path} is missing: DATA.ZIP_MODE reads {split}.zip and {split}_map.txt from DATA.DATA_PATH"
+                )
         self._archive = _Archive(archive)
         entries, labels = _read_map(map_file, known=self._archive.names())
         self._entries = PackedStrings(entries)
@@ -69,7 +71,6 @@ class ZipSource(ImageSource):
 
 def _cached_indices(cache_mode: str, length: int, rank: int, world_size: int) -> range:
     """Returns the indices whose bytes `cache_mode` keeps in memory."""
-    assert cache_mode in CACHE_MODES
     return {"no": range(0), "part": range(rank, length, world_size), "full": range(length)}[cache_mode]
 
 

@@ -32,7 +32,14 @@ import pytest
 from tests.mutation_sites import Mutation, find_mutations
 
 ROOT = Path(__file__).parents[1]
-MUTATED = ("models/*.py", "engine/*.py", "configs/*.py", "data/samplers.py", "data/mixing.py", "utils/distributed.py")
+MUTATED = (
+    "models/*.py",
+    "engine/*.py",
+    "configs/*.py",
+    "data/samplers.py",
+    "data/batch_augmentation.py",
+    "utils/distributed.py",
+)
 FIRST = 15.0  # seconds of tests that are tried before pytest is started a second time for the others
 # Processes are forked from one that has done the imports that take seconds.
 FORKED = multiprocessing.get_context("forkserver")

@@ -41,6 +41,14 @@ def image_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def face_folder(image_folder: Path) -> Path:
+    """The images of `image_folder`, those of `val` as other people than those of `train`."""
+    for name in CLASSES:
+        (image_folder / "val" / name).rename(image_folder / "val" / f"other {name}")
+    return image_folder
+
+
+@pytest.fixture
 def image_zip(image_folder: Path, tmp_path: Path) -> Path:
     """The images of `image_folder`, zipped."""
     root = tmp_path / "zipped"
@@ -82,7 +90,12 @@ def cifar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def data_path(request: pytest.FixtureRequest) -> Callable[[str], str]:
     """Returns a function from the name of a data set to a path with some of its data."""
-    fixtures = {"imagenet": "image_folder", "cf100": "cifar_folder"}
+    fixtures = {
+        "imagenet": "image_folder",
+        "cf100": "cifar_folder",
+        "cityscapes": "cityscapes_folder",
+        "faces": "face_folder",
+    }
 
     def find(name: str) -> str:
         if name in WITHOUT_PATH:

@@ -8,12 +8,12 @@ import threading
 import pytest
 import torch
 from PIL import Image
+from settings import settings
 
 from data import (
     DigitsSource,
-    Draw,
     FolderSource,
-    TrainSampler,
+    SampleKey,
     TransformedDataset,
     build_eval_loader,
     build_train_loader,
@@ -28,9 +28,14 @@ def fingerprint(loader) -> list[tuple[bytes, list[int], list[int]]]:
     return [(batch.images.numpy().tobytes(), batch.labels.tolist(), batch.indices.tolist()) for batch in loader]
 
 
-def train_loader(num_workers: int = 0, **options):
-    transform = train_transform((16, 16), preset=options.pop("preset", "raug15"))
-    return build_train_loader(DigitsSource("val"), transform, batch_size=16, num_workers=num_workers, **options)
+def loading(batch_size: int, num_workers: int = 0, opts: str = ""):
+    """Returns the section DATA with these values."""
+    return settings(f"DATA.BATCH_SIZE {batch_size} DATA.NUM_WORKERS {num_workers} DATA.PIN_MEMORY False {opts}").DATA
+
+
+def train_loader(num_workers: int = 0, seed: int = 0, **options):
+    transform = train_transform((16, 16), settings("AUG.PRESET raug15").AUG)
+    return build_train_loader(DigitsSource("val"), transform, loading(16, num_workers), seed=seed, **options)
 
 
 def test_batches_do_not_depend_on_the_number_of_workers():
@@ -39,7 +44,7 @@ def test_batches_do_not_depend_on_the_number_of_workers():
         loader = train_loader(num_workers, seed=5)
         two_epochs = []
         for epoch in (3, 4):
-            loader.sampler.set_position(epoch)
+            loader.set_position(epoch)
             two_epochs.append(fingerprint(loader))
         assert two_epochs[0] != two_epochs[1]
         assert len(two_epochs[0]) == len(loader) == 359 // 16
@@ -47,15 +52,15 @@ def test_batches_do_not_depend_on_the_number_of_workers():
     assert epochs[0] == epochs[1] == epochs[2]
 
 
-def test_images_do_not_depend_on_who_draws_them_and_when():
+def test_images_do_not_depend_on_who_loads_them_and_when():
     """The same image of the same epoch is augmented alike on another rank, and after resuming."""
     alone = train_loader()
-    alone.sampler.set_position(1)
+    alone.set_position(1)
     expected = {
         index: image for batch in alone for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
     }
     rank = train_loader(rank=1, world_size=2)
-    rank.sampler.set_position(1, consumed=64)
+    rank.set_position(1, consumed=64)
     seen = 0
     for batch in rank:
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
@@ -67,8 +72,9 @@ def test_images_do_not_depend_on_who_draws_them_and_when():
 def test_an_image_is_augmented_anew_in_each_epoch_and_for_each_seed():
     images = set()
     for seed in range(4):
-        dataset = TransformedDataset(DigitsSource("val"), train_transform((16, 16), preset="weak"), seed)
-        images |= {dataset[Draw(epoch, 3)].image.numpy().tobytes() for epoch in range(4)}
+        transform = train_transform((16, 16), settings("AUG.PRESET weak").AUG)
+        dataset = TransformedDataset(DigitsSource("val"), transform, seed)
+        images |= {dataset[SampleKey(epoch, 3)].image.numpy().tobytes() for epoch in range(4)}
     assert len(images) == 16
 
 
@@ -86,7 +92,7 @@ def test_seeds_give_different_batches():
 
 def test_labels_belong_to_the_images():
     source = DigitsSource("val")
-    batch = next(iter(build_train_loader(source, eval_transform((8, 8)), batch_size=16)))
+    batch = next(iter(build_train_loader(source, eval_transform((8, 8)), loading(16), seed=0)))
     assert batch.labels.dtype == batch.indices.dtype == torch.int64
     for image, label, index in zip(batch.images, batch.labels, batch.indices, strict=True):
         expected, expected_label = source.load(int(index))
@@ -99,14 +105,56 @@ def test_evaluation_covers_each_image_once(world_size):
     source = DigitsSource("val")
     seen = []
     for rank in range(world_size):
-        loader = build_eval_loader(source, eval_transform((8, 8)), batch_size=50, rank=rank, world_size=world_size)
+        loader = build_eval_loader(source, eval_transform((8, 8)), loading(50), rank=rank, world_size=world_size)
         seen += [index for batch in loader for index in batch.indices.tolist()]
     assert sorted(seen) == list(range(359))
 
 
 def test_too_few_images():
-    with pytest.raises(ValueError, match="lower --batch-size"):
-        build_train_loader(DigitsSource("val"), eval_transform((8, 8)), batch_size=180, world_size=2)
+    with pytest.raises(ValueError, match="lower DATA.BATCH_SIZE"):
+        build_train_loader(DigitsSource("val"), eval_transform((8, 8)), loading(180), seed=0, world_size=2)
+
+
+def test_evaluation_has_a_batch_size_of_its_own():
+    source, transform = DigitsSource("val"), eval_transform((8, 8))
+    cfg = loading(16, opts="DATA.TEST_BATCH_SIZE 100")
+    assert [len(batch.labels) for batch in build_eval_loader(source, transform, cfg)] == [100, 100, 100, 59]
+    assert len(next(iter(build_train_loader(source, transform, cfg, seed=0))).labels) == 16
+
+
+@pytest.mark.parametrize(
+    ("opts", "fixed"),
+    [
+        ("DATA.ZIP_MODE True DATA.CACHE_MODE part", True),
+        ("DATA.ZIP_MODE True DATA.CACHE_MODE full", False),
+        ("DATA.ZIP_MODE True DATA.CACHE_MODE no", False),
+        ("DATA.ZIP_MODE False DATA.CACHE_MODE part", False),
+    ],
+)
+def test_shards_are_fixed_where_each_process_has_a_part_in_memory(opts, fixed):
+    place = {"seed": 0, "rank": 1, "world_size": 3}
+    loader = build_train_loader(DigitsSource("val"), eval_transform((8, 8)), loading(16, opts=opts), **place)
+    indices = [index for batch in loader for index in batch.indices.tolist()]
+    assert all(index % 3 == 1 for index in indices) == fixed
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_continues_in_the_middle_of_an_epoch(num_workers):
+    loader = train_loader(num_workers)
+    loader.set_position(3)
+    whole = fingerprint(loader)
+    loader.set_position(3, 5 * 16)
+    assert fingerprint(loader) == whole[5:]
+    assert len(loader) == len(whole) - 5
+    loader.set_position(4)
+    assert fingerprint(loader)[0] != whole[0]
+    with pytest.raises(ValueError, match="cannot resume after 360 images of an epoch of 359"):
+        loader.set_position(3, 360)
+
+
+def test_an_evaluation_has_no_position():
+    with pytest.raises(AssertionError):
+        build_eval_loader(DigitsSource("val"), eval_transform((8, 8)), loading(16)).set_position(1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -115,7 +163,7 @@ def test_unreadable_images_are_replaced_and_reported(image_folder, num_workers):
     broken[0].write_bytes(b"not an image")
     broken[1].write_bytes(broken[1].read_bytes()[:-100])
     source = FolderSource(image_folder, "val")
-    batch = next(iter(build_eval_loader(source, eval_transform((24, 24)), batch_size=6, num_workers=num_workers)))
+    batch = next(iter(build_eval_loader(source, eval_transform((24, 24)), loading(6, num_workers))))
     assert batch.indices.tolist() == [0, 3, 3, 3, 4, 5]
     assert batch.labels.tolist() == [0, 1, 1, 1, 2, 2]
     reported = [message.split(": ")[0] for message in batch.unreadable]
@@ -124,7 +172,7 @@ def test_unreadable_images_are_replaced_and_reported(image_folder, num_workers):
 
 def test_replacement_wraps_around(image_folder):
     (image_folder / "val" / "cat" / "1.png").write_bytes(b"")
-    loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((24, 24)), batch_size=6)
+    loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((24, 24)), loading(6))
     assert next(iter(loader)).indices.tolist() == [0, 1, 2, 3, 4, 0]
 
 
@@ -133,13 +181,13 @@ def test_lost_storage_is_an_error(image_folder):
     for index in range(len(source)):
         os.unlink(source.locate(index))
     with pytest.raises(OSError, match="12 images in a row cannot be read"):
-        next(iter(build_eval_loader(source, eval_transform((24, 24)), batch_size=1)))
+        next(iter(build_eval_loader(source, eval_transform((24, 24)), loading(1))))
 
 
 def test_number_of_tries_is_bounded(image_folder):
     for number in range(MAX_TRIES + 1):
         (image_folder / "val" / "ant" / f"0{number:02}.png").write_bytes(b"")
-    loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((24, 24)), batch_size=1)
+    loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((24, 24)), loading(1))
     with pytest.raises(OSError, match=f"{MAX_TRIES} images in a row"):
         list(loader)
 
@@ -149,7 +197,7 @@ def threads_in_use(_image: Image.Image) -> torch.Tensor:
 
 
 def test_workers_have_one_thread():
-    loader = build_eval_loader(DigitsSource("val"), threads_in_use, batch_size=1, num_workers=1)
+    loader = build_eval_loader(DigitsSource("val"), threads_in_use, loading(1, 1))
     assert next(iter(loader)).images.tolist() == [[1]]
 
 
@@ -167,9 +215,9 @@ class Undeliverable(str):
 class DyingDataset(TransformedDataset):
     """Its process closes its connections and ends a little later, as one does that the system kills."""
 
-    def __getitem__(self, draw):
+    def __getitem__(self, key):
         threading.Timer(0.3, os._exit, [1]).start()
-        return super().__getitem__(draw)._replace(unreadable=[Undeliverable()])
+        return super().__getitem__(key)._replace(unreadable=[Undeliverable()])
 
 
 def test_a_worker_that_dies_while_it_sends_a_batch():
@@ -189,7 +237,7 @@ def test_a_worker_that_is_killed_between_two_epochs():
 
 
 class FailingDataset(TransformedDataset):
-    def __getitem__(self, draw):
+    def __getitem__(self, key):
         raise RuntimeError("a fault of the transform")
 
 
@@ -205,7 +253,7 @@ class RefusingDataset(TransformedDataset):
 
     error: Exception
 
-    def __getitem__(self, draw):
+    def __getitem__(self, key):
         raise self.error
 
 
@@ -244,18 +292,18 @@ def test_a_loader_goes_on_after_a_mistake():
 class FirstTimeRefusing(TransformedDataset):
     tries = 0
 
-    def __getitem__(self, draw):
+    def __getitem__(self, key):
         self.tries += 1
         if self.tries == 1:
             raise ValueError("not yet")
-        return super().__getitem__(draw)
+        return super().__getitem__(key)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_what_the_system_refuses_is_no_fault_of_an_image(num_workers, number):
     """It is no unreadable image, which another one would stand in for."""
-    loader = build_eval_loader(RefusedSource(number), eval_transform((8, 8)), batch_size=4, num_workers=num_workers)
+    loader = build_eval_loader(RefusedSource(number), eval_transform((8, 8)), loading(4, num_workers))
     with pytest.raises(OSError, match=rf"^{re.escape(REFUSALS[number])}$"):
         next(iter(loader))
 
@@ -282,10 +330,6 @@ def test_a_worker_that_finds_no_shared_memory_for_what_it_has_mapped():
 
 def test_images_whose_names_are_odd_are_reported_escaped(image_folder):
     (image_folder / "val" / "ant" / "\x1b[2J\n.png").write_bytes(b"no image")
-    loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((8, 8)), batch_size=7)
+    loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((8, 8)), loading(7))
     (message,) = next(iter(loader)).unreadable
     assert message.startswith(f"{image_folder}/val/ant/\\x1b[2J\\n.png: not an image of a known format")
-
-
-def test_training_loader_has_a_training_sampler():
-    assert isinstance(train_loader().sampler, TrainSampler)

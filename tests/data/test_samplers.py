@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import EvalSampler, TrainSampler
-from data.samplers import Draw
+from data import EvalSampler, SampleKey, TrainSampler
 
 unhurried = settings(deadline=None)  # the machine may be busy
 worlds = st.integers(1, 8)
@@ -12,21 +11,21 @@ batches = st.integers(1, 6)
 lengths = st.integers(48, 200)  # enough for one step of the largest world and batch
 
 
-def draws(length: int, world_size: int, *, consumed: int = 0, epoch: int = 0, **options) -> list[list[int]]:
-    """Returns the indices that each rank draws."""
+def shards(length: int, world_size: int, *, consumed: int = 0, epoch: int = 0, **options) -> list[list[int]]:
+    """Returns the indices that each rank is assigned."""
     ranks = []
     for rank in range(world_size):
         sampler = TrainSampler(length, rank=rank, world_size=world_size, **options)
         sampler.set_position(epoch, consumed)
-        drawn = list(sampler)
-        assert len(drawn) == len(sampler)
-        assert {draw.epoch for draw in drawn} <= {epoch}
-        ranks.append([draw.index for draw in drawn])
+        keys = list(sampler)
+        assert len(keys) == len(sampler)
+        assert {key.epoch for key in keys} <= {epoch}
+        ranks.append([key.index for key in keys])
     return ranks
 
 
 def in_order_of_use(ranks: list[list[int]], batch_size: int) -> list[int]:
-    """Joins what the ranks draw, step by step and within a step rank by rank."""
+    """Joins what the ranks are assigned, step by step and within a step rank by rank."""
     steps = len(ranks[0]) // batch_size
     return [index for step in range(steps) for rank in ranks for index in rank[step * batch_size :][:batch_size]]
 
@@ -34,7 +33,7 @@ def in_order_of_use(ranks: list[list[int]], batch_size: int) -> list[int]:
 @unhurried
 @given(lengths, worlds, batches, st.integers(0, 3), st.integers(0, 5), st.booleans())
 def test_ranks_share_an_epoch_without_repeats(length, world_size, batch_size, seed, epoch, fixed_shards):
-    ranks = draws(length, world_size, batch_size=batch_size, seed=seed, epoch=epoch, fixed_shards=fixed_shards)
+    ranks = shards(length, world_size, batch_size=batch_size, seed=seed, epoch=epoch, fixed_shards=fixed_shards)
     assert len({len(rank) for rank in ranks}) == 1, "every rank takes the same number of steps"
     everything = [index for rank in ranks for index in rank]
     assert len(everything) == len(set(everything)) == length // (batch_size * world_size) * batch_size * world_size
@@ -46,8 +45,8 @@ def test_ranks_share_an_epoch_without_repeats(length, world_size, batch_size, se
 @unhurried
 @given(lengths, worlds, batches)
 def test_order_does_not_depend_on_the_number_of_processes(length, world_size, batch_size):
-    alone = draws(length, 1, batch_size=1)[0]
-    together = in_order_of_use(draws(length, world_size, batch_size=batch_size), batch_size)
+    alone = shards(length, 1, batch_size=1)[0]
+    together = in_order_of_use(shards(length, world_size, batch_size=batch_size), batch_size)
     assert together == alone[: len(together)]
 
 
@@ -56,9 +55,9 @@ def test_order_does_not_depend_on_the_number_of_processes(length, world_size, ba
 def test_resuming_with_other_processes_repeats_and_skips_nothing(data, length, world, batch, new_world, new_batch):
     steps = data.draw(st.integers(0, length // (world * batch)), label="steps before the interruption")
     consumed = steps * world * batch
-    before = in_order_of_use(draws(length, world, batch_size=batch), batch)[:consumed]
-    after = in_order_of_use(draws(length, new_world, batch_size=new_batch, consumed=consumed), new_batch)
-    assert before + after == draws(length, 1, batch_size=1)[0][: consumed + len(after)]
+    before = in_order_of_use(shards(length, world, batch_size=batch), batch)[:consumed]
+    after = in_order_of_use(shards(length, new_world, batch_size=new_batch, consumed=consumed), new_batch)
+    assert before + after == shards(length, 1, batch_size=1)[0][: consumed + len(after)]
     assert length - consumed - len(after) < new_world * new_batch, "only an incomplete step is left out"
 
 
@@ -66,22 +65,22 @@ def test_resuming_with_other_processes_repeats_and_skips_nothing(data, length, w
 @given(st.data(), lengths, worlds, batches)
 def test_resuming_with_fixed_shards(data, length, world_size, batch_size):
     options = {"batch_size": batch_size, "fixed_shards": True}
-    whole = draws(length, world_size, **options)
+    whole = shards(length, world_size, **options)
     steps = data.draw(st.integers(0, len(whole[0]) // batch_size), label="steps before the interruption")
-    rest = draws(length, world_size, consumed=steps * batch_size * world_size, **options)
+    rest = shards(length, world_size, consumed=steps * batch_size * world_size, **options)
     assert rest == [rank[steps * batch_size :] for rank in whole]
 
 
 def test_order_is_new_in_each_epoch_and_for_each_seed():
-    orders = {tuple(draws(100, 1, batch_size=10, seed=seed, epoch=epoch)[0]) for seed in (0, 1) for epoch in (0, 1, 2)}
+    orders = {tuple(shards(100, 1, batch_size=10, seed=seed, epoch=epoch)[0]) for seed in (0, 1) for epoch in (0, 1, 2)}
     assert len(orders) == 6
-    assert draws(100, 1, batch_size=1, seed=3, epoch=4)[0] == np.random.default_rng([3, 4]).permutation(100).tolist()
+    assert shards(100, 1, batch_size=1, seed=3, epoch=4)[0] == np.random.default_rng([3, 4]).permutation(100).tolist()
 
 
 def test_a_new_sampler_begins_with_the_first_epoch_of_seed_0():
     order = np.random.default_rng([0, 0]).permutation(20)
-    assert list(TrainSampler(20, batch_size=10)) == [Draw(0, index) for index in order]
-    assert list(EvalSampler(3)) == [Draw(0, index) for index in range(3)]
+    assert list(TrainSampler(20, batch_size=10)) == [SampleKey(0, index) for index in order]
+    assert list(EvalSampler(3)) == [SampleKey(0, index) for index in range(3)]
 
 
 @pytest.mark.parametrize("fixed_shards", [False, True])
@@ -93,7 +92,7 @@ def test_images_that_just_fill_a_step(fixed_shards):
 
 
 def test_too_few_images_for_a_step():
-    with pytest.raises(ValueError, match=r"15 training images .* step of 16 .*: lower --batch-size"):
+    with pytest.raises(ValueError, match=r"15 training images .* step of 16 .*: lower DATA.BATCH_SIZE"):
         TrainSampler(15, batch_size=8, world_size=2)
 
 
@@ -111,7 +110,7 @@ def test_positions_that_cannot_be_resumed():
 @given(st.integers(0, 100), worlds)
 def test_evaluation_sees_each_image_once(length, world_size):
     ranks = [EvalSampler(length, rank=rank, world_size=world_size) for rank in range(world_size)]
-    seen = [draw.index for rank in ranks for draw in rank]
+    seen = [key.index for rank in ranks for key in rank]
     assert sorted(seen) == list(range(length))
     assert sum(len(rank) for rank in ranks) == length
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from settings import settings
 
-from data import TrainSampler, build_eval_loader, build_train_loader
-from data.segmentation import (
+from data import (
     CITYSCAPES,
     IGNORED,
     CityscapesSource,
     MaskedDataset,
-    RandomScale,
+    build_eval_loader,
+    build_train_loader,
     segmentation_eval_transform,
     segmentation_train_transform,
 )
+from data.segmentation import RandomScale
 from utils.seed import keyed_rng
 
 ROAD, PERSON, CAR = 0, 11, 13  # training ids
@@ -79,13 +81,15 @@ def test_a_mask_that_does_not_fit_is_an_unreadable_image(own_folder: Path, mask:
     source = CityscapesSource(own_folder, "val")
     with pytest.raises(ValueError, match=message):
         source.load(0)
-    loader = build_eval_loader(source, segmentation_eval_transform(), batch_size=2, dataset=MaskedDataset)
+    cfg = settings("DATA.BATCH_SIZE 2 DATA.NUM_WORKERS 0").DATA
+    loader = build_eval_loader(source, segmentation_eval_transform(), cfg, dataset=MaskedDataset)
     assert [len(batch.unreadable) for batch in loader] == [1, 0]
 
 
 def test_evaluation_sees_every_image_whole(cityscapes_folder: Path) -> None:
     source = CityscapesSource(cityscapes_folder, "val")
-    loader = build_eval_loader(source, segmentation_eval_transform(), batch_size=3, dataset=MaskedDataset)
+    cfg = settings("DATA.BATCH_SIZE 3 DATA.NUM_WORKERS 0").DATA
+    loader = build_eval_loader(source, segmentation_eval_transform(), cfg, dataset=MaskedDataset)
     first, second = loader
     assert (first.images.shape, first.labels.shape) == ((3, 3, 64, 96), (3, 64, 96))
     assert (first.images.dtype, first.labels.dtype) == (torch.uint8, torch.int64)
@@ -93,6 +97,25 @@ def test_evaluation_sees_every_image_whole(cityscapes_folder: Path) -> None:
     image, mask = source.load(3)
     assert torch.equal(second.images[0], torch.from_numpy(np.array(image)).permute(2, 0, 1))
     assert torch.equal(second.labels[0], torch.from_numpy(mask).long())
+
+
+@pytest.mark.parametrize("size", [(32, 48), (128, 64), (1, 1)])
+def test_an_evaluation_at_a_size_of_its_own(cityscapes_folder: Path, size: tuple[int, int]) -> None:
+    """The image is interpolated bilinearly; the mask keeps its labels, each that of the nearest pixel."""
+    image, mask = CityscapesSource(cityscapes_folder, "val").load(0)
+    pixels, labels = segmentation_eval_transform(size)(image, mask)
+    assert (pixels.shape, pixels.dtype) == ((3, *size), torch.uint8)
+    assert (labels.shape, labels.dtype) == (size, torch.int64)
+    expected = torch.from_numpy(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    assert (pixels.int() - expected.int()).abs().max() <= 1  # by the rounding of its two passes
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, mask.shape, strict=True))
+    assert np.array_equal(labels.numpy(), mask[rows][:, columns])
+
+
+def test_an_evaluation_at_the_size_of_the_image_changes_nothing(cityscapes_folder: Path) -> None:
+    sample = CityscapesSource(cityscapes_folder, "val").load(0)
+    whole, resized = (segmentation_eval_transform(size)(*sample) for size in (None, (64, 96)))
+    assert all(map(torch.equal, whole, resized))
 
 
 def test_augmentation_moves_image_and_mask_alike(cityscapes_folder: Path) -> None:
@@ -136,17 +159,16 @@ def test_the_scale_is_uniform_in_its_range() -> None:
     assert np.mean(heights) == pytest.approx(50, abs=3)
 
 
-def test_draws_depend_on_seed_epoch_and_image_alone(cityscapes_folder: Path) -> None:
+def test_augmentation_depends_on_seed_epoch_and_image_alone(cityscapes_folder: Path) -> None:
     def epoch(workers: int, number: int) -> dict[int, torch.Tensor]:
         loader = build_train_loader(
             CityscapesSource(cityscapes_folder, "train"),
             segmentation_train_transform((32, 32)),
-            batch_size=4,
-            num_workers=workers,
+            settings(f"DATA.BATCH_SIZE 4 DATA.NUM_WORKERS {workers}").DATA,
+            seed=0,
             dataset=MaskedDataset,
         )
-        assert isinstance(loader.sampler, TrainSampler)
-        loader.sampler.set_position(number)
+        loader.set_position(number)
         return {int(i): mask for batch in loader for i, mask in zip(batch.indices, batch.labels, strict=True)}
 
     first, again, next_one = epoch(0, 0), epoch(2, 0), epoch(0, 1)

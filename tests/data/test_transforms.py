@@ -5,13 +5,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from settings import settings
 from timm.data.auto_augment import AugmentOp
 from torchvision import transforms as reference
 
-from data.datasets import DATASETS
+from data import (
+    DATASETS,
+    INTERPOLATIONS,
+    PRESETS,
+    Normalize,
+    eval_transform,
+    is_auto_augment_policy,
+    train_transform,
+)
 from data.randaugment import GREY, PUBLISHED_OPERATIONS, cutout, posterize, published_rand_augment
-from data.transforms import INTERPOLATIONS, PRESETS, Normalize, eval_transform, train_transform
 from utils.seed import keyed_rng
+
+
+def augmentation(size, opts: str = "", **options):
+    """Returns the training transform of the section AUG with these values."""
+    return train_transform(size, settings(opts).AUG, **options)
+
+
+def preset_named(name, size, **options):
+    """Returns the training transform of a preset, or timm's pipeline for None."""
+    return augmentation(size, "" if name is None else f"AUG.PRESET {name}", **options)
 
 
 def numbered_image(height: int, width: int) -> Image.Image:
@@ -30,7 +48,7 @@ def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("size", [(16, 16), (48, 48), (24, 40)])
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_every_preset_gives_uint8_of_the_size(preset, size, interpolation):
-    transform = pickle.loads(pickle.dumps(train_transform(size, preset=preset, interpolation=interpolation)))
+    transform = pickle.loads(pickle.dumps(preset_named(preset, size, interpolation=interpolation)))
     for shape in ((8, 8), (30, 70), (90, 20)):
         result = transform(noise_image(*shape))
         assert result.dtype == torch.uint8
@@ -39,7 +57,7 @@ def test_every_preset_gives_uint8_of_the_size(preset, size, interpolation):
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_draws_depend_on_the_key_alone(preset):
-    transform = train_transform((24, 24), preset=preset)
+    transform = preset_named(preset, (24, 24))
     image = noise_image(40, 40)
 
     def draw(key: int) -> bytes:
@@ -51,20 +69,30 @@ def test_draws_depend_on_the_key_alone(preset):
     assert (len(set(first)) == 1) == (preset == "none")
 
 
+@pytest.mark.parametrize("policy", ["rand-x9", "augmix-x3"])
+def test_policies_with_options_that_timm_does_not_know_are_refused(policy):
+    assert is_auto_augment_policy(policy)
+    with pytest.raises(ValueError, match=r"^AUG\.AUTO_AUGMENT '" + policy):
+        augmentation((24, 24), f"AUG.AUTO_AUGMENT {policy}")
+
+
 @pytest.mark.parametrize(
-    "policy", ["rnd-m9", "rand-x9", "rand-m9-foo", "rand-m", "rand-tfoo", "v1", "rand m9", "", "none-m9", "augmix-x3"]
+    "policy", ["rnd-m9", "rand-m9-foo", "rand-m", "rand-tfoo", "v1", "rand m9", "", "none-m9", "v0\n", "randm9", "NONE"]
 )
-def test_unknown_policies_are_refused(policy):
-    with pytest.raises(ValueError, match=r"AUG\.AUTO_AUGMENT"):
-        train_transform((24, 24), auto_augment=policy)
+def test_what_is_no_policy(policy):
+    assert not is_auto_augment_policy(policy)
 
 
 @pytest.mark.parametrize(
     "policy",
-    ["rand-m9-mstd0.5-inc1", "rand-m10-n3-p1-mstd101", "rand-m5-tweights", "augmix-m5-w4-d2", "v0", "original", "3a"],
+    [
+        *("rand-m9-mstd0.5-inc1", "rand-m10-n3-p1-mstd101", "rand-m5-tweights", "rand-t3aw", "rand"),
+        *("augmix-m5-w4-d2", "v0", "v0r-mstd0.5", "original", "originalr", "3a", "none"),
+    ],
 )
 def test_policies_survive_many_draws(policy):
-    transform = train_transform((33, 33), auto_augment=policy)
+    assert is_auto_augment_policy(policy)
+    transform = augmentation((33, 33), f"AUG.AUTO_AUGMENT {policy}")
     image = noise_image(40, 40)
     for _ in range(60):
         transform(image)
@@ -81,10 +109,10 @@ def test_default_policy_may_posterize_to_nothing():
 
 def test_color_jitter_acts_only_without_a_policy():
     image = Image.new("RGB", (40, 40), (100, 150, 200))
-    colours = {"jitter": dict(auto_augment="none"), "plain": dict(auto_augment="none", color_jitter=0.0)}
+    colours = {"jitter": "AUG.AUTO_AUGMENT none", "plain": "AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0"}
     seen = {
-        name: {tuple(train_transform((33, 33), **options)(image)[:, 16, 16].tolist()) for _ in range(10)}
-        for name, options in colours.items()
+        name: {tuple(augmentation((33, 33), opts)(image)[:, 16, 16].tolist()) for _ in range(10)}
+        for name, opts in colours.items()
     }
     assert seen["plain"] == {(100, 150, 200)}
     assert len(seen["jitter"]) > 5
@@ -92,7 +120,7 @@ def test_color_jitter_acts_only_without_a_policy():
 
 def test_small_images_are_shifted_and_not_zoomed():
     image = numbered_image(32, 32)
-    transform = train_transform((32, 32), auto_augment="none", color_jitter=0.0)
+    transform = augmentation((32, 32), "AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0")
     shifts = Counter()
     for _ in range(200):
         rows, inside = transform(image)[0, :, 16].tolist(), None
@@ -100,13 +128,14 @@ def test_small_images_are_shifted_and_not_zoomed():
         assert len({row - position for position, row in inside}) == 1, "rows keep their distance"
         shifts[inside[0][1] - inside[0][0]] += 1
     assert set(shifts) == set(range(-4, 5))
-    assert len({len(train_transform((33, 33), auto_augment="none")(image)[0, :, 16].unique()) for _ in range(20)}) > 1
+    transform = augmentation((33, 33), "AUG.AUTO_AUGMENT none")
+    assert len({len(transform(image)[0, :, 16].unique()) for _ in range(20)}) > 1
 
 
 class TestPresets:
     def test_flip_flips_half_of_the_images_and_does_no_more(self):
         image = Image.fromarray(np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3))
-        plain, flip = eval_transform((6, 8))(image), train_transform((6, 8), preset="flip")
+        plain, flip = eval_transform((6, 8))(image), preset_named("flip", (6, 8))
         results = [flip(image) for _ in range(40)]
         flipped = [torch.equal(result, plain.flip(2)) for result in results]
         assert all(f or torch.equal(result, plain) for f, result in zip(flipped, results, strict=True))
@@ -116,7 +145,7 @@ class TestPresets:
         image = numbered_image(100, 100)
         rows, flips = [], 0
         for _ in range(300):
-            result = train_transform((10, 10), preset="weak")(image).int()
+            result = preset_named("weak", (10, 10))(image).int()
             rows.append(int(result[0, -1, 0] - result[0, 0, 0]))
             flips += bool(result[1, 0, 0] > result[1, 0, -1])
         assert 110 < flips < 190
@@ -124,7 +153,7 @@ class TestPresets:
 
     def test_shift_moves_by_an_eighth_and_never_flips(self):
         image = numbered_image(16, 24)
-        transform = train_transform((16, 24), preset="shift")
+        transform = preset_named("shift", (16, 24))
         offsets = set()
         for _ in range(400):
             result = transform(image).int()
@@ -135,14 +164,14 @@ class TestPresets:
 
     def test_crop_flips_half_of_the_time(self):
         image = numbered_image(32, 32)
-        transform = train_transform((32, 32), preset="crop")
+        transform = preset_named("crop", (32, 32))
         flips = sum(bool(result[1, 16, 15] > result[1, 16, 16]) for result in (transform(image) for _ in range(300)))
         assert 110 < flips < 190
 
     def test_none_is_what_evaluation_sees(self):
         image = noise_image(50, 70)
         expected = eval_transform((24, 24), interpolation="bicubic")(image)
-        assert torch.equal(train_transform((24, 24), preset="none", interpolation="bicubic")(image), expected)
+        assert torch.equal(preset_named("none", (24, 24), interpolation="bicubic")(image), expected)
 
     @pytest.mark.parametrize("preset", ["weak", "raug15", "shift"])
     def test_interpolation_is_honoured(self, preset):
@@ -150,7 +179,7 @@ class TestPresets:
         results = {}
         for interpolation in ("bilinear", "bicubic"):
             with keyed_rng(3):
-                results[interpolation] = train_transform((24, 24), preset=preset, interpolation=interpolation)(image)
+                results[interpolation] = preset_named(preset, (24, 24), interpolation=interpolation)(image)
         assert not torch.equal(results["bilinear"], results["bicubic"])
 
 

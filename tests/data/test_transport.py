@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from settings import settings
 
 from data import Batch, DigitsSource, build_eval_loader, eval_transform
 from data.transport import REFUSALS, Failure, Parcel, check_room, with_remedy
@@ -95,11 +96,11 @@ def test_a_parcel_is_opened_and_pinned_or_says_why_not():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_are_pinned_and_mistakes_are_in_their_own_words(num_workers):
-    options = {"batch_size": 16, "num_workers": num_workers, "pin_memory": True}
-    found = next(iter(build_eval_loader(DigitsSource("val"), eval_transform((8, 8)), **options)))
+    cfg = settings(f"DATA.BATCH_SIZE 16 DATA.NUM_WORKERS {num_workers} DATA.PIN_MEMORY True").DATA
+    found = next(iter(build_eval_loader(DigitsSource("val"), eval_transform((8, 8)), cfg)))
     assert all(tensor.is_pinned() for tensor in found[:3])
     with pytest.raises(OSError, match=r"^16 images in a row cannot be read, the first being digits image 4: torn$"):
-        next(iter(build_eval_loader(Torn("val"), eval_transform((8, 8)), **options)))
+        next(iter(build_eval_loader(Torn("val"), eval_transform((8, 8)), cfg)))
 
 
 class Torn(DigitsSource):
@@ -109,7 +110,8 @@ class Torn(DigitsSource):
 
 def load_with(more: int) -> None:
     """Loads an epoch where so many more files may be opened; says by the exit status how it ended."""
-    loader = build_eval_loader(DigitsSource("val"), eval_transform((8, 8)), batch_size=16, num_workers=2)
+    cfg = settings("DATA.BATCH_SIZE 16 DATA.NUM_WORKERS 2 DATA.PIN_MEMORY False").DATA
+    loader = build_eval_loader(DigitsSource("val"), eval_transform((8, 8)), cfg)
     limit = len(os.listdir("/proc/self/fd")) + more
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     try:

@@ -146,9 +146,9 @@ def write_folder(root: Path, splits: Sequence[str] = ("train", "val"), classes: 
 
 def digits_folder(root: Path) -> Path:
     """Writes the test part of the digits as an image folder that has nothing but `val`."""
-    import data
+    from data import DigitsSource
 
-    source = data.open_source("digits", "digits", "val")
+    source = DigitsSource("val")
     for index in range(len(source)):
         image, label = source.load(index)
         path = root / "val" / str(label) / f"{index}.png"

@@ -36,7 +36,7 @@ def tool(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
     """Files of three held-out digits, and their labels."""
-    source, folder = data.open_source("digits", "digits", "val"), tmp_path_factory.mktemp("scans")
+    source, folder = data.DigitsSource("val"), tmp_path_factory.mktemp("scans")
     labels = {}
     for index in (0, 100, 200):
         image, label = source.load(index)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import data
-from data.segmentation import CityscapesSource
+from data import CifarSource, CityscapesSource, FolderSource, ZipSource
 from utils.files import check_target, clear_about_space, user_path, write_json, write_text
 
 
@@ -163,10 +162,8 @@ def test_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_a_data_path_of_nobody(tmp_path):
-    for dataset, zip_mode in (("imagenet", False), ("imagenet", True), ("cf100", False)):
+    for source in (FolderSource, ZipSource, CifarSource, CityscapesSource):
         with pytest.raises(ValueError, match="there is no such user"):
-            data.open_source(dataset, "~nosuchuser/images", "val", zip_mode=zip_mode)
-    with pytest.raises(ValueError, match="there is no such user"):
-        CityscapesSource("~nosuchuser/images", "val")
+            source("~nosuchuser/images", "val")
     with pytest.raises(ValueError, match="there is no such user"):
         check_target(tmp_path / "a.json", ["~nosuchuser/images"])

@@ -1,4 +1,4 @@
-"""What is done to a training batch on the device, after normalisation: erasing, MixUp, CutMix."""
+"""What is done to a training batch on the device, after normalisation: random erasing, Mixup, CutMix."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from yacs.config import CfgNode
 
 from utils.seed import keyed_rng
 
@@ -15,23 +16,14 @@ ERASING_MODES = ("const", "rand", "pixel")
 _STREAM = 1  # sets the keys apart from those of single images, (seed, epoch, index)
 
 
-class Mixing:
-    """Erases rectangles, then mixes each image with its mirror image in the batch; made by `build_mixing`.
+class BatchAugmentation:
+    """Random erasing, then Mixup or CutMix of each image with the one as far from the other end of the batch.
 
-    All draws are a function of (seed, epoch, step, rank), so that a resumed run draws what it would have drawn.
+    All random numbers are a function of (seed, epoch, step, rank), so that a resumed run goes on with the same ones.
     `soft_targets` tells whether the targets are distributions over the classes or the labels as they came.
     """
 
-    def __init__(
-        self,
-        mixup: Mixup | None,
-        *,
-        reprob: float = 0.0,
-        remode: str = "pixel",
-        recount: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-    ) -> None:
+    def __init__(self, mixup: Mixup | None, *, reprob: float, remode: str, recount: int, seed: int, rank: int) -> None:
         self.soft_targets = mixup is not None
         self._mixup = mixup
         self._reprob, self._remode, self._recount = reprob, remode, recount
@@ -77,43 +69,39 @@ def _device_rng(device: torch.device, *key: int) -> Iterator[None]:
             yield
 
 
-def build_mixing(
-    *,
-    num_classes: int,
-    batch_size: int,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    cutmix_minmax: Sequence[float] | None = None,
-    prob: float = 1.0,
-    switch_prob: float = 0.5,
-    mode: str = "batch",
-    label_smoothing: float = 0.1,
-    reprob: float = 0.0,
-    remode: str = "pixel",
-    recount: int = 1,
-    seed: int = 0,
-    rank: int = 0,
-) -> Mixing | None:
-    """Returns what the settings ask for, or None where they ask for nothing.
+def build_batch_augmentation(
+    cfg: CfgNode, *, num_classes: int, batch_size: int, label_smoothing: float, seed: int, rank: int = 0
+) -> BatchAugmentation | None:
+    """Returns what the section AUG of a configuration does to a batch, or None where it does nothing.
 
-    `mixup` and `cutmix` are the alphas of the Beta distributions, 0 to leave either out; `cutmix_minmax` bounds the
-    sides of the box, as fractions of the image's, in place of `cutmix`. A batch is mixed with probability `prob`, and
-    by CutMix rather than MixUp, where both are on, with `switch_prob`. `mode` draws once a batch, a pair or an image.
-    An image is erased with probability `reprob`, in 1 to `recount` rectangles of 0 (`const`), one random colour
-    (`rand`) or noise (`pixel`). `batch_size` is that of one process.
+    Mixup and CutMix are on where MIXUP, CUTMIX or CUTMIX_MINMAX is set, random erasing where REPROB is and no PRESET:
+    the presets were published without it. `batch_size` is that of one process.
 
-    Raises ValueError for an odd batch where images would be mixed; the range of each value is checked by the caller.
+    Raises ValueError for an odd batch where images would be mixed.
     """
-    assert mode in MIXUP_MODES
-    assert remode in ERASING_MODES
-    minmax = None if cutmix_minmax is None else tuple(cutmix_minmax)
-    mixes = mixup > 0 or cutmix > 0 or minmax is not None
-    if mixes and batch_size % 2:
+    reprob = 0.0 if cfg.PRESET is not None else cfg.REPROB
+    mixup = _build_mixup(cfg, num_classes, batch_size, label_smoothing)
+    if mixup is None and reprob == 0:
+        return None
+    return BatchAugmentation(mixup, reprob=reprob, remode=cfg.REMODE, recount=cfg.RECOUNT, seed=seed, rank=rank)
+
+
+def _build_mixup(cfg: CfgNode, num_classes: int, batch_size: int, label_smoothing: float) -> Mixup | None:
+    """Returns timm's Mixup and CutMix, None where both are off; raises ValueError for an odd batch."""
+    if cfg.MIXUP == 0 and cfg.CUTMIX == 0 and cfg.CUTMIX_MINMAX is None:
+        return None
+    if batch_size % 2:
         raise ValueError(
-            f"--batch-size {batch_size} is odd, and AUG.MIXUP and AUG.CUTMIX mix pairs of images: "
+            f"DATA.BATCH_SIZE {batch_size} is odd, and AUG.MIXUP and AUG.CUTMIX mix pairs of images: "
             "make it even, or set both to 0"
         )
-    if not mixes and reprob == 0:
-        return None
-    mixer = Mixup(mixup, cutmix, minmax, prob, switch_prob, mode, True, label_smoothing, num_classes) if mixes else None
-    return Mixing(mixer, reprob=reprob, remode=remode, recount=recount, seed=seed, rank=rank)
+    return Mixup(
+        mixup_alpha=cfg.MIXUP,
+        cutmix_alpha=cfg.CUTMIX,
+        cutmix_minmax=cfg.CUTMIX_MINMAX,
+        prob=cfg.MIXUP_PROB,
+        switch_prob=cfg.MIXUP_SWITCH_PROB,
+        mode=cfg.MIXUP_MODE,
+        label_smoothing=label_smoothing,
+        num_classes=num_classes,
+    )
