@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import Override, defaults, dump_config, flatten, load_config
-from configs.rules import CONFLICTS, RULES, TRAINING_CONFLICTS
-from configs.schema import DEFAULTS, KINDS
-from configs.values import BOOLEAN, INTEGER, INTEGERS, NULL_WORDS, NUMBER, NUMBER_PAIR, PATH, SIZE, TEXT
+from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS
+from configs.schema import DEFAULTS, FIELD_TYPES
+from configs.field_types import BOOLEAN, INTEGER, INTEGERS, NULL_WORDS, NUMBER, NUMBER_PAIR, PATH, SIZE, TEXT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -261,7 +261,7 @@ _IN_CONFLICTS = {key for conflict in (*CONFLICTS, *TRAINING_CONFLICTS) for key i
 
 def allowed_values(key: str) -> st.SearchStrategy:
     """Draws values that the rules allow, for every key by its kind: a new key is covered without being told to."""
-    rule, name = RULES.get(key), KINDS[key].name
+    rule, name = CONSTRAINTS.get(key), FIELD_TYPES[key].name
     if rule and rule.allowed.startswith("one of "):
         return st.sampled_from(rule.allowed.removeprefix("one of ").split(", "))
     if key == "AUG.AUTO_AUGMENT":
@@ -273,7 +273,7 @@ def allowed_values(key: str) -> st.SearchStrategy:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.fixed_dictionaries({}, optional={key: allowed_values(key) for key in KINDS if key not in _IN_CONFLICTS}))
+@given(st.fixed_dictionaries({}, optional={key: allowed_values(key) for key in FIELD_TYPES if key not in _IN_CONFLICTS}))
 def test_a_written_configuration_reads_back_equal(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "config.yaml"
     cfg = load_config(overrides=[Override("python", key, value) for key, value in values.items()])

@@ -5,9 +5,9 @@ import contextlib
 import pytest
 
 from configs import Override, load_config, parse_opts
-from configs.rules import CONFLICTS, RULES, TRAINING_CONFLICTS
-from configs.schema import DEFAULTS, KINDS
-from configs.values import BOOLEAN
+from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS
+from configs.schema import DEFAULTS, FIELD_TYPES
+from configs.field_types import BOOLEAN
 
 CHOICES = {
     "DATA.DATASET": "imagenet cf100 digits shapes",
@@ -155,7 +155,7 @@ TINY = ("1e300", "-1e300", "1e308", "1e-300")
 
 
 @pytest.mark.parametrize(
-    "key", [key for key, kind in KINDS.items() if kind.name.startswith(("an integer", "integers"))]
+    "key", [key for key, kind in FIELD_TYPES.items() if kind.name.startswith(("an integer", "integers"))]
 )
 def test_no_integer_is_huge(key):
     for value in HUGE:
@@ -164,10 +164,10 @@ def test_no_integer_is_huge(key):
         assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("key", [key for key, kind in KINDS.items() if "number" in kind.name])
+@pytest.mark.parametrize("key", [key for key, kind in FIELD_TYPES.items() if "number" in kind.name])
 def test_no_number_is_huge(key):
     for value in TINY:
-        text = f"{value},{value}" if "pair" in KINDS[key].name else value
+        text = f"{value},{value}" if "pair" in FIELD_TYPES[key].name else value
         overrides = [Override("--opts", key, text)]
         if value == "1e-300":
             with contextlib.suppress(ValueError):
@@ -178,13 +178,13 @@ def test_no_number_is_huge(key):
 
 
 def test_every_key_has_a_rule_or_needs_none():
-    free = {key for key, kind in KINDS.items() if kind.name.startswith(BOOLEAN.name)} | FREE_TEXT
-    assert set(RULES) == set(KINDS) - free
+    free = {key for key, kind in FIELD_TYPES.items() if kind.name.startswith(BOOLEAN.name)} | FREE_TEXT
+    assert set(CONSTRAINTS) == set(FIELD_TYPES) - free
 
 
 def test_every_rule_is_tried_here():
-    assert {row[0] for row in EDGES} | set(EMPTY) == set(RULES)
+    assert {row[0] for row in EDGES} | set(EMPTY) == set(CONSTRAINTS)
 
 
 def test_the_defaults_hold_to_the_rules():
-    assert all(DEFAULTS[key] is None or rule.holds(DEFAULTS[key]) for key, rule in RULES.items())
+    assert all(DEFAULTS[key] is None or rule.holds(DEFAULTS[key]) for key, rule in CONSTRAINTS.items())
