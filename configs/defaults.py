@@ -217,8 +217,8 @@ _C.AUG.RECOUNT = 1
 _C.TEST = CfgNode()
 # Whether images are resized to 256/224 of TEST_SIZE and center-cropped; otherwise they are resized to TEST_SIZE.
 _C.TEST.CROP = False
-# Whether an evaluation uses the EMA weights of a checkpoint; null: as the checkpoint says, which is true where they were
-# the best.
+# Whether an evaluation uses the EMA weights of a checkpoint; null: as the checkpoint says, which is true where they
+# were the best.
 _C.TEST.EMA = None
 
 # ---------------------------------------------------------------------------------------------------------------------

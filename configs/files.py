@@ -100,9 +100,13 @@ def parse_yaml(content: bytes, place: str) -> Any:
 
 
 def _content(path: Path, origin: str) -> bytes:
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{path} ({origin}): {error.strerror}") from None
+    if is_folder:
         raise ValueError(f"{path} ({origin}): is a folder; give a YAML file")
-    if not path.exists():
+    if not exists:
         close = did_you_mean(path.name, (file.name for file in path.parent.glob("*.yaml")))
         raise FileNotFoundError(f"{path} ({origin}): no such file{close}")
     if not path.is_file():  # reading a pipe or a device may never end

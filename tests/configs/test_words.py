@@ -1,4 +1,4 @@
-"""Words of other projects, as flags and as keys: the error names the key or flag of ours, or says why there is none."""
+"""Names of other projects, as flags and as keys: the error names the key or flag of ours, or says why there is none."""
 
 import re
 
@@ -11,8 +11,9 @@ from configs.words import _WORDS, WORDS, meant_by
 FLAGS = {key: flag for flag, (key, _) in command_line.FLAGS.items()}
 COMMON = """
 lr learning-rate epochs wd weight-decay workers num-workers seed optimizer opt device wandb momentum warmup drop-path
-img-size input-size resolution model checkpoint model-ema mixup cutmix smoothing clip-grad sched log-interval data-dir
-finetune dist-url world-size gpu nproc nproc-per-node loss num-classes color-jitter
+img-size input-size resolution model task decoder margin num-pairs checkpoint model-ema mixup cutmix smoothing
+clip-grad sched log-interval data-dir finetune dist-url world-size gpu nproc nproc-per-node loss num-classes
+color-jitter
 """.split()  # noqa: SIM905
 
 
