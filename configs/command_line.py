@@ -5,22 +5,27 @@ from typing import NamedTuple
 
 from yacs.config import CfgNode
 
+from data.datasets import WITHOUT_PATH
 from utils import cli
 
+from .constraints import CONSTRAINTS
 from .load import Override, load, parse_opts
-from .schema import DEFAULTS, KINDS
+from .schema import DEFAULTS, FIELD_TYPES
 from .words import meant_by
 
-# Each flag and the configuration key that it sets.
+# Each flag, the key that it sets, and its arguments for argparse.
 FLAGS: dict[str, tuple[str, dict]] = {
     "--arch": ("MODEL.ARCH", {"metavar": "NAME", "help": "RepMLPNet-T224 ..., or any architecture of timm"}),
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "metavar": "N", "help": "images per process and step"}),
-    "--data-path": ("DATA.DATA_PATH", {"metavar": "DIR", "help": "folder with train/ and val/, or digits, or shapes"}),
-    "--dataset": ("DATA.DATASET", {"metavar": "NAME", "help": "imagenet (any image folder), cf100, digits or shapes"}),
+    "--data-path": (
+        "DATA.DATA_PATH",
+        {"metavar": "DIR", "help": f"folder of the data set, or {' or '.join(WITHOUT_PATH)}"},
+    ),
+    "--dataset": ("DATA.DATASET", {"metavar": "NAME", "help": ", ".join(CONSTRAINTS["DATA.DATASET"].choices)}),
     "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read train.zip and val.zip instead of folders"}),
     "--cache-mode": (
         "DATA.CACHE_MODE",
-        {"choices": ["no", "part", "full"], "help": "what of the zips to keep in memory"},
+        {"choices": CONSTRAINTS["DATA.CACHE_MODE"].choices, "help": "how much of the zips to cache in memory"},
     ),
     "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "resume from this checkpoint; with --eval, evaluate it"}),
     "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "start a new training from these weights"}),
@@ -29,18 +34,21 @@ FLAGS: dict[str, tuple[str, dict]] = {
         "TRAIN.USE_CHECKPOINT",
         {"action": "store_true", "help": "recompute activations, save memory"},
     ),
-    "--amp": ("AMP", {"choices": ["auto", "off", "bf16", "fp16"], "help": "precision of the forward pass"}),
-    "--compile": ("COMPILE", {"action": "store_true", "help": "compile the network"}),
+    "--amp": ("AMP", {"choices": CONSTRAINTS["AMP"].choices, "help": "precision of the forward pass"}),
+    "--compile": ("COMPILE", {"action": "store_true", "help": "compile the network with torch.compile"}),
     "--output": ("OUTPUT", {"metavar": "DIR", "help": "a run writes to DIR/<arch>/<tag>/"}),
     "--tag": ("TAG", {"metavar": "NAME", "help": "name of the run"}),
-    "--eval": ("EVAL_MODE", {"action": "store_true", "help": "only evaluate"}),
-    "--throughput": ("THROUGHPUT_MODE", {"action": "store_true", "help": "only measure speed"}),
+    "--eval": ("EVAL_MODE", {"action": "store_true", "help": "evaluate instead of training"}),
+    "--throughput": (
+        "THROUGHPUT_MODE",
+        {"action": "store_true", "help": "measure images per second instead of training"},
+    ),
 }
 APEX_LEVELS = {"O0": "off", "O1": "fp16", "O2": "fp16"}
 
 
 class Options(NamedTuple):
-    """What the command line says: the configuration, which keys of it were given, the launcher's argument, notices."""
+    """The parsed command line: the configuration, the keys that were given, the launcher's argument, and notices."""
 
     config: CfgNode
     given: frozenset[str]
@@ -52,9 +60,9 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None, epi
     """Reads the command line and the files that it names into a frozen configuration.
 
     Args:
-        argv: the words; those of this process where None.
-        description: what `--help` begins with.
-        epilog: what it ends with.
+        argv: the arguments; None: those of this process.
+        description: the first lines of `--help`.
+        epilog: the last lines of `--help`.
 
     Raises:
         ValueError: an unknown key, a wrong value, or one key given two values.
@@ -78,16 +86,16 @@ def parse(argv: Sequence[str] | None = None, description: str | None = None, epi
 
 
 def _default(key: str) -> str:
-    """Tells the default that the schema has for a key."""
+    """Describes the default of a key."""
     default = DEFAULTS[key]
     return f"default: {'off' if default is False else default}" if default not in (None, "") else "default: none"
 
 
 def _hint(word: str, known: Iterable[str]) -> str:
-    """Tells what to give in place of an unknown flag."""
+    """Suggests what to give in place of an unknown flag."""
     meant = meant_by(word)
     flags = {key: flag for flag, (key, _) in FLAGS.items()}
-    if meant in KINDS:
+    if meant in FIELD_TYPES:
         return f": use {flags.get(meant) or f'--opts {meant} VALUE'}"
     if meant:
         return f": {meant}"

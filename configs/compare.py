@@ -1,4 +1,4 @@
-"""What has changed between the configuration in a checkpoint and that of the run which resumes from it."""
+"""Differences between the configuration in a checkpoint and that of the run that resumes from it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 from yacs.config import CfgNode
 
 from .files import parse_yaml
-from .schema import DEFAULTS, KINDS, flatten, read_setting
+from .schema import DEFAULTS, FIELD_TYPES, flatten, read_setting
 
-# Keys that say where a run is or how it was started, and nothing about what it computes.
-ABOUT_THE_START = {"OUTPUT", "TAG", "MODEL.RESUME", "EVAL_MODE", "THROUGHPUT_MODE"}
+# Keys that do not affect what a run computes.
+IGNORED = {"OUTPUT", "TAG", "MODEL.RESUME", "EVAL_MODE", "THROUGHPUT_MODE"}
 
 
 def changed_settings(recorded: str, cfg: CfgNode) -> list[str]:
-    """Returns `KEY before -> after` for each key in which a configuration differs from one that was dumped as text.
+    """Returns `KEY before -> after` for each key in which a configuration differs from a dumped one.
 
-    A key that the text does not have counts with its default.
+    Keys that the dump lacks count with their defaults; those that no longer exist are ignored.
 
     Raises:
-        ValueError: the text is no configuration.
+        ValueError: the dump is not a valid configuration.
     """
     place = "the configuration in the checkpoint"
-    known = [leaf for leaf in _leaves(parse_yaml(recorded.encode(), place)) if leaf[0] in KINDS]
+    known = [leaf for leaf in _leaves(parse_yaml(recorded.encode(), place)) if leaf[0] in FIELD_TYPES]
     before = DEFAULTS | {key: read_setting(key, value, place).value for key, value in known}
     after = flatten(cfg)
-    changed = (key for key in KINDS if key not in ABOUT_THE_START and before[key] != after[key])
+    changed = (key for key in FIELD_TYPES if key not in IGNORED and before[key] != after[key])
     return [f"{key} {before[key]!r} -> {after[key]!r}" for key in changed]
 
 

@@ -1,171 +1,224 @@
 """The schema: every key of a configuration with its meaning, unit, allowed values and default.
 
-Numbers stand here as the user writes them; `configs.derive` turns them into what a run uses.
+Values stand here as the user writes them: learning rates per 256 images of global batch, durations in epochs.
 """
 
 from yacs.config import CfgNode
 
-from .values import BOOLEAN, INTEGER, INTEGERS, NUMBER_PAIR, PATH, SIZE, TEXT, Kind, optional
+from .field_types import BOOLEAN, INTEGER, INTEGERS, NUMBER, NUMBER_PAIR, PATH, SIZE, TEXT, FieldType, optional
 
 _C = CfgNode()
 
-# YAML files to start from, in this order, each relative to the file that names it; later ones win, the file itself
-# wins over all. Only a file can have it. It is spent on loading, so a loaded configuration stands by itself.
+# YAML files that a YAML file is based on, each relative to the file that names it. Later files override earlier ones,
+# and the file itself overrides all of them. A loaded configuration is complete, so its BASE is empty.
 _C.BASE = [""]
+# What the network is trained for: classification | segmentation | verification (of faces). Keys that a task does not
+# use must keep their defaults.
+_C.TASK = "classification"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 _C.DATA = CfgNode()
-# Training images per process and step; at least 1. The global batch is this x processes x ACCUMULATION_STEPS.
+# Training images per process and step; at least 1, for segmentation 2, since its decoders normalize over the images of
+# a batch. The global batch is this x processes x ACCUMULATION_STEPS.
 _C.DATA.BATCH_SIZE = 128
-# Folder of the data set; the words `digits` and `shapes` stand for data sets that come with the project.
+# Folder of the data set; `digits` and `shapes` name data sets that come with the project and need no folder.
 _C.DATA.DATA_PATH = "/path/to/imgnet/"
-# What lies there: imagenet (train/<class>/*, val/<class>/*) | cf100 (CIFAR-100) | digits | shapes
+# Its format: imagenet (train/<class>/*, val/<class>/*) | cf100 (CIFAR-100) | digits | shapes | cityscapes
+# (leftImg8bit/, gtFine/) | faces (train/<person>/*, val/<other person>/*)
 _C.DATA.DATASET = "imagenet"
-# Side of a training image in pixels, or [height, width]; null: the architecture's own.
+# Side of a training image in pixels, or [height, width]; for segmentation, of the random crop. Null: the
+# architecture's own.
 _C.DATA.IMG_SIZE = None
-# Side of a test image in pixels, or [height, width]; null: IMG_SIZE.
+# Side of a test image in pixels, or [height, width]; null: IMG_SIZE for classification and verification, whole images
+# for segmentation.
 _C.DATA.TEST_SIZE = None
 # Test images per process and step; at least 1; null: BATCH_SIZE.
 _C.DATA.TEST_BATCH_SIZE = None
-# How images are resized: random (bilinear or bicubic, drawn anew for each training image) | bilinear | bicubic
+# Interpolation when images are resized: bilinear | bicubic | random (one of the two for each training image)
 _C.DATA.INTERPOLATION = "bilinear"
-# Whether the images are read from zip archives, and not from folders.
+# Whether the images are read from zip archives instead of folders.
 _C.DATA.ZIP_MODE = False
-# What of the archives is held in memory: no (nothing) | part (each process a share) | full (each process everything)
+# How much of the archives is cached in memory: no (nothing) | part (in each process its shard) | full (in each process
+# everything)
 _C.DATA.CACHE_MODE = "part"
-# Whether loaded batches lie in page-locked memory, from where the copy to a GPU is faster.
+# Whether batches are loaded into page-locked memory, from which copies to a GPU are faster.
 _C.DATA.PIN_MEMORY = True
-# Worker processes that load images, for each process; 0: the process itself loads them.
+# Data loading workers of each process; 0: images are loaded in the process itself.
 _C.DATA.NUM_WORKERS = 8
-# Whether a missing data set may be downloaded. The network is used only where this is true.
+# Whether a missing data set may be downloaded; nothing else uses the network.
 _C.DATA.DOWNLOAD = False
-# Distinct unreadable training images that are tolerated (and replaced) before a run stops; 0: none.
+# Number of different unreadable training images that are replaced by others before the run stops; 0: none.
 _C.DATA.MAX_UNREADABLE = 10
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 _C.MODEL = CfgNode()
-# Name of the network: one of models.list_models(), or any name that timm knows. An evaluation takes that of the
-# checkpoint where none is given, and likewise IMG_SIZE and what of the structure the keys below leave open.
+# Name of the network: one of models.list_models(), or of timm. An evaluation defaults to that of the checkpoint; so do
+# IMG_SIZE and the parts of the structure below.
 _C.MODEL.ARCH = "RepMLPNet-B224"
-# Checkpoint whose run is continued, or which is evaluated; empty: none.
+# Checkpoint to resume from, or to evaluate; empty: none.
 _C.MODEL.RESUME = ""
-# Checkpoint whose weights a new run starts from, at epoch 0; empty: none.
+# Checkpoint with the initial weights of a new run; empty: none. For segmentation, a classifier, which becomes the
+# backbone.
 _C.MODEL.PRETRAINED = ""
 # Number of classes, at least 1; null: counted from the data set.
 _C.MODEL.NUM_CLASSES = None
-# Share of every label that is spread over all classes; 0 (off) to below 1. Mixup and CutMix smooth by it as well.
+# Label smoothing: the part of each target that is spread over all classes; 0 (off) to below 1. Applies to the targets
+# of Mixup and CutMix as well.
 _C.MODEL.LABEL_SMOOTHING = 0.1
 # Probability that a residual branch of the last block is dropped (stochastic depth); 0 (off) to below 1.
 _C.MODEL.DROP_PATH = 0.0
-# Kernel sizes of the local branches, odd, such as [1, 3]; [] has none; null: the architecture's own.
+# Channels of each stage, such as [64, 128, 256, 512]; null: the architecture's own.
+_C.MODEL.CHANNELS = None
+# Blocks of each stage, such as [2, 2, 6, 2]; null: the architecture's own.
+_C.MODEL.BLOCKS = None
+# Kernel sizes of the local branches, odd, such as [1, 3]; []: no branches; null: the architecture's own.
 _C.MODEL.BRANCHES = None
-# Share-sets of each stage, such as [1, 4, 16, 128], which divide its channels; null: the architecture's own.
+# Share-sets of each stage, such as [1, 4, 16, 128], divisors of its channels; null: the architecture's own.
 _C.MODEL.SHARE_SETS = None
-# Whether the blocks have a Global Perceptron; null: as the architecture has it.
+# Whether the blocks have a Global Perceptron; null: the architecture's own.
 _C.MODEL.GLOBAL_PERCEPTRON = None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Segmentation
+# ---------------------------------------------------------------------------------------------------------------------
+_C.SEG = CfgNode()
+# Decoder over the levels of the backbone: upernet | pspnet
+_C.SEG.DECODER = "upernet"
+# Channels of the decoder; at least 1.
+_C.SEG.WIDTH = 512
+# Replacement of the 2x2 embeddings of a RepMLPNet: conv3 | conv5 (a 1x1 convolution, then a depth-wise 3x3 or 5x5
+# convolution of stride 2); null: none.
+_C.SEG.DOWNSAMPLE = None
+# Rank of the replacement's approximation of an embedding, 1 to 4: 4 is exact at the start, 1 is the cheapest.
+_C.SEG.RANK = 4
+# Side of the images in pixels, or [height, width], that the backbone's partitions are made for; null: that of the
+# pretrained weights, or the architecture's own.
+_C.SEG.BACKBONE_SIZE = None
+# [smallest, largest] factor of the random scaling of training images, 0.1 to 10.
+_C.SEG.SCALE = (0.5, 2.0)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Face verification
+# ---------------------------------------------------------------------------------------------------------------------
+_C.FACE = CfgNode()
+# Dimension of the embedding; at least 1.
+_C.FACE.EMBEDDING = 512
+# Margin softmax: arcface | cosface
+_C.FACE.LOSS = "arcface"
+# Its margin: an angle in degrees for arcface, 0 to 90; a cosine for cosface, 0 to 1. Null: that of its paper, 28.6
+# degrees (0.5 radians) or 0.35.
+_C.FACE.MARGIN = None
+# Factor of the cosines before the softmax; above 0.
+_C.FACE.SCALE = 64.0
+# Path of a list of image pairs to verify; empty: pairs are drawn at random, the same in each run.
+_C.FACE.PAIRS = ""
+# Pairs to draw, half of them of one person; at least 4.
+_C.FACE.NUM_PAIRS = 6000
+# Folds of the cross-validation that chooses the threshold; at least 2.
+_C.FACE.FOLDS = 10
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 _C.TRAIN = CfgNode()
-# Epoch to begin with, from 0; a resumed run begins where its checkpoint ended.
+# Epoch to start at, counted from 0; a resumed run starts at that of its checkpoint.
 _C.TRAIN.START_EPOCH = 0
-# Epochs in all, the warm-up included; at least 1.
+# Number of epochs, warm-up included; at least 1.
 _C.TRAIN.EPOCHS = 100
-# Epochs in which the learning rate rises linearly from WARMUP_LR; 0 (none) to below EPOCHS.
+# Epochs of linear warm-up from WARMUP_LR; 0 (none) to below EPOCHS.
 _C.TRAIN.WARMUP_EPOCHS = 10
-# Weight decay, at least 0; biases and normalisation have none.
+# Weight decay, at least 0; not applied to biases and normalization layers.
 _C.TRAIN.WEIGHT_DECAY = 0.1
-# Highest learning rate, per 256 images of global batch; at least 0.
+# Peak learning rate, per 256 images of global batch; at least 0.
 _C.TRAIN.BASE_LR = 0.002
 # Learning rate at the first step of the warm-up, per 256 images of global batch; at least 0.
 _C.TRAIN.WARMUP_LR = 0.0
-# Learning rate at the end, per 256 images of global batch; 0 to BASE_LR.
+# Final learning rate, per 256 images of global batch; 0 to BASE_LR.
 _C.TRAIN.MIN_LR = 0.0
-# Largest L2 norm of the gradient, which is scaled down to it; 0: unlimited.
+# L2 norm to which the gradient is clipped; 0: no clipping.
 _C.TRAIN.CLIP_GRAD = 5.0
-# How many updates may be skipped, because loss or gradients are not finite, before the run is stopped; 0: none.
+# Number of updates that may be skipped, because loss or gradients are not finite, before the run stops; 0: none.
 _C.TRAIN.MAX_SKIPPED = 20
-# Whether a run that finds its own latest checkpoint in the output folder continues from it.
+# Whether a run resumes from the latest checkpoint in its output folder, if there is one.
 _C.TRAIN.AUTO_RESUME = True
-# Steps whose gradients are summed up before one update; 0 and 1: none.
+# Steps whose gradients are accumulated for one update; 0 and 1: no accumulation.
 _C.TRAIN.ACCUMULATION_STEPS = 0
-# Whether activations are computed again in the backward pass, which saves memory and costs time.
+# Gradient checkpointing: whether activations are recomputed in the backward pass, which saves memory and costs time.
 _C.TRAIN.USE_CHECKPOINT = False
-# Whether BatchNorm takes its statistics over all processes.
+# Whether BatchNorm statistics are computed over all processes.
 _C.TRAIN.SYNC_BN = False
 
 _C.TRAIN.LR_SCHEDULER = CfgNode()
-# Course of the learning rate after the warm-up: cosine | linear | step
+# Learning rate schedule after the warm-up: cosine | linear | step
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"
-# Epochs between two decays of `step`; at least 1.
+# Epochs between decays of the schedule `step`; at least 1.
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
-# Factor of one decay of `step`; above 0, at most 1.
+# Factor of each decay of the schedule `step`; above 0, at most 1.
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
-# Whether the schedule starts after the warm-up. False, as published: it already runs beneath it, so that the learning
-# rate drops a little where the warm-up ends.
+# Whether the schedule starts after the warm-up. False, as published: it starts with the warm-up, so that the learning
+# rate drops slightly at its end.
 _C.TRAIN.LR_SCHEDULER.WARMUP_PREFIX = False
 
 _C.TRAIN.OPTIMIZER = CfgNode()
 # Optimizer: adamw | sgd (with Nesterov momentum)
 _C.TRAIN.OPTIMIZER.NAME = "adamw"
-# Term that keeps the denominator of adamw from zero; above 0.
+# Epsilon of adamw, added to its denominator; from 1e-30 to 1.
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
-# Decay of adamw's running means of the gradient and of its square; each 0 to below 1.
+# Decay rates of adamw's moments, of the gradient and of its square; each 0 to below 1.
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
 # Momentum of sgd; 0 to below 1.
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
 
-# Weight of the newest weights in the moving average, per image of global batch, for an average of every update in a run
-# of one epoch; 0 (off) to below 1. As published, the average forgets more slowly in a longer run: its decay is
+# Exponential moving average (EMA) of the weights, as published: 0 (off) to below 1. Its decay is
 # 1 - EMA_ALPHA x global batch / EPOCHS x EMA_UPDATE_PERIOD, 0.998 for EMA_ALPHA 1e-4 with a global batch of 256, 100
-# epochs and a period of 8. The log names it; so small a decay that the average would be a mere copy is refused.
+# epochs and a period of 8. The log states the decay; it must be above 0.
 _C.TRAIN.EMA_ALPHA = 0.0
-# Optimizer updates between two updates of that average; at least 1.
+# Optimizer updates between updates of the EMA; at least 1.
 _C.TRAIN.EMA_UPDATE_PERIOD = 8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation
 # ---------------------------------------------------------------------------------------------------------------------
 _C.AUG = CfgNode()
-# Alpha of Mixup's beta distribution; 0: no Mixup.
+# Alpha of Mixup's beta distribution, at least 0; 0: no Mixup.
 _C.AUG.MIXUP = 0.0
-# Alpha of CutMix's beta distribution; 0: no CutMix, unless CUTMIX_MINMAX is set.
+# Alpha of CutMix's beta distribution, at least 0; 0: no CutMix, unless CUTMIX_MINMAX is set.
 _C.AUG.CUTMIX = 0.0
-# [least, greatest] share of the image's side that CutMix pastes, 0 to 1, in place of CUTMIX; null: by CUTMIX.
+# [smallest, largest] side of the box that CutMix pastes, as a fraction of the image's, 0 to 1; overrides CUTMIX. Null:
+# not used.
 _C.AUG.CUTMIX_MINMAX = None
-# Probability that a batch is mixed at all; 0 to 1.
+# Probability of applying Mixup or CutMix; 0 to 1.
 _C.AUG.MIXUP_PROB = 1.0
-# Probability that CutMix mixes it, where both are on; 0 to 1.
+# Probability of CutMix instead of Mixup where both are on; 0 to 1.
 _C.AUG.MIXUP_SWITCH_PROB = 0.5
-# What shares one draw of the mixing: batch | pair (two images) | elem (each image its own)
+# How often the mixing is drawn: once per batch | pair (of images) | elem (image)
 _C.AUG.MIXUP_MODE = "batch"
-# Ready-made augmentation: none | flip | weak | raug10 | raug15 | raug20 | raug25 | shift | crop; null: by the keys
-# below, which a preset replaces.
+# Augmentation preset: none | flip | weak | raug10 | raug15 | raug20 | raug25 | shift | crop; null: timm's pipeline with
+# COLOR_JITTER and AUTO_AUGMENT, which a preset ignores.
 _C.AUG.PRESET = None
-# Strength of random brightness, contrast and saturation, at least 0; used where AUTO_AUGMENT is none.
+# Strength of color jitter (brightness, contrast, saturation), at least 0; applied where AUTO_AUGMENT is none.
 _C.AUG.COLOR_JITTER = 0.4
-# Policy in timm's notation (rand-..., augmix-..., original, originalr, v0, v0r, 3a); none: off.
+# AutoAugment policy in timm's notation (rand-..., augmix-..., original, originalr, v0, v0r, 3a); none: off.
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
-# Probability that a rectangle of the image is erased; 0 (off) to 1.
+# Probability of random erasing; 0 (off) to 1.
 _C.AUG.REPROB = 0.25
-# What fills the rectangle: const (zeros) | rand (one random colour) | pixel (noise)
+# Fill of erased rectangles: const (zeros) | rand (one random color) | pixel (noise)
 _C.AUG.REMODE = "pixel"
-# Rectangles that are erased in one image; at least 1.
+# Maximum number of erased rectangles per image; at least 1.
 _C.AUG.RECOUNT = 1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Testing
 # ---------------------------------------------------------------------------------------------------------------------
 _C.TEST = CfgNode()
-# Whether the image covers 256/224 of TEST_SIZE and its centre is cut out; else it is resized to TEST_SIZE itself.
+# Whether images are resized to 256/224 of TEST_SIZE and center-cropped; otherwise they are resized to TEST_SIZE.
 _C.TEST.CROP = False
-# Whether an evaluation takes the moving average of the weights in a checkpoint; null: as the checkpoint says, which is
-# the average of one that was chosen by it.
+# Whether an evaluation uses the EMA weights of a checkpoint; null: as the checkpoint says, which is true where they
+# were the best.
 _C.TEST.EMA = None
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,55 +226,61 @@ _C.TEST.EMA = None
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixed precision: auto (bf16 on a GPU, off on a CPU) | off (float32) | bf16 | fp16 (with loss scaling)
 _C.AMP = "auto"
-# Whether the network goes through torch.compile.
+# Whether the network is compiled with torch.compile.
 _C.COMPILE = False
-# What torch.compile strives for: default | reduce-overhead (CUDA graphs, for small batches) | max-autotune (tries many
-# kernels and uses CUDA graphs; compiles for long) | max-autotune-no-cudagraphs
+# Mode of torch.compile: default | reduce-overhead (CUDA graphs, for small batches) | max-autotune (benchmarks kernels
+# and uses CUDA graphs; compiles for long) | max-autotune-no-cudagraphs
 _C.COMPILE_MODE = "default"
-# Whether maps are laid out channels-last, which makes convolutional networks of timm faster, but not a RepMLPNet.
+# Whether the channels-last memory format is used; faster for convolutional networks of timm, but not for a RepMLPNet.
 _C.CHANNELS_LAST = False
-# Whether only deterministic algorithms are used, which is slower.
+# Whether only deterministic algorithms are used; slower.
 _C.DETERMINISTIC = False
 # Folder of all runs; a run writes to OUTPUT/ARCH/TAG.
 _C.OUTPUT = "output"
-# Name of this run, which is that of its folder.
+# Name of the run and of its folder.
 _C.TAG = "default"
-# Epochs between two numbered checkpoints; at least 1.
+# Epochs between numbered checkpoints; at least 1.
 _C.SAVE_FREQ = 20
-# Updates between two saves of the latest checkpoint within an epoch; 0: at the end of each epoch only.
+# Updates between saves of the latest checkpoint within an epoch; 0: at the end of each epoch only.
 _C.SAVE_STEPS = 0
-# How many numbered checkpoints stay, the newest ones; 0: none. The latest and the best stay in any case.
+# Number of numbered checkpoints to keep, the newest ones; 0: none. The latest and the best are always kept.
 _C.KEEP_CHECKPOINTS = 3
-# Epochs between two evaluations, at least 1; the last epoch is always evaluated.
+# Epochs between evaluations, at least 1; the last epoch is always evaluated.
 _C.EVAL_FREQ = 1
-# Steps between two lines of the log; 1 to 10000.
+# Steps between log lines; 1 to 10000.
 _C.PRINT_FREQ = 10
-# Seed of every random number; 0 to 2^32 - 1.
+# Seed of all random number generators; 0 to 2^32 - 1.
 _C.SEED = 0
-# Whether the checkpoint MODEL.RESUME is evaluated, and nothing trained.
+# Whether to evaluate the checkpoint MODEL.RESUME instead of training.
 _C.EVAL_MODE = False
-# Whether images per second are measured, and nothing trained.
+# Whether to measure images per second instead of training.
 _C.THROUGHPUT_MODE = False
 
-# What the keys hold whose default does not tell it: it is null, or text that is a path.
-SPECIAL: dict[str, Kind] = {
+# The types of keys whose default does not tell: null, or text that is a path.
+SPECIAL: dict[str, FieldType] = {
     "DATA.DATA_PATH": PATH,
     "MODEL.RESUME": PATH,
     "MODEL.PRETRAINED": PATH,
+    "FACE.PAIRS": PATH,
     "OUTPUT": PATH,
     "DATA.IMG_SIZE": optional(SIZE),
     "DATA.TEST_SIZE": optional(SIZE),
     "DATA.TEST_BATCH_SIZE": optional(INTEGER),
     "MODEL.NUM_CLASSES": optional(INTEGER),
+    "MODEL.CHANNELS": optional(INTEGERS),
+    "MODEL.BLOCKS": optional(INTEGERS),
     "MODEL.BRANCHES": optional(INTEGERS),
     "MODEL.SHARE_SETS": optional(INTEGERS),
     "MODEL.GLOBAL_PERCEPTRON": optional(BOOLEAN),
+    "SEG.DOWNSAMPLE": optional(TEXT),
+    "SEG.BACKBONE_SIZE": optional(SIZE),
+    "FACE.MARGIN": optional(NUMBER),
     "TEST.EMA": optional(BOOLEAN),
     "AUG.CUTMIX_MINMAX": optional(NUMBER_PAIR),
     "AUG.PRESET": optional(TEXT),
 }
 
-# Keys of the published code that are gone, and what to do about it.
+# Keys of the published code that no longer exist, and what to use instead.
 RETIRED: dict[str, str] = {
     "AMP_OPT_LEVEL": "use AMP: off for O0, fp16 or bf16 for O1 and O2",
     "LOCAL_RANK": "leave it out, the launcher (torchrun) tells each process its rank in the environment",

@@ -1,4 +1,4 @@
-"""From files and flags to one frozen configuration. Nothing else changes a configuration, and nothing does later."""
+"""Loading: files and flags become one frozen configuration, which nothing changes afterwards."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +12,14 @@ from yacs.config import CfgNode
 from utils.files import user_path, write_text
 from utils.text import shortened
 
-from . import rules
+from . import constraints
 from .defaults import defaults
 from .files import read_yaml
-from .schema import DEFAULTS, KINDS, SECTIONS, Setting, flatten, read_setting
+from .schema import DEFAULTS, FIELD_TYPES, SECTIONS, Setting, flatten, read_setting
 
 __all__ = ["Override", "dump_config", "flatten", "load_config", "parse_opts"]
 
-MAX_DEPTH = 20  # of files that name one another in BASE
+MAX_DEPTH = 20  # of nested BASE
 
 Settings = dict[str, Setting]
 
@@ -35,7 +35,7 @@ class Override(NamedTuple):
 def parse_opts(opts: Sequence[str]) -> list[Override]:
     """Pairs up the words after `--opts`; raises ValueError where the last key has no value."""
     if len(opts) % 2:
-        raise ValueError(f"--opts: {opts[-1]!r} is left over; expects pairs KEY VALUE with a space between them")
+        raise ValueError(f"--opts: {opts[-1]!r} is left over; expects pairs KEY VALUE, separated by a space")
     return [Override("--opts", key, value) for key, value in zip(opts[::2], opts[1::2], strict=True)]
 
 
@@ -52,40 +52,40 @@ def load_config(cfg_file: str | Path | None = None, overrides: Sequence[Override
 
 
 def load(cfg_file: str | Path | None = None, overrides: Sequence[Override] = ()) -> Loaded:
-    """Loads a configuration: the defaults, below the files of BASE, below `cfg_file`, below the overrides.
+    """Loads a configuration; in rising precedence: the defaults, the files of BASE, `cfg_file`, the overrides.
 
     Raises:
-        FileNotFoundError: a file is missing; the message tells who named it.
-        ValueError: a file is no usable YAML or includes itself, a key is unknown, a value is of another kind or not
+        FileNotFoundError: a file is missing; the message names the source of its path.
+        ValueError: a file is not valid YAML or includes itself, a key is unknown, a value is of another type or not
             allowed, two overrides disagree, or keys contradict each other; with key, value, source and remedy.
     """
     given: Settings = {}
     if cfg_file is not None:
         given |= _Files().read(user_path(cfg_file))
     given |= _read_overrides(overrides)
-    settings = {key: Setting(DEFAULTS[key], "default") for key in KINDS} | given
-    rules.check(settings)
+    settings = {key: Setting(DEFAULTS[key], "default") for key in FIELD_TYPES} | given
+    constraints.check(settings)
     return Loaded(_build(settings), frozenset(given))
 
 
 def dump_config(cfg: CfgNode, path: str | Path) -> None:
-    """Writes a YAML file that `load_config` reads back to an equal configuration."""
+    """Writes a YAML file from which `load_config` loads an equal configuration."""
     write_text(Path(path), cfg.dump(sort_keys=False))
 
 
 class _Files:
-    """The files of one configuration, each of which is read once, however often BASE names it."""
+    """The files of one configuration; each is read once, however often BASE names it."""
 
     def __init__(self) -> None:
         self._known: dict[str, Settings] = {}
 
     def read(self, path: Path, including: tuple[Path, ...] = ()) -> Settings:
-        """Reads a file and, below it, those of its BASE; `including` is the chain of files that led here."""
+        """Reads a file over those of its BASE; `including` is the chain of files that led here."""
         place = os.path.realpath(path)
         if place in map(os.path.realpath, including):
-            raise ValueError(f"{path}: BASE goes in a circle: {' -> '.join(map(str, (*including, path)))}; break it")
+            raise ValueError(f"{path}: BASE is circular: {' -> '.join(map(str, (*including, path)))}")
         if len(including) > MAX_DEPTH:
-            raise ValueError(f"{path}: BASE leads through {len(including)} files; {MAX_DEPTH} are allowed")
+            raise ValueError(f"{path}: BASE is nested {len(including)} files deep; {MAX_DEPTH} are allowed")
         if place not in self._known:
             tree = read_yaml(path, f"BASE of {including[-1]}" if including else "--cfg")
             settings: Settings = {}
@@ -112,7 +112,7 @@ def _read_tree(tree: Mapping[Any, Any], source: str) -> Settings:
 
 
 def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Walks down known sections only, so that everything else is reported under the key where it goes wrong."""
+    """Descends into known sections only, so that an error names the key where it occurs."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in SECTIONS and isinstance(value, dict):

@@ -1,12 +1,13 @@
-"""What users of other projects call things: the key that is meant, or what to do where there is none."""
+"""Names of other projects: the key that corresponds to each, or advice where there is none."""
 
-_LAUNCHER = "the launcher says so: torchrun --nproc_per_node N main_repmlp.py ..., see docs/distributed.md"
-_DEVICE = "a process takes a GPU that it sees, else the CPU; CUDA_VISIBLE_DEVICES chooses"
-_CURVES = "every run writes TensorBoard events and metrics.jsonl to its folder, there is nothing to turn on"
-_LOSS = "the loss is cross entropy, whose targets MODEL.LABEL_SMOOTHING, AUG.MIXUP and AUG.CUTMIX soften"
+_LAUNCHER = "it is set by the launcher: torchrun --nproc_per_node N main_repmlp.py ..., see docs/distributed.md"
+_DEVICE = "a process uses a GPU if one is visible, else the CPU; set CUDA_VISIBLE_DEVICES"
+_CURVES = "every run writes TensorBoard events and metrics.jsonl to its folder"
+_LOSS = "the loss follows from TASK: cross entropy (MODEL.LABEL_SMOOTHING), or a margin softmax (FACE.LOSS)"
 
-# A key, or advice, and the words for it: in lower case, with _ for -, and with dots where only the whole key is meant.
+# A key, or advice, and its names: in lower case, with _ for -, and with dots where only the full key is meant.
 _WORDS: dict[str, str] = {
+    "TASK": "task task_type",
     "TRAIN.BASE_LR": "lr learning_rate base_lr blr init_lr max_lr",
     "TRAIN.MIN_LR": "min_lr final_lr",
     "TRAIN.WARMUP_LR": "warmup_lr warmup_lr_init lr_warmup_decay",
@@ -44,6 +45,21 @@ _WORDS: dict[str, str] = {
     "MODEL.NUM_CLASSES": "num_classes nb_classes n_classes",
     "MODEL.LABEL_SMOOTHING": "smoothing label_smoothing",
     "MODEL.DROP_PATH": "drop_path drop_path_rate stochastic_depth dropout drop drop_rate",
+    "MODEL.CHANNELS": "channels dims widths planes",
+    "MODEL.BLOCKS": "blocks depths num_blocks layers",
+    "SEG.DECODER": "decoder decode_head head seg_head decoder_name",
+    "SEG.WIDTH": "decoder_channels decoder_width psp_out_channels head_channels",
+    "SEG.DOWNSAMPLE": "downsample downsampling",
+    "SEG.RANK": "rank_of_downsampling downsample_rank",
+    "SEG.BACKBONE_SIZE": "backbone_size pretrain_img_size",
+    "SEG.SCALE": "scale_range ratio_range scale_limit random_scale",
+    "FACE.EMBEDDING": "embedding embedding_size embedding_dim embed_dim emb_size feat_dim",
+    "FACE.LOSS": "margin_loss head_type arcface cosface",
+    "FACE.MARGIN": "margin arc_m cos_m",
+    "FACE.SCALE": "logit_scale cosine_scale",
+    "FACE.PAIRS": "pairs pairs_file pairs_txt",
+    "FACE.NUM_PAIRS": "num_pairs n_pairs",
+    "FACE.FOLDS": "folds num_folds n_folds nrof_folds",
     "AUG.MIXUP": "mixup mixup_alpha",
     "AUG.CUTMIX": "cutmix cutmix_alpha",
     "AUG.AUTO_AUGMENT": "aa auto_augment autoaugment randaugment rand_augment",
@@ -68,17 +84,17 @@ _WORDS: dict[str, str] = {
     _DEVICE: "device gpu gpu_id gpu_ids cuda no_cuda use_gpu cpu accelerator",
     _CURVES: "wandb log_wandb use_wandb tensorboard trackio project",
     _LOSS: "loss criterion bce_loss loss_type",
-    "a recipe is given with --cfg FILE": "config config_file yaml",
-    "learning rates are always scaled, they are for 256 images of global batch": "scale_lr linear_scale no_scale_lr",
+    "give a recipe with --cfg FILE": "config config_file yaml",
+    "learning rates are given per 256 images and always scaled": "scale_lr linear_scale no_scale_lr",
 }
 WORDS = {word: meant for meant, words in _WORDS.items() for word in words.split()}
 
 
 def meant_by(word: str) -> str:
-    """Returns the key that a word of other projects stands for, or advice where there is none; empty if unknown.
+    """Returns the key that a name of other projects stands for, or advice where there is none; empty if unknown.
 
     Args:
-        word: a flag (`--learning-rate`) or a key (`TRAIN.LR`, of which the last part may do).
+        word: a flag (`--learning-rate`) or a key (`TRAIN.LR`, whose last part is enough).
     """
     plain = word.lstrip("-").lower().replace("-", "_")
     return WORDS.get(plain) or WORDS.get(plain.rsplit(".", 1)[-1], "")

@@ -10,9 +10,9 @@ REFUSED = [
     ("TRIAN.EPOCHS", "TRIAN.EPOCHS: 3", "TRIAN.EPOCHS", "unknown key; did you mean TRAIN.EPOCHS?"),
     ("BATCH_SIZE", "BATCH_SIZE: 3", "BATCH_SIZE", "unknown key; did you mean DATA.BATCH_SIZE?"),
     ("XYZ", "XYZ: 3", "XYZ", "unknown key; configs/defaults.py lists all"),
-    ("TRAIN", "TRAIN: 3", "TRAIN", "a section and not a key; set the keys below it, such as TRAIN.START_EPOCH"),
+    ("TRAIN", "TRAIN: 3", "TRAIN", "a section and not a key; set its keys, such as TRAIN.START_EPOCH"),
     ("TRAIN.OPTIMIZER", "TRAIN: {OPTIMIZER: null}", "TRAIN.OPTIMIZER", "a section and not a key"),
-    ("TRAIN.EPOCHS.LAST", "TRAIN.EPOCHS.LAST: 3", "TRAIN.EPOCHS.LAST", "TRAIN.EPOCHS holds a value"),
+    ("TRAIN.EPOCHS.LAST", "TRAIN.EPOCHS.LAST: 3", "TRAIN.EPOCHS.LAST", "TRAIN.EPOCHS is a key and not a section"),
     ("AMP_OPT_LEVEL", "AMP_OPT_LEVEL: O1", "AMP_OPT_LEVEL", "no longer a key; use AMP: off for O0"),
     ("LOCAL_RANK", "LOCAL_RANK: 0", "LOCAL_RANK", "no longer a key; leave it out, the launcher"),
 ]

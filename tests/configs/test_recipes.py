@@ -1,12 +1,18 @@
-"""Every recipe loads and says how to run it and what to expect; every key of the schema is explained."""
+"""Every recipe loads, says how to run it and what to expect, and counts its network; every key is explained."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from yacs.config import CfgNode
 
 from configs import flatten, load_config
 from configs.schema import DEFAULTS
+from models import create_model, default_image_size
+from models.segmentation import SegmentationNetwork
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -47,6 +53,93 @@ def test_the_published_recipes(size):
     given = flatten(load_config(path))
     assert {key: given[key] for key in expected} == expected
     assert f"{PUBLISHED[size]} % top-1, as published" in path.read_text()
+
+
+def build(cfg: CfgNode, deploy: bool) -> tuple[nn.Module, tuple[int, int]]:
+    """Returns the network of a recipe, and the size of the image that its multiply-adds are stated for."""
+    size = default_image_size(cfg.MODEL.ARCH)
+    if cfg.TASK == "segmentation":
+        options = {"downsample": cfg.SEG.DOWNSAMPLE, "rank": cfg.SEG.RANK, "deploy": deploy}
+        return SegmentationNetwork(cfg.MODEL.ARCH, 19, cfg.SEG.DECODER, cfg.SEG.WIDTH, **options), (1024, 2048)
+    outputs = cfg.FACE.EMBEDDING if cfg.TASK == "verification" else {"cf100": 100}.get(cfg.DATA.DATASET, 1000)
+    return create_model(cfg.MODEL.ARCH, outputs, deploy=deploy), size
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_states_the_size_of_its_network(recipe):
+    header = " ".join(re.match(r"(#.*\n)+", recipe.read_text())[0].replace("\n#", " ").split())
+    stated = re.search(r"([\d.]+) M parameters(?:,| and)(?: ([\d.]+) M and)? ([\d.]+) ([GM]) multiply-adds", header)
+    cfg = load_config(recipe)
+    if stated is None:
+        assert cfg.DATA.DATASET in ("digits", "shapes") or recipe.stem.startswith("imagenet_")
+        return
+    params, deploy_params, operations, unit = stated.groups()
+    with torch.device("meta"):
+        (network, _), (deploy, size) = build(cfg, deploy=False), build(cfg, deploy=True)
+        image = torch.empty(1, 3, *size)
+    with FlopCounterMode(display=False) as counter:
+        deploy.eval()(image)
+    counted = [
+        (params, sum(p.numel() for p in network.parameters()) / 1e6),
+        (deploy_params, sum(p.numel() for p in deploy.parameters()) / 1e6),
+        (operations, counter.get_total_flops() / 2 / {"M": 1e6, "G": 1e9}[unit]),
+    ]
+    for text, count in counted:
+        assert text in (None, f"{count:.{len((text or '').partition('.')[2])}f}")
+
+
+def test_the_segmentation_recipe():
+    given = flatten(load_config(CONFIGS / "cityscapes_upernet_d256.yaml"))
+    expected = {
+        "TASK": "segmentation",
+        "DATA.DATASET": "cityscapes",
+        "DATA.IMG_SIZE": (512, 1024),
+        "DATA.BATCH_SIZE": 2,
+        "DATA.TEST_BATCH_SIZE": 1,
+        "MODEL.ARCH": "RepMLPNet-D256",
+        "MODEL.LABEL_SMOOTHING": 0.0,
+        "SEG.DECODER": "upernet",
+        "SEG.WIDTH": 512,
+        "SEG.DOWNSAMPLE": "conv3",
+        "SEG.RANK": 4,
+        "TRAIN.EPOCHS": 215,
+        "TRAIN.WARMUP_EPOCHS": 4,
+        "TRAIN.WEIGHT_DECAY": 0.05,
+        "TRAIN.CLIP_GRAD": 0.0,
+        "TRAIN.OPTIMIZER.NAME": "adamw",
+        "AMP": "off",
+        "EVAL_FREQ": 5,
+    }
+    assert {key: given[key] for key in expected} == expected
+    assert given["TRAIN.BASE_LR"] * 16 / 256 == pytest.approx(1e-4)
+    other = flatten(load_config(CONFIGS / "cityscapes_pspnet_d256.yaml"))
+    assert {key for key in given if given[key] != other[key]} == {"SEG.DECODER"}
+
+
+def test_the_face_recipe():
+    given = flatten(load_config(CONFIGS / "face_repmlp_faceres.yaml"))
+    expected = {
+        "TASK": "verification",
+        "DATA.DATASET": "faces",
+        "DATA.IMG_SIZE": 96,
+        "DATA.BATCH_SIZE": 128,
+        "MODEL.ARCH": "RepMLP-FaceRes",
+        "FACE.EMBEDDING": 512,
+        "FACE.LOSS": "arcface",
+        "FACE.SCALE": 64.0,
+        "TRAIN.EPOCHS": 20,
+        "TRAIN.WARMUP_EPOCHS": 1,
+        "TRAIN.WEIGHT_DECAY": 5e-4,
+        "TRAIN.CLIP_GRAD": 0.0,
+        "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": True,
+        "TRAIN.OPTIMIZER.NAME": "sgd",
+        "AUG.PRESET": "flip",
+        "AUG.REPROB": 0.0,
+        "AMP": "off",
+        "KEEP_CHECKPOINTS": 1,
+    }
+    assert {key: given[key] for key in expected} == expected
+    assert given["TRAIN.BASE_LR"] * 128 / 256 == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

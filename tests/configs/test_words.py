@@ -1,18 +1,19 @@
-"""Words of other projects, as flags and as keys: the error names the key or flag of ours, or says why there is none."""
+"""Names of other projects, as flags and as keys: the error names the key or flag of ours, or says why there is none."""
 
 import re
 
 import pytest
 
 from configs import command_line, load_config, parse_opts
-from configs.schema import KINDS, SECTIONS
+from configs.schema import FIELD_TYPES, SECTIONS
 from configs.words import _WORDS, WORDS, meant_by
 
 FLAGS = {key: flag for flag, (key, _) in command_line.FLAGS.items()}
 COMMON = """
 lr learning-rate epochs wd weight-decay workers num-workers seed optimizer opt device wandb momentum warmup drop-path
-img-size input-size resolution model checkpoint model-ema mixup cutmix smoothing clip-grad sched log-interval data-dir
-finetune dist-url world-size gpu nproc nproc-per-node loss num-classes color-jitter
+img-size input-size resolution model task decoder margin num-pairs checkpoint model-ema mixup cutmix smoothing
+clip-grad sched log-interval data-dir finetune dist-url world-size gpu nproc nproc-per-node loss num-classes
+color-jitter
 """.split()  # noqa: SIM905
 
 
@@ -37,21 +38,21 @@ def test_a_word_has_one_meaning_and_none_is_a_flag_or_a_key():
 
 @pytest.mark.parametrize("meant", _WORDS)
 def test_a_meaning_is_a_key_or_advice_that_names_keys_which_exist(meant):
-    assert meant in KINDS or " " in meant
-    assert set(re.findall(r"\b(?:[A-Z_]+\.)+[A-Z_]+\b", meant)) <= set(KINDS)
+    assert meant in FIELD_TYPES or " " in meant
+    assert set(re.findall(r"\b(?:[A-Z_]+\.)+[A-Z_]+\b", meant)) <= set(FIELD_TYPES)
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_every_word_is_understood_as_a_flag_and_as_a_key(word, capsys):
     meant = WORDS[word]
     error = refused_flag(f"--{word.replace('_', '-')}", capsys)
-    if meant in KINDS:
+    if meant in FIELD_TYPES:
         assert f": use {FLAGS.get(meant) or f'--opts {meant} VALUE'} (--help lists all)" in error
     else:
         assert f": {meant} (--help lists all)" in error
-    for key in {word.upper(), word.upper() if "." in word else f"TRAIN.{word.upper()}"} - {*KINDS, *SECTIONS}:
+    for key in {word.upper(), word.upper() if "." in word else f"TRAIN.{word.upper()}"} - {*FIELD_TYPES, *SECTIONS}:
         error = refused_key(key)
-        assert f"did you mean {meant}?" in error if meant in KINDS else meant in error
+        assert f"did you mean {meant}?" in error if meant in FIELD_TYPES else meant in error
 
 
 @pytest.mark.parametrize("word", COMMON)

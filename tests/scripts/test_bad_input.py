@@ -200,9 +200,9 @@ ROWS = [
     ("test_other_classes", "test.py {images} train {weights.train} -j 0", ["2 classes", "10"]),
     ("test_cut_val_image", "test.py {flawed.cut_val} train {two} -j 0", ["1 images can't be read", "val/bee/3.png"]),
     # Checkpoints
-    ("eval_without_weights", EVAL, ["EVAL_MODE", "--resume"]),
-    ("eval_and_throughput", f"{EVAL} --resume {{weights.train}} --throughput", ["either --eval or --throughput"]),
-    ("eval_of_pretrained", f"{EVAL} --pretrained {{weights.train}}", ["MODEL.PRETRAINED", "--resume"]),
+    ("eval_without_weights", EVAL, ["EVAL_MODE", "MODEL.RESUME"]),
+    ("eval_and_throughput", f"{EVAL} --resume {{weights.train}} --throughput", ["either EVAL_MODE or THROUGHPUT_MODE"]),
+    ("eval_of_pretrained", f"{EVAL} --pretrained {{weights.train}}", ["MODEL.PRETRAINED", "MODEL.RESUME"]),
     (
         "resume_and_pretrained",
         f"{QUICK} --resume {{weights.train}} --pretrained {{weights.bare}}",

@@ -16,7 +16,7 @@ import data
 import main_repmlp
 import models
 from configs import command_line
-from configs.rules import RULES
+from configs.constraints import CONSTRAINTS
 from data.mixing import ERASING_MODES, MIXUP_MODES
 from data.transforms import INTERPOLATIONS
 from data.zipped import CACHE_MODES
@@ -110,7 +110,7 @@ def reads(*names: str) -> set[str]:
 
 
 def choices(key: str) -> set[str]:
-    return set(RULES[key].allowed.removeprefix("one of ").split(", "))
+    return set(CONSTRAINTS[key].allowed.removeprefix("one of ").split(", "))
 
 
 def test_the_reader_of_this_test_understands_aliases():
@@ -274,7 +274,7 @@ def test_the_optimizers_of_the_rules_are_those_that_there_are(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["poly", *RULES["TRAIN.LR_SCHEDULER.NAME"].allowed.removeprefix("one of ").split(", ")]
+    "name", ["poly", *CONSTRAINTS["TRAIN.LR_SCHEDULER.NAME"].allowed.removeprefix("one of ").split(", ")]
 )
 def test_the_schedules_of_the_rules_are_those_that_there_are(name):
     optimizer = build_optimizer(torch.nn.Linear(2, 2), name="sgd", lr=0.1, weight_decay=0.0)

@@ -1,7 +1,7 @@
-"""What a key may hold: one `Kind` for each type, which turns what was written into the value that was meant.
+"""The types of keys: each `FieldType` converts what was written to a value of the type.
 
-YAML files, the command line and Python callers all pass through here, so `1e-3`, `"1e-3"`, `0.001` and a NumPy scalar
-mean the same everywhere.
+YAML files, the command line and Python callers share them, so `1e-3`, `"1e-3"`, `0.001` and a NumPy scalar mean the
+same everywhere.
 """
 
 import math
@@ -13,25 +13,25 @@ from typing import Any, NamedTuple
 
 from utils.files import user_path
 
-NULL_WORDS = ("None", "null")  # how nothing is spelt on a command line, and by a Python hand in YAML
+NULL_WORDS = ("None", "null")  # null on a command line, and None as Python writes it
 
 
-class Kind(NamedTuple):
-    """A type that keys have: `name` completes "expects ..."; `read` converts, or raises ValueError."""
+class FieldType(NamedTuple):
+    """A type: `name` completes "expects ..."; `read` converts a value, or raises ValueError."""
 
     name: str
     read: Callable[[object], Any]
 
 
 def _boolean(value: object) -> bool:
-    word = str(value).strip().lower()  # str() serves bool, NumPy's bool and text alike
+    word = str(value).strip().lower()  # str() handles bool, NumPy's bool and text alike
     if word not in ("true", "false"):
         raise ValueError
     return word == "true"
 
 
 def _number(value: object) -> float:
-    # Python counts True as 1, which nobody means by it.
+    # True is 1 to Python, but hardly to the user.
     if isinstance(value, bool) or not isinstance(value, str | Real):
         raise ValueError
     try:
@@ -58,7 +58,7 @@ def _integer(value: object) -> int:
 def _text(value: object) -> str:
     if isinstance(value, os.PathLike):
         return str(os.fspath(value))
-    # A forgotten value must not become a folder that is called None.
+    # A forgotten value must not become a folder named None.
     if isinstance(value, bool) or not isinstance(value, str | Real) or value in NULL_WORDS:
         raise ValueError
     return str(value)
@@ -97,26 +97,26 @@ def _size(value: object) -> int | tuple[int, int]:
     return _pair(_integer, value) if several else _integer(value)
 
 
-def optional(kind: Kind) -> Kind:
-    """The same kind, where nothing (null) has a meaning too."""
-    return Kind(
-        f"{kind.name}, or null",
-        lambda value: None if value is None or value in NULL_WORDS else kind.read(value),
+def optional(field_type: FieldType) -> FieldType:
+    """The same type, or null."""
+    return FieldType(
+        f"{field_type.name}, or null",
+        lambda value: None if value is None or value in NULL_WORDS else field_type.read(value),
     )
 
 
-BOOLEAN = Kind("true or false", _boolean)
-INTEGER = Kind("an integer", _integer)
-NUMBER = Kind("a finite number", _number)
-TEXT = Kind("text", _text)
-PATH = Kind("text, a path in which ~ or ~USER stands for the home of a user who exists", _path)
-NUMBER_PAIR = Kind("a pair of finite numbers such as [0.5, 1]", lambda value: _pair(_number, value))
-INTEGERS = Kind("integers such as [1, 3]", _integers)
-SIZE = Kind("an integer, or a pair of integers such as [224, 256]", _size)
+BOOLEAN = FieldType("true or false", _boolean)
+INTEGER = FieldType("an integer", _integer)
+NUMBER = FieldType("a finite number", _number)
+TEXT = FieldType("text", _text)
+PATH = FieldType("text, a path in which ~ or ~USER is the home of an existing user", _path)
+NUMBER_PAIR = FieldType("a pair of finite numbers such as [0.5, 1]", lambda value: _pair(_number, value))
+INTEGERS = FieldType("integers such as [1, 3]", _integers)
+SIZE = FieldType("an integer, or a pair of integers such as [224, 256]", _size)
 
-_KIND_OF_TYPE: dict[type, Kind] = {bool: BOOLEAN, int: INTEGER, float: NUMBER, str: TEXT, tuple: NUMBER_PAIR}
+_FIELD_TYPE_OF: dict[type, FieldType] = {bool: BOOLEAN, int: INTEGER, float: NUMBER, str: TEXT, tuple: NUMBER_PAIR}
 
 
-def kind_of(default: object) -> Kind:
-    """Returns the kind of a key by its default; KeyError for a default of a type that no key has."""
-    return _KIND_OF_TYPE[type(default)]
+def field_type_of(default: object) -> FieldType:
+    """Returns the type of a key from its default; raises KeyError where there is none for the default's Python type."""
+    return _FIELD_TYPE_OF[type(default)]

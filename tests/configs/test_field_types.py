@@ -43,6 +43,8 @@ WRITTEN = [
     ("MODEL.BRANCHES", "1,3", (1, 3)),
     ("MODEL.BRANCHES", "3", (3,)),
     ("MODEL.BRANCHES", "[]", ()),
+    ("MODEL.CHANNELS", "[64, 128]", (64, 128)),
+    ("MODEL.BLOCKS", "2,2,6,2", (2, 2, 6, 2)),
     ("MODEL.GLOBAL_PERCEPTRON", "false", False),
     ("MODEL.GLOBAL_PERCEPTRON", "None", None),
     ("AUG.CUTMIX_MINMAX", "[0, 0.5]", (0.0, 0.5)),

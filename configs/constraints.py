@@ -1,0 +1,279 @@
+"""Which values are allowed: one constraint for each key that has one, the keys of a task, and contradictions.
+
+Names of registries are listed where they are defined, and nowhere else.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from data import DATASETS, PRESETS
+from data.mixing import ERASING_MODES, MIXUP_MODES
+from data.transforms import INTERPOLATIONS
+from data.zipped import CACHE_MODES
+from models.dense import DOWNSAMPLINGS, FULL_RANK
+from models.segmentation import DECODERS
+from tasks import TASKS
+from utils.cli import MAX_SIDE
+from utils.text import shortened
+
+from .schema import DEFAULTS, FIELD_TYPES, Setting
+
+
+class Constraint(NamedTuple):
+    """A condition on the value of a key.
+
+    Attributes:
+        allowed: what is allowed, in words that complete "must be ...".
+        holds: whether a value, which is never null, is allowed.
+        choices: all allowed values, where they can be listed.
+    """
+
+    allowed: str
+    holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+
+def one_of(choices: Iterable[str]) -> Constraint:
+    """One of these names."""
+    names = tuple(choices)
+    return Constraint(f"one of {', '.join(names)}", lambda value: value in names, names)
+
+
+def at_least(bound: float, most: float) -> Constraint:
+    """At least the bound; `most` catches typing errors, such as a batch that no memory could hold."""
+    return Constraint(f"at least {bound} and at most {most}", lambda value: bound <= value <= most)
+
+
+def from_to(lowest: float, highest: float) -> Constraint:
+    """Between two bounds, both included."""
+    return Constraint(f"from {lowest} to {highest}", lambda value: lowest <= value <= highest)
+
+
+def range_within(lowest: float, highest: float) -> Constraint:
+    """Two numbers within bounds, the smaller first."""
+    return Constraint(
+        f"two numbers from {lowest} to {highest}, the smaller first and not equal",
+        lambda value: lowest <= value[0] < value[1] <= highest,
+    )
+
+
+def _is_below_one(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def _is_image_size(value: int | tuple[int, int]) -> bool:
+    return all(1 <= side <= MAX_SIDE for side in (value if isinstance(value, tuple) else (value,)))
+
+
+def _are_distinct_odd_sizes(value: tuple[int, ...]) -> bool:
+    return all(k > 0 and k % 2 and k < MAX_SIDE for k in value) and len({*value}) == len(value)
+
+
+def _is_folder_name(value: str) -> bool:
+    short = len(value.encode(errors="replace")) <= 200
+    return short and value.isprintable() and not {*value} & {*"/\\"} and value.strip() not in ("", ".", "..")
+
+
+MANY = 10**6  # epochs, images of a batch, ...: more than any run has
+COUNTER = 10**9
+
+PROBABILITY = from_to(0, 1)
+BELOW_ONE = Constraint("at least 0 and below 1", _is_below_one)
+ODD = Constraint(f"odd numbers, each once, below {MAX_SIDE}", _are_distinct_odd_sizes)
+COUNTS = Constraint(
+    f"at least 1 each and at most {MANY}", lambda value: value and all(1 <= count <= MANY for count in value)
+)
+PIXELS = Constraint(f"at least 1 pixel and at most {MAX_SIDE}", _is_image_size)
+NOT_EMPTY = Constraint("given and not empty", lambda value: value.strip() != "")
+# A run writes to OUTPUT/ARCH/TAG, and both are printed in every log.
+FOLDER_NAME = Constraint(
+    "given and a plain name: printable, at most 200 bytes, without / and \\, not . or ..", _is_folder_name
+)
+PRINTABLE = Constraint("printable text", str.isprintable)
+POLICIES = ("rand", "augmix", "original", "v0", "3a")
+
+CONSTRAINTS: dict[str, Constraint] = {
+    "TASK": one_of(TASKS),
+    "DATA.BATCH_SIZE": at_least(1, MANY),
+    "DATA.DATA_PATH": NOT_EMPTY,
+    "DATA.DATASET": one_of(dict.fromkeys((*DATASETS, "cityscapes", "faces"))),
+    "DATA.IMG_SIZE": PIXELS,
+    "DATA.TEST_SIZE": PIXELS,
+    "DATA.TEST_BATCH_SIZE": at_least(1, MANY),
+    "DATA.INTERPOLATION": one_of(INTERPOLATIONS),
+    "DATA.CACHE_MODE": one_of(CACHE_MODES),
+    "DATA.NUM_WORKERS": at_least(0, 1024),
+    "DATA.MAX_UNREADABLE": at_least(0, COUNTER),
+    "MODEL.ARCH": FOLDER_NAME,
+    "MODEL.NUM_CLASSES": at_least(1, 10 * MANY),
+    "MODEL.LABEL_SMOOTHING": BELOW_ONE,
+    "MODEL.DROP_PATH": BELOW_ONE,
+    "MODEL.CHANNELS": COUNTS,
+    "MODEL.BLOCKS": COUNTS,
+    "MODEL.BRANCHES": ODD,
+    "MODEL.SHARE_SETS": COUNTS,
+    "SEG.DECODER": one_of(DECODERS),
+    "SEG.WIDTH": at_least(1, 2**14),
+    "SEG.DOWNSAMPLE": one_of(DOWNSAMPLINGS),
+    "SEG.RANK": from_to(1, FULL_RANK),
+    "SEG.BACKBONE_SIZE": PIXELS,
+    "SEG.SCALE": range_within(0.1, 10),
+    "FACE.EMBEDDING": at_least(1, 2**16),
+    "FACE.LOSS": one_of(("arcface", "cosface")),
+    "FACE.MARGIN": from_to(0, 90),
+    "FACE.SCALE": Constraint("above 0 and at most 1000", lambda value: 0 < value <= 1000),
+    "FACE.NUM_PAIRS": at_least(4, COUNTER),
+    "FACE.FOLDS": at_least(2, MANY),
+    "TRAIN.START_EPOCH": at_least(0, MANY),
+    "TRAIN.EPOCHS": at_least(1, MANY),
+    "TRAIN.WARMUP_EPOCHS": at_least(0, MANY),
+    "TRAIN.WEIGHT_DECAY": at_least(0, 1000),
+    "TRAIN.BASE_LR": at_least(0, 1000),
+    "TRAIN.WARMUP_LR": at_least(0, 1000),
+    "TRAIN.MIN_LR": at_least(0, 1000),
+    "TRAIN.CLIP_GRAD": at_least(0, COUNTER),
+    "TRAIN.MAX_SKIPPED": at_least(0, COUNTER),
+    "TRAIN.ACCUMULATION_STEPS": at_least(0, MANY),
+    "TRAIN.LR_SCHEDULER.NAME": one_of(("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": at_least(1, MANY),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Constraint("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "TRAIN.OPTIMIZER.NAME": one_of(("adamw", "sgd")),
+    "TRAIN.OPTIMIZER.EPS": from_to(1e-30, 1),
+    "TRAIN.OPTIMIZER.BETAS": Constraint(
+        "two numbers, each at least 0 and below 1", lambda value: all(map(_is_below_one, value))
+    ),
+    "TRAIN.OPTIMIZER.MOMENTUM": BELOW_ONE,
+    "TRAIN.EMA_ALPHA": BELOW_ONE,
+    "TRAIN.EMA_UPDATE_PERIOD": at_least(1, MANY),
+    "AUG.MIXUP": at_least(0, 1000),
+    "AUG.CUTMIX": at_least(0, 1000),
+    "AUG.CUTMIX_MINMAX": range_within(0, 1),
+    "AUG.MIXUP_PROB": PROBABILITY,
+    "AUG.MIXUP_SWITCH_PROB": PROBABILITY,
+    "AUG.MIXUP_MODE": one_of(MIXUP_MODES),
+    "AUG.PRESET": one_of(PRESETS),
+    "AUG.COLOR_JITTER": at_least(0, 10),
+    "AUG.AUTO_AUGMENT": Constraint(
+        f"none, or a policy of timm, whose name starts with one of {', '.join(POLICIES)}",
+        lambda value: value == "none" or value.startswith(POLICIES),
+    ),
+    "AUG.REPROB": PROBABILITY,
+    "AUG.REMODE": one_of(ERASING_MODES),
+    "AUG.RECOUNT": at_least(1, 1000),
+    "AMP": one_of(("auto", "off", "bf16", "fp16")),
+    "COMPILE_MODE": one_of(("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
+    "OUTPUT": PRINTABLE,
+    "TAG": FOLDER_NAME,
+    "SAVE_FREQ": at_least(1, MANY),
+    "SAVE_STEPS": at_least(0, COUNTER),
+    "KEEP_CHECKPOINTS": at_least(0, MANY),
+    "EVAL_FREQ": at_least(1, MANY),
+    "PRINT_FREQ": at_least(1, 10_000),
+    "SEED": from_to(0, 2**32 - 1),
+}
+
+
+class Conflict(NamedTuple):
+    """Keys that contradict each other where `clash`, called with their values in this order, is true."""
+
+    keys: tuple[str, ...]
+    clash: Callable[..., object]
+    remedy: str
+
+
+CONFLICTS = (
+    Conflict(
+        ("EVAL_MODE", "THROUGHPUT_MODE"),
+        lambda evaluate, throughput: evaluate and throughput,
+        "a run does one of the two; give either EVAL_MODE or THROUGHPUT_MODE",
+    ),
+    Conflict(
+        ("EVAL_MODE", "MODEL.PRETRAINED"),
+        lambda evaluate, pretrained: evaluate and pretrained,
+        "MODEL.PRETRAINED starts a training; give the checkpoint to evaluate as MODEL.RESUME",
+    ),
+    Conflict(
+        ("EVAL_MODE", "MODEL.RESUME"),
+        lambda evaluate, resume: evaluate and not resume,
+        "an evaluation needs weights; give a checkpoint as MODEL.RESUME",
+    ),
+    Conflict(
+        ("SEG.RANK", "SEG.DOWNSAMPLE"),
+        lambda rank, downsample: rank != FULL_RANK and downsample is None,
+        "the rank is that of the replaced embeddings; set SEG.DOWNSAMPLE as well",
+    ),
+    Conflict(
+        ("SEG.BACKBONE_SIZE", "MODEL.PRETRAINED"),
+        lambda size, pretrained: size is not None and pretrained,
+        "pretrained weights are made for one image size; leave SEG.BACKBONE_SIZE out",
+    ),
+    Conflict(
+        ("FACE.MARGIN", "FACE.LOSS"),
+        lambda margin, loss: loss == "cosface" and margin is not None and margin > 1,
+        "the margin of cosface is a cosine and not an angle; set FACE.MARGIN to 1 at most",
+    ),
+)
+
+TRAINING_CONFLICTS = (
+    Conflict(
+        ("MODEL.RESUME", "MODEL.PRETRAINED"),
+        lambda resume, pretrained: resume and pretrained,
+        "MODEL.RESUME resumes a run and MODEL.PRETRAINED starts a new one; give only one of them",
+    ),
+    Conflict(
+        ("TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS"),
+        lambda warmup, epochs: warmup >= epochs,
+        "the warm-up must end before the training does; set TRAIN.WARMUP_EPOCHS lower (0: none)",
+    ),
+    Conflict(
+        ("TRAIN.START_EPOCH", "TRAIN.EPOCHS"),
+        lambda start, epochs: start >= epochs,
+        "no epoch is left to train; set TRAIN.START_EPOCH lower or TRAIN.EPOCHS higher",
+    ),
+    Conflict(
+        ("TRAIN.MIN_LR", "TRAIN.BASE_LR"),
+        lambda lowest, base: lowest > base,
+        "the learning rate must not rise after the warm-up; set TRAIN.MIN_LR to TRAIN.BASE_LR at most",
+    ),
+    Conflict(
+        ("TASK", "DATA.BATCH_SIZE"),
+        lambda task, batch_size: task == "segmentation" and batch_size < 2,
+        "the decoders normalize over the images of a batch; set DATA.BATCH_SIZE to 2 at least",
+    ),
+)
+
+
+def check(settings: Mapping[str, Setting]) -> None:
+    """Checks all settings, which must hold every key of the schema.
+
+    Raises:
+        ValueError: for the first constraint that is broken, with key, value, source and what is allowed; for a key that
+            the task does not use and that is not at its default; for keys that contradict each other.
+    """
+    for key, constraint in CONSTRAINTS.items():
+        value = settings[key].value
+        if value is not None and not constraint.holds(value):
+            raise ValueError(f"{_show(key, settings)}: must be {constraint.allowed}")
+    task = settings["TASK"].value
+    for key in unused_keys(task):
+        if settings[key].value != DEFAULTS[key]:  # by value: the configuration that a run writes gives every key
+            raise ValueError(f"{_show(key, settings)}: TASK {task} does not use {key}; leave it out")
+    training = not (settings["EVAL_MODE"].value or settings["THROUGHPUT_MODE"].value)
+    for keys, clash, remedy in CONFLICTS + (TRAINING_CONFLICTS if training else ()):
+        if clash(*(settings[key].value for key in keys)):
+            raise ValueError(f"{' with '.join(_show(key, settings) for key in keys)}: {remedy}")
+
+
+def unused_keys(task: str) -> Iterator[str]:
+    """Yields the keys that a task does not use: those it names, and those in the own sections of other tasks."""
+    own = TASKS[task].section
+    others = {other.section for other in TASKS.values() if other.section not in (None, own)}
+    unused = {*TASKS[task].unused, *others}
+    for key in FIELD_TYPES:
+        parts = key.split(".")
+        if any(".".join(parts[:length]) in unused for length in range(1, len(parts) + 1)):
+            yield key
+
+
+def _show(key: str, settings: Mapping[str, Setting]) -> str:
+    return f"{key} = {shortened(repr(settings[key].value))} ({settings[key].source})"
