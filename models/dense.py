@@ -13,7 +13,6 @@ from timm.models._features import FeatureGetterNet, FeatureInfo, feature_take_in
 from torch import Tensor, nn
 
 from .layers import ConvNorm
-from .repmlpnet import RepMLPNet
 from .stages import StagedNetwork
 
 # By name, the side of the depth-wise kernels that `dense_backbone` puts into the place of the 2x2 embeddings.
@@ -47,15 +46,16 @@ class DenseBackbone(FeatureGetterNet):
         Raises:
             ValueError: an image of another size, without `pad`, or one that is too large.
         """
+        network = cast(StagedNetwork, self.model)
         height, width = x.shape[-2:]
         if self.pad:
-            h, w = cast(StagedNetwork, self.model).img_size
-            if not isinstance(self.model, RepMLPNet) and (height > h or width > w):
+            h, w = network.img_size
+            if not network.takes_multiples and (height > h or width > w):
                 raise ValueError(
                     f"an image of {height}x{width} is larger than the {h}x{w} that the backbone is made for"
                 )
             x = F.pad(x, (0, -width % w, 0, -height % h))
-        levels = cast(list[Tensor], super().forward(x))
+        levels = cast(list[Tensor], network.forward_intermediates(x, list(self.out_indices), intermediates_only=True))
         strides = self.feature_info.reduction()
         return [
             level[..., : -(-height // stride), : -(-width // stride)]
@@ -86,23 +86,16 @@ def dense_backbone(
     """
     if not isinstance(network, StagedNetwork):
         raise ValueError(f"a {type(network).__name__} has no maps of several levels: it can't be a backbone")
+    if downsample not in (None, *DOWNSAMPLINGS):
+        raise ValueError(f"unknown downsample {downsample!r}: choose {' or '.join(DOWNSAMPLINGS)}, or None")
     if downsample is not None:
-        _replace_embeddings(network, downsample, rank)
+        network.replace_embeddings(lambda embedding: Downsampling(embedding, DOWNSAMPLINGS[downsample], rank))
     count = len(network.feature_info)
     levels = out_indices if isinstance(out_indices, int | None) else list(out_indices)
     asked = [levels - 1] if isinstance(levels, int) else levels or []
     if not all(-count <= level < count for level in asked):
         raise ValueError(f"out_indices {out_indices}: this {type(network).__name__} has the levels 0 to {count - 1}")
     return DenseBackbone(network, sorted(feature_take_indices(count, levels)[0]), pad)
-
-
-def _replace_embeddings(network: nn.Module, downsample: str, rank: int) -> None:
-    if downsample not in DOWNSAMPLINGS:
-        raise ValueError(f"unknown downsample {downsample!r}: choose {' or '.join(DOWNSAMPLINGS)}, or None")
-    if not isinstance(network, RepMLPNet):
-        raise ValueError(f"downsample={downsample!r}: a {type(network).__name__} has no 2x2 embeddings to replace")
-    embeddings = [cast(ConvNorm, embedding) for embedding in network.embeds]
-    network.embeds = nn.ModuleList(Downsampling(e, DOWNSAMPLINGS[downsample], rank) for e in embeddings)
 
 
 class Downsampling(nn.Sequential):

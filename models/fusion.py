@@ -100,7 +100,8 @@ class FusedGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Means (C, N) -> gate (C, N) in (0, 1)."""
-        return self.fc2(self.fc1(x).relu_()).sigmoid_()
+        x = self.fc2(self.fc1(x).relu_())
+        return x.sigmoid_()
 
 
 class FusedUnit(nn.Module):
@@ -181,7 +182,7 @@ class FusedRepMLPNet(nn.Module):
 
     def __init__(self, model: RepMLPNet) -> None:
         super().__init__()
-        self.img_size, self.num_classes = model.img_size, model.num_classes
+        self.img_size, self.num_classes, self.global_pool = model.img_size, model.num_classes, model.global_pool
         self.patches = [model.conv_embedding.conv.stride[0]]
         self.patches += [cast(ConvNorm, embed).conv.stride[0] for embed in model.embeds]
         self.embeds, self.stages = nn.ModuleList(), nn.ModuleList()
@@ -207,6 +208,8 @@ class FusedRepMLPNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) -> logits (N, num_classes), or pooled features (N, C) of a network without head.
 
+        Those of a network without pooling are (N, num_classes, h, w) and (N, C, h, w).
+
         Raises:
             ValueError: H or W is no multiple of `img_size`.
         """
@@ -221,7 +224,12 @@ class FusedRepMLPNet(nn.Module):
             for unit in cast(nn.ModuleList, stage):
                 unit(x, parts[0] * parts[1])
             x = _restore(x, parts, size)
-        return self.head(x.flatten(2).mean(2)).t()
+        if self.global_pool:
+            x = self.head(x.flatten(2).mean(2))
+            return x.t()
+        n, h, w = x.shape[1:]
+        x = self.head(x.flatten(1))
+        return x.view(-1, n, h, w).transpose(0, 1)
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""What weights are by their names and shapes: which architecture, for which images and classes, in which form."""
+"""What weights are by their names and shapes: their architecture, image size, number of classes and form."""
 
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .build import OWN, classifier_name, create_model, default_image_size, own_spec
+from .build import REGISTRY, classifier_name, create_model, default_image_size, own_spec
 
 
 class Identity(NamedTuple):
-    """What weights are: of which architecture, for what images and classes, in which form."""
+    """What weights are: their architecture, image size (height, width), number of classes and form."""
 
     arch: str
     image_size: tuple[int, int]
@@ -33,15 +33,15 @@ def fitting_architectures(state_dict: Mapping[str, Tensor]) -> list[str]:
 
 
 def identify(state_dict: Mapping[str, Tensor]) -> list[Identity]:
-    """Returns what weights may be by their names and shapes; as `fitting_architectures`, with sizes and classes."""
+    """Returns what weights may be by names and shapes, in the order and by the rule of `fitting_architectures`."""
     form, exact, resized = form_of(state_dict), list[Identity](), list[Identity]()
     given = {name: tensor.shape for name, tensor in state_dict.items()}
-    for name in OWN:
+    for name in REGISTRY:
         deploy, head = is_deploy(name, form), f"{classifier_name(name)}."
         own = _shapes(name, deploy)
         if own.keys() != given.keys():
             continue
-        made = OWN[name].network.built_for(state_dict, own_spec(name, {}), default_image_size(name))
+        made = REGISTRY[name].network.built_for(state_dict, own_spec(name, {}), default_image_size(name))
         classes = given[f"{head}weight"][:1].numel()
         if _same_but(head, own, given):
             exact.append(Identity(name, default_image_size(name), classes, form))
@@ -67,15 +67,30 @@ def _same_but(prefix: str, own: Mapping[str, torch.Size], given: Mapping[str, to
 
 
 def is_deploy(arch: str, form: str | None) -> bool:
-    """Says whether weights of a form belong into the deploy structure of an architecture, if it has one.
+    """Returns whether weights of a form belong to the deploy structure of an architecture, if it has one.
 
     Those of no form do: a structure without anything to inject is the deploy structure.
     """
-    return arch in OWN and form != "train"
+    return arch in REGISTRY and form != "train"
 
 
 def form_of(names: Iterable[str]) -> str | None:
-    """Returns the form that names alone tell; an injected layer that never had a BatchNorm looks like any other."""
+    """Returns the form that names alone show; None where they show none, as of a layer that never had a BatchNorm."""
     if any(name.endswith("fc3.bias") for name in names):
         return "deploy"
     return "train" if any(".fc3_bn." in name or ".repconv" in name for name in names) else None
+
+
+def remedy(file: Identity, network: Identity) -> str:
+    """Returns what to change so that the weights of a file fit, as the end of a message; empty where nothing helps."""
+    if file.arch != network.arch:
+        return f": set MODEL.ARCH to {file.arch}"
+    if file.form != network.form:
+        converted = "give the training weights that they were converted from"
+        return f": {converted if file.form == 'deploy' else 'convert them first (convert.py)'}"
+    if file.image_size != network.image_size:
+        height, width = file.image_size
+        return f": set DATA.IMG_SIZE to {height if height == width else f'{height},{width}'}"
+    if file.num_classes != network.num_classes:
+        return f": give data of {file.num_classes} classes, or set MODEL.NUM_CLASSES to {file.num_classes}"
+    return ""

@@ -55,7 +55,7 @@ class GroupedFC(nn.Conv2d):
         rows = x.reshape(m, groups, values).transpose(0, 1).to(dtype)
         kernel = self.weight.reshape(groups, -1, values).to(dtype)
         if self.bias is None:
-            out = _BatchedLinear.apply(rows, kernel)
+            out: Tensor = _BatchedLinear.apply(rows, kernel)
         else:
             out = torch.baddbmm(self.bias.reshape(groups, 1, -1).to(dtype), rows, kernel.transpose(1, 2))
         return out.transpose(0, 1).reshape(m, self.out_channels // (h * w), h, w)

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import DropPath, to_2tuple
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .layers import ConvNorm, GroupedFC, PartitionBlock
 from .reparam import Reparameterizable, absorb_batch_norm, fold_batch_norm
 from .stages import StagedNetwork
+from .variants import build_variant, variant_cfg
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class RepMLP(PartitionBlock):
     def _add_global(self, x: Tensor, fc1_fc2: nn.Sequential) -> Tensor:
         """Adds one value to every partition of every channel (N, C, H, W), made of the means of them all."""
         means = self.avg(x)
-        offsets = fc1_fc2(means.flatten(1)).view_as(means)[:, :, :, None, :, None]
+        offsets: Tensor = fc1_fc2(means.flatten(1)).view_as(means)[:, :, :, None, :, None]
         n, c, height, width = x.shape
         partitions = x.reshape(n, c, height // self.h, self.h, width // self.w, self.w)
         return (partitions + offsets).view_as(x)
@@ -189,7 +192,8 @@ class EmbeddingHead(nn.Linear, Reparameterizable):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, E)."""
-        return self.bn(super().forward(x))
+        x = self.bn(super().forward(x))
+        return x
 
     @torch.no_grad()
     def local_inject(self) -> None:
@@ -222,10 +226,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
-        out = x
+        out: Tensor = x
         for name in self.layers:
             out = self.get_submodule(name)(out)
-        return self.act(self.shortcut(x) + self.drop_path(out))
+        out = self.act(self.shortcut(x) + self.drop_path(out))
+        return out
 
 
 def plain_layers(in_channels: int, channels: int, stride: int, deploy: bool) -> dict[str, nn.Module]:
@@ -284,10 +289,14 @@ class RepMLPResNet(StagedNetwork):
         img_size: height and width that the Global Perceptrons are made for; the spec's own where None.
         drop_path_rate: of the last block; grows linearly from 0 with the depth.
         deploy: build the structure that `locality_injection` leaves.
+        drop_rate: of the dropout before the head.
+        global_pool: "avg", or "" for a head that classifies every position of the last map.
 
     Raises:
-        ValueError: the partitions do not divide the maps of an image of `img_size`.
+        ValueError: the partitions do not divide the maps of an image of `img_size`, or an unknown `global_pool`.
     """
+
+    classifier = "linear"
 
     def __init__(
         self,
@@ -297,8 +306,10 @@ class RepMLPResNet(StagedNetwork):
         img_size: int | Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         deploy: bool = False,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
-        super().__init__()
+        super().__init__(drop_rate, global_pool)
         self.spec = spec
         self.img_size = height, width = to_2tuple(spec.image_size if img_size is None else img_size)
         self.in_chans = in_chans
@@ -321,7 +332,7 @@ class RepMLPResNet(StagedNetwork):
         ]
         self.head_norm = nn.Identity()
         self.num_classes = num_classes
-        self.linear = self._head(num_classes, deploy)
+        self.linear = self._make_head(num_classes, deploy) if num_classes > 0 else nn.Identity()
 
     def _block(self, stage: int, depth: int, drop_path: float, deploy: bool) -> ResidualBlock:
         spec = self.spec
@@ -363,23 +374,14 @@ class RepMLPResNet(StagedNetwork):
                 img_size = to_2tuple(math.isqrt(partitions) * step)
         return {"in_chans": stem.shape[1:2].numel(), "img_size": img_size}
 
-    def get_classifier(self) -> nn.Module:
-        """Returns the head."""
-        return self.linear
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns patterns that sort parameters by depth."""
+        return {"stem": r"^stage0", "blocks": r"^stage(\d+)" if coarse else r"^stage(\d+)\.(\d+)"}
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Puts in a new head of `num_classes` outputs; 0 leaves the pooled features."""
-        self.num_classes = num_classes
-        reference = next(self.parameters())
-        self.linear = self._head(num_classes)
-        self.linear.to(device=reference.device, dtype=reference.dtype)
-
-    def _head(self, outputs: int, deploy: bool = False) -> nn.Module:
-        if outputs == 0:
-            return nn.Identity()
+    def _make_head(self, num_classes: int, deploy: bool = False) -> nn.Module:
         if self.spec.embedding:
-            return EmbeddingHead(self.num_features, outputs, deploy)
-        return nn.Linear(self.num_features, outputs)
+            return EmbeddingHead(self.num_features, num_classes, deploy)
+        return nn.Linear(self.num_features, num_classes)
 
     def _check_size(self, x: Tensor) -> None:
         if self.spec.global_perceptron and x.shape[-2:] != self.img_size:
@@ -396,3 +398,46 @@ class RepMLPResNet(StagedNetwork):
     def _keep(self, stages: int) -> None:
         for stage in range(stages, len(self.feature_info)):
             delattr(self, f"stage{stage + 1}")
+
+
+def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    return variant_cfg(
+        SPECS[name],
+        first_conv="stage0.0.conv",
+        classifier="linear",
+        origin_url="https://github.com/DingXiaoH/RepMLP",
+        paper_name="RepMLP: Re-parameterizing Convolutions into Fully-connected Layers for Image Recognition",
+        paper_ids="arXiv:2105.01883",
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "repmlp_res50_light_224": _cfg("RepMLP-Res50-light-224"),
+        "repmlp_res50_bottleneck_224": _cfg("RepMLP-Res50-bottleneck-224"),
+        "repmlp_faceres": _cfg("RepMLP-FaceRes", mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD),
+    }
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> RepMLPResNet:
+    return cast(RepMLPResNet, build_variant(RepMLPResNet, name, SPECS[name], pretrained, **kwargs))
+
+
+@register_model
+def repmlp_res50_light_224(pretrained: bool = False, **kwargs: Any) -> RepMLPResNet:
+    """RepMLP-Res50 with light blocks, of the paper."""
+    return _create("RepMLP-Res50-light-224", pretrained, **kwargs)
+
+
+@register_model
+def repmlp_res50_bottleneck_224(pretrained: bool = False, **kwargs: Any) -> RepMLPResNet:
+    """RepMLP-Res50 with RepMLP bottlenecks, of the paper."""
+    return _create("RepMLP-Res50-bottleneck-224", pretrained, **kwargs)
+
+
+@register_model
+def repmlp_faceres(pretrained: bool = False, **kwargs: Any) -> RepMLPResNet:
+    """RepMLP-FaceRes, of the paper: embeddings of aligned faces."""
+    return _create("RepMLP-FaceRes", pretrained, **kwargs)

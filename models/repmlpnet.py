@@ -5,18 +5,20 @@ State-dict names and shapes are those of the published code, so that its checkpo
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import DropPath, to_2tuple
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .layers import ConvNorm, PartitionBlock, PointwiseConv, ShareSetConv, ShareSetFC
 from .stages import StagedNetwork
+from .variants import CIFAR100, DIGITS, SHAPES, build_variant, variant_cfg
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class GlobalPerceptron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> gate (N, C, 1, 1) in (0, 1)."""
         x = x.mean((2, 3), keepdim=True)
-        return self.fc2(self.fc1(x).relu()).sigmoid()
+        x = self.fc2(self.fc1(x).relu())
+        return x.sigmoid()
 
 
 class RepMLPBlock(PartitionBlock):
@@ -142,8 +145,9 @@ class FFNBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), strided as (C, N, H, W)."""
         n, c, h, w = x.shape
-        tall = x.transpose(0, 1).reshape(1, c, n * h, w)
-        return self.ffn_fc2(self.act(self.ffn_fc1(tall))).view(c, n, h, w).transpose(0, 1)
+        x = x.transpose(0, 1).reshape(1, c, n * h, w)
+        x = self.ffn_fc2(self.act(self.ffn_fc1(x)))
+        return x.view(c, n, h, w).transpose(0, 1)
 
 
 class RepMLPNetUnit(nn.Module):
@@ -160,7 +164,8 @@ class RepMLPNetUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         x = x + self.drop_path(self.repmlp_block(self.prebn1(x)))
-        return x + self.drop_path(self.ffn_block(self.prebn2(x)))
+        x = x + self.drop_path(self.ffn_block(self.prebn2(x)))
+        return x
 
 
 class RepMLPNet(StagedNetwork):
@@ -173,12 +178,16 @@ class RepMLPNet(StagedNetwork):
         img_size: height and width that the partitions are made for; the spec's own where None.
         drop_path_rate: of the last unit; grows linearly from 0 with the depth.
         deploy: build the structure that `locality_injection` leaves.
+        drop_rate: of the dropout before the head.
+        global_pool: "avg", or "" for a head that classifies every position of the last map.
 
     Raises:
-        ValueError: `img_size` is no multiple of the network's total stride.
+        ValueError: `img_size` is no multiple of the network's total stride, or an unknown `global_pool`.
     """
 
+    head: nn.Module
     head_norm: nn.BatchNorm2d
+    takes_multiples = True
 
     def __init__(
         self,
@@ -188,8 +197,10 @@ class RepMLPNet(StagedNetwork):
         img_size: int | Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         deploy: bool = False,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
-        super().__init__()
+        super().__init__(drop_rate, global_pool)
         self.spec = spec
         self.img_size = height, width = to_2tuple(spec.image_size if img_size is None else img_size)
         self.num_classes, self.in_chans = num_classes, in_chans
@@ -233,16 +244,19 @@ class RepMLPNet(StagedNetwork):
         names = "conv_embedding.conv.weight", "stages.0.0.repmlp_block.fc3.weight"
         return input_of(weights, *names, spec.patch_size, img_size)
 
-    def get_classifier(self) -> nn.Module:
-        """Returns the head."""
-        return self.head
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns patterns that sort parameters by depth; an embedding belongs to the first block behind it."""
+        first = () if coarse else (0,)
+        embeds = [(rf"^embeds\.{i}\.", (i + 1, *first)) for i in range(len(self.embeds))]
+        stages = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^conv_embedding", "blocks": [*embeds, (stages, None), (r"^head_norm", (99999,))]}
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Puts in a new head of `num_classes` outputs; 0 leaves the pooled features."""
-        self.num_classes = num_classes
-        reference = self.conv_embedding.bn.weight
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.head.to(device=reference.device, dtype=reference.dtype)
+    def replace_embeddings(self, make: Callable[[ConvNorm], nn.Module]) -> None:
+        """Replaces the 2x2 embeddings between the stages, each by what `make` returns for it."""
+        self.embeds = nn.ModuleList(make(cast(ConvNorm, embedding)) for embedding in self.embeds)
+
+    def _make_head(self, num_classes: int) -> nn.Module:
+        return nn.Linear(self.num_features, num_classes)
 
     def _check_size(self, x: Tensor) -> None:
         check_input_size(x, self.img_size)
@@ -283,3 +297,88 @@ def input_of(
     if positions is not None and positions != img_size[0] * img_size[1] // patch_size**2:
         img_size = to_2tuple(math.isqrt(positions) * patch_size)
     return {"in_chans": in_chans, "img_size": img_size}
+
+
+def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    return variant_cfg(
+        SPECS[name],
+        first_conv="conv_embedding.conv",
+        classifier="head",
+        origin_url="https://github.com/DingXiaoH/RepMLP",
+        paper_name="RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality",
+        paper_ids="arXiv:2112.11081",
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "repmlpnet_t224": _cfg("RepMLPNet-T224"),
+        "repmlpnet_b224": _cfg("RepMLPNet-B224"),
+        "repmlpnet_t256": _cfg("RepMLPNet-T256"),
+        "repmlpnet_b256": _cfg("RepMLPNet-B256"),
+        "repmlpnet_d256": _cfg("RepMLPNet-D256"),
+        "repmlpnet_l256": _cfg("RepMLPNet-L256"),
+        "repmlpnet_c100": _cfg("RepMLPNet-C100", **CIFAR100),
+        "repmlpnet_digits": _cfg("RepMLPNet-Digits", **DIGITS),
+        "repmlpnet_shapes": _cfg("RepMLPNet-Shapes", **SHAPES),
+    }
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> RepMLPNet:
+    return cast(RepMLPNet, build_variant(RepMLPNet, name, SPECS[name], pretrained, **kwargs))
+
+
+@register_model
+def repmlpnet_t224(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
+    """RepMLPNet-T224 of the paper."""
+    return _create("RepMLPNet-T224", pretrained, **kwargs)
+
+
+@register_model
+def repmlpnet_b224(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
+    """RepMLPNet-B224 of the paper."""
+    return _create("RepMLPNet-B224", pretrained, **kwargs)
+
+
+@register_model
+def repmlpnet_t256(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
+    """RepMLPNet-T256 of the paper."""
+    return _create("RepMLPNet-T256", pretrained, **kwargs)
+
+
+@register_model
+def repmlpnet_b256(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
+    """RepMLPNet-B256 of the paper."""
+    return _create("RepMLPNet-B256", pretrained, **kwargs)
+
+
+@register_model
+def repmlpnet_d256(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
+    """RepMLPNet-D256 of the paper."""
+    return _create("RepMLPNet-D256", pretrained, **kwargs)
+
+
+@register_model
+def repmlpnet_l256(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
+    """RepMLPNet-L256 of the paper."""
+    return _create("RepMLPNet-L256", pretrained, **kwargs)
+
+
+@register_model
+def repmlpnet_c100(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
+    """RepMLPNet for CIFAR-100, of the paper."""
+    return _create("RepMLPNet-C100", pretrained, **kwargs)
+
+
+@register_model
+def repmlpnet_digits(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
+    """RepMLPNet for the embedded digits."""
+    return _create("RepMLPNet-Digits", pretrained, **kwargs)
+
+
+@register_model
+def repmlpnet_shapes(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
+    """RepMLPNet for the rendered shapes."""
+    return _create("RepMLPNet-Shapes", pretrained, **kwargs)

@@ -11,13 +11,15 @@ from functools import partial
 from typing import Any, cast
 
 from timm.layers import to_2tuple
+from timm.models import generate_default_cfgs, register_model
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from torch import Tensor
 
 from .locality import add_local_branches
 from .reparam import ReparameterizableNetwork
 from .repmlpnet import input_of
-from .stages import checkpointed
+from .stages import checked_pooling, checkpointed
+from .variants import CIFAR100, SHAPES, build_variant, variant_cfg
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,11 @@ class ResMLP(ReparameterizableNetwork, MlpMixer):
         img_size: height and width of the images; the spec's own where None.
         drop_path_rate: of every block.
         deploy: build the structure that `locality_injection` leaves, which is timm's.
+        drop_rate: of the dropout before the head.
+        global_pool: "avg", or "" for a head that classifies every token.
 
     Raises:
-        ValueError: `img_size` is no multiple of the patch size.
+        ValueError: `img_size` is no multiple of the patch size, or an unknown `global_pool`.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class ResMLP(ReparameterizableNetwork, MlpMixer):
         img_size: int | Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         deploy: bool = False,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         height, width = to_2tuple(spec.image_size if img_size is None else img_size)
         patch = spec.patch_size
@@ -85,7 +91,9 @@ class ResMLP(ReparameterizableNetwork, MlpMixer):
             mlp_ratio=spec.mlp_ratio,
             block_layer=cast(Any, partial(ResBlock, init_values=spec.layer_scale)),
             norm_layer=Affine,
+            drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
+            global_pool=checked_pooling(global_pool),
         )
         self.spec, self.img_size = spec, (height, width)
         if spec.branches and not deploy:
@@ -114,4 +122,62 @@ class ResMLP(ReparameterizableNetwork, MlpMixer):
         x = self.stem(x)
         for block in self.blocks:  # timm's own checkpointing would count a batch twice in the running statistics
             x = checkpointed(block, x) if self.grad_checkpointing and self.training else block(x)
-        return self.norm(x)
+        x = self.norm(x)
+        return x
+
+
+def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    return variant_cfg(
+        SPECS[name],
+        first_conv="stem.proj",
+        classifier="head",
+        origin_url="https://github.com/facebookresearch/deit",
+        paper_name="ResMLP: Feedforward networks for image classification with data-efficient training",
+        paper_ids="arXiv:2105.03404",
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "resmlp_s12_224": _cfg("ResMLP-S12-224"),
+        "resmlp_s24_224": _cfg("ResMLP-S24-224"),
+        "resmlp_b24_224": _cfg("ResMLP-B24-224"),
+        "resmlp_c100": _cfg("ResMLP-C100", **CIFAR100),
+        "resmlp_shapes": _cfg("ResMLP-Shapes", **SHAPES),
+    }
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> ResMLP:
+    return cast(ResMLP, build_variant(ResMLP, name, SPECS[name], pretrained, **kwargs))
+
+
+@register_model
+def resmlp_s12_224(pretrained: bool = False, **kwargs: Any) -> ResMLP:
+    """ResMLP-S12 with local branches."""
+    return _create("ResMLP-S12-224", pretrained, **kwargs)
+
+
+@register_model
+def resmlp_s24_224(pretrained: bool = False, **kwargs: Any) -> ResMLP:
+    """ResMLP-S24 with local branches."""
+    return _create("ResMLP-S24-224", pretrained, **kwargs)
+
+
+@register_model
+def resmlp_b24_224(pretrained: bool = False, **kwargs: Any) -> ResMLP:
+    """ResMLP-B24 with local branches."""
+    return _create("ResMLP-B24-224", pretrained, **kwargs)
+
+
+@register_model
+def resmlp_c100(pretrained: bool = False, **kwargs: Any) -> ResMLP:
+    """ResMLP for CIFAR-100, of the RepMLPNet paper."""
+    return _create("ResMLP-C100", pretrained, **kwargs)
+
+
+@register_model
+def resmlp_shapes(pretrained: bool = False, **kwargs: Any) -> ResMLP:
+    """ResMLP for the rendered shapes."""
+    return _create("ResMLP-Shapes", pretrained, **kwargs)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import schema
-from .build import OWN, canonical_name, changeable, timm_name
+from .build import REGISTRY, canonical_name, changeable, timm_name
 from .checkpoints import Checkpoint, load_weights, versions
 from .dense import DOWNSAMPLINGS, FULL_RANK, DenseBackbone, dense_backbone
 from .reparam import ReparameterizableNetwork, is_reparameterizable
 
-TASK = "segmentation"  # what the metadata of these networks say
+TASK = "segmentation"  # in the metadata of these networks
 
 
 class Decoder(NamedTuple):
@@ -101,8 +101,8 @@ class SegmentationNetwork(ReparameterizableNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W), of any size that the backbone takes -> logits (N, K, H, W)."""
         height, width = x.shape[-2:]
-        whole = F.pad(x, (0, -width % self._stride, 0, -height % self._stride))
-        return self.model(whole)[..., :height, :width]
+        x = self.model(F.pad(x, (0, -width % self._stride, 0, -height % self._stride)))
+        return x[..., :height, :width]
 
     @property
     def backbone(self) -> nn.Module:
@@ -130,9 +130,16 @@ class SegmentationNetwork(ReparameterizableNetwork):
         backbone.load_state_dict(weights)
 
 
-def describe_segmentation(network: nn.Module, form: str | None) -> dict[str, Any]:
-    """Returns the metadata that goes with a `SegmentationNetwork`'s weights: all that `segmentation_from` needs."""
-    return {"task": TASK, "network": network.arguments, "form": form, "versions": versions()}
+def describe_segmentation(network: nn.Module, form: str | None, **extra: str | None) -> dict[str, Any]:
+    """Returns the metadata that goes with the weights of a `SegmentationNetwork`, for `segmentation_from`.
+
+    Args:
+        network: the network.
+        form: "train", "deploy", or None of a network that has one structure only.
+        **extra: further metadata, as of `describe`.
+    """
+    own = {"task": TASK, "network": network.arguments, "form": form, "versions": versions()}
+    return own | {key: value for key, value in extra.items() if value is not None}
 
 
 def segmentation_from(checkpoint: Checkpoint) -> SegmentationNetwork:
@@ -144,15 +151,14 @@ def segmentation_from(checkpoint: Checkpoint) -> SegmentationNetwork:
     Raises:
         ValueError: it is not a checkpoint of a segmentation network of this project.
     """
-    if checkpoint.meta.get("task") != TASK:
+    if "network" not in checkpoint.meta:
         raise ValueError(f"{checkpoint.path} is no checkpoint of a segmentation network")
-    arguments = checkpoint.meta.get("network")
+    arguments: dict[str, Any] = checkpoint.meta["network"]
     try:
         check_arguments(arguments)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path} is damaged: {error}") from None
-    assert arguments is not None
-    form = {"deploy": checkpoint.form == "deploy"} if arguments["arch"] in OWN else {}
+    form = {"deploy": checkpoint.form == "deploy"} if arguments["arch"] in REGISTRY else {}
     network = SegmentationNetwork(**arguments | form)
     load_weights(network, checkpoint)
     return network.eval()
@@ -162,9 +168,9 @@ def check_arguments(arguments: Any) -> None:
     """Raises ValueError for metadata that are not the `arguments` of a `SegmentationNetwork`."""
     schema.record(ARGUMENTS, required=True)("meta.network", arguments)
     schema.record(OPTIONS)("meta.network", arguments)
-    strays = arguments.keys() - {*ARGUMENTS, *OPTIONS, *changeable(arguments["arch"])}
-    if strays:
-        raise ValueError(f"meta.network has {min(strays)!r}, which is no argument of {arguments['arch']}")
+    unknown = arguments.keys() - {*ARGUMENTS, *OPTIONS, *changeable(arguments["arch"])}
+    if unknown:
+        raise ValueError(f"meta.network has {min(unknown)!r}, which is no argument of {arguments['arch']}")
 
 
 def _library() -> ModuleType:

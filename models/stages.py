@@ -1,38 +1,59 @@
-"""What networks of several stages have in common: the forward pass, maps of every level, checkpointing."""
+"""What networks of several stages have in common: the forward pass, maps of every level, the head, checkpointing."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from .layers import ConvNorm
 from .reparam import ReparameterizableNetwork
+
+POOLINGS = ("avg", "")
 
 
 class StagedNetwork(ReparameterizableNetwork, ABC):
     """Stages that each halve the maps, a norm, pooling, a linear head; what timm's users expect of such a network.
 
-    A subclass sets the attributes, and says how a stage is applied (`_stage`) and removed (`_keep`), which input
-    fits (`_check_size`), and where the head is (`get_classifier`, `reset_classifier`).
+    A subclass sets the attributes, and implements how a stage is applied (`_stage`) and removed (`_keep`), which input
+    fits (`_check_size`), and what the head is (`_make_head`).
+
+    Args:
+        drop_rate: of the dropout before the head.
+        global_pool: "avg", or "" for a head that classifies every position of the last map.
+
+    Raises:
+        ValueError: an unknown `global_pool`.
 
     Attributes:
         img_size: (height, width) that the network is made for.
+        num_classes: outputs of the head; 0 where there is none.
         num_features: channels before the head, also `head_hidden_size`.
-        feature_info: of each stage what timm wants to know: channels, stride, the module whose output it is.
+        feature_info: of each stage its channels, its stride and the module whose output it is, as timm describes them.
         head_norm: behind the last stage.
+        classifier: the name of the head within the network.
+        takes_multiples: whether inputs may be multiples of `img_size`.
     """
 
     img_size: tuple[int, int]
+    num_classes: int
     num_features: int
     head_hidden_size: int
     feature_info: list[dict[str, Any]]
     head_norm: nn.Module
+    classifier = "head"
+    takes_multiples = False
     grad_checkpointing = False
+
+    def __init__(self, drop_rate: float, global_pool: str) -> None:
+        super().__init__()
+        self.drop_rate, self.global_pool = drop_rate, checked_pooling(global_pool)
 
     @abstractmethod
     def _check_size(self, x: Tensor) -> None:
@@ -47,12 +68,49 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         """Removes all but the first stages."""
 
     @abstractmethod
-    def get_classifier(self) -> nn.Module:
-        """Returns the head."""
+    def _make_head(self, num_classes: int) -> nn.Module:
+        """Returns a new head of at least one output."""
 
     @abstractmethod
-    def reset_classifier(self, num_classes: int) -> None:
-        """Puts in a new head of `num_classes` outputs; 0 leaves the pooled features."""
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns patterns that sort parameters by depth, as timm's layer-wise learning rates need them.
+
+        Args:
+            coarse: by stages instead of blocks.
+        """
+
+    def no_weight_decay(self) -> set[str]:
+        """Returns the parameters of more than one dimension that should not decay: none."""
+        return set()
+
+    def replace_embeddings(self, make: Callable[[ConvNorm], nn.Module]) -> None:
+        """Replaces the 2x2 embeddings between the stages, each by what `make` returns for it.
+
+        Raises:
+            ValueError: the network has none.
+        """
+        raise ValueError(f"a {type(self).__name__} has no 2x2 embeddings to replace")
+
+    def get_classifier(self) -> nn.Module:
+        """Returns the head."""
+        return self.get_submodule(self.classifier)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head.
+
+        Args:
+            num_classes: outputs of the new head; 0 leaves the features.
+            global_pool: as in the constructor; None leaves it as it is.
+
+        Raises:
+            ValueError: an unknown `global_pool`.
+        """
+        if global_pool is not None:
+            self.global_pool = checked_pooling(global_pool)
+        self.num_classes = num_classes
+        reference = next(self.parameters())
+        head = self._make_head(num_classes) if num_classes > 0 else nn.Identity()
+        self.add_module(self.classifier, head.to(reference.device, reference.dtype).train(self.training))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes every block in the backward pass instead of keeping its activations."""
@@ -73,7 +131,8 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         self._check_size(x)
         for stage in range(len(self.feature_info)):
             x = self._stage(stage, x)
-        return self.head_norm(x)
+        x = self.head_norm(x)
+        return x
 
     def forward_intermediates(
         self,
@@ -135,24 +194,47 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         if prune_norm or cut:
             self.head_norm = nn.Identity()
         if prune_head or cut:
-            self.reset_classifier(0)
+            self.reset_classifier(0, "")
         return taken
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (N, C, h, w) -> logits (N, num_classes), or pooled features (N, C) before the head."""
-        x = x.mean((2, 3))
-        return x if pre_logits else self.get_classifier()(x)
+        """Features (N, C, h, w) -> logits (N, num_classes), or with `pre_logits` the features (N, C) before the head.
+
+        Without pooling they are (N, num_classes, h, w) and (N, C, h, w).
+        """
+        if self.global_pool:
+            x = x.mean((2, 3))
+        if self.drop_rate:
+            x = F.dropout(x, self.drop_rate, self.training)
+        if pre_logits or not self.num_classes:
+            return x
+        if not self.global_pool:
+            n, _, h, w = x.shape
+            x = x.permute(0, 2, 3, 1).flatten(0, 2)
+        x = self.get_classifier()(x)
+        return x if self.global_pool else x.view(n, h, w, -1).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image (N, in_chans, H, W) -> logits (N, num_classes)."""
+        """Image (N, in_chans, H, W) -> logits, as `forward_head` returns them."""
         return self.forward_head(self.forward_features(x))
+
+
+def checked_pooling(global_pool: str) -> str:
+    """Returns a kind of pooling.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if global_pool not in POOLINGS:
+        raise ValueError(f"unknown global_pool {global_pool!r}: choose 'avg', or '' for no pooling")
+    return global_pool
 
 
 @contextmanager
 def untracked_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, the BatchNorms of a module normalise as ever, but keep their running statistics in copies to throw away.
+    """Within the context, the BatchNorms of a module update temporary copies of their running statistics.
 
-    They are not told to stop tracking, since checkpointing wants the same tensors saved in both passes.
+    Tracking itself stays on, since checkpointing needs the same tensors saved in both passes.
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
@@ -166,16 +248,19 @@ def untracked_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """Applies a module, keeping only its input for the backward pass, where it is computed once more.
+    """Applies a module, keeping only its input for the backward pass, which computes its output again.
 
-    Running statistics take in a batch once, not twice, so that training is the same with and without.
+    Running statistics count a batch once, so that training is the same with and without.
     """
+    out: Tensor
     if torch.compiler.is_compiling():
-        # A graph writes to buffers once, and has no place for contexts. Outside of one there is none: better an error.
+        # A compiled graph updates buffers once, and can't hold contexts. A graph break would run without them.
         with torch._dynamo.error_on_graph_break(True):
-            return checkpoint(module, x, use_reentrant=False)
+            out = checkpoint(module, x, use_reentrant=False)
+        return out
 
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), untracked_statistics(module)
 
-    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    out = checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    return out

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import RepMLPNet, RepMLPNetSpec, RepMLPResNetSpec, ResMLPSpec
-from models.build import OWN
+from models.build import REGISTRY
 
 # Two stages, of 8x8 and 4x4 maps.
 TINY = RepMLPNetSpec((16, 32), (1, 2), (2, 4), 16, patch_size=2, gp_reduction=2)
@@ -54,7 +54,7 @@ def largest_difference(expected: Tensor, actual: Tensor) -> float:
 
 def small_options(arch: str) -> dict[str, Any]:
     """Returns with which options an architecture is small enough for a quick test, and of the same structure."""
-    spec = OWN[arch].specs[arch]
+    spec = REGISTRY[arch].specs[arch]
     match spec:
         case RepMLPNetSpec():
             return {"img_size": spec.patch_size * 2 ** len(spec.blocks), "blocks": [min(n, 2) for n in spec.blocks]}

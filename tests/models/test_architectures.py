@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model, default_image_size, list_models
-from models.build import FAMILIES, OWN, classifier_name
-from models.checkpoints import build_from, describe, is_deploy, read_checkpoint, write_checkpoint
+from models.build import FAMILIES, REGISTRY, classifier_name
+from models.checkpoints import build_from, describe, is_deploy, read_checkpoint
+from models.files import write_checkpoint
 from models.reparam import is_reparameterizable, to_deploy
 
 EXACT = 1e-12
@@ -54,8 +55,8 @@ def test_the_published_size(arch: str) -> None:
     with torch.device("meta"):
         model, deploy = create_model(arch, 7), create_model(arch, 7, deploy=True)
         images = torch.empty(2, 3, *default_image_size(arch))
-    assert isinstance(model, OWN[arch].network)
-    assert model.spec == OWN[arch].specs[arch]
+    assert isinstance(model, REGISTRY[arch].network)
+    assert model.spec == REGISTRY[arch].specs[arch]
     assert model.get_classifier() is model.get_submodule(classifier_name(arch))
     assert model.img_size == default_image_size(arch) == deploy.img_size
     assert is_reparameterizable(model)
@@ -65,7 +66,7 @@ def test_the_published_size(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", PARAMETERS)
 def test_all_parameters_are_counted(arch: str) -> None:
-    family = OWN[arch]
+    family = REGISTRY[arch]
     with torch.device("meta"):
         by_name = create_model(arch), create_model(arch, deploy=True)
         by_class = family.network(family.specs[arch]), family.network(family.specs[arch], deploy=True)

@@ -16,8 +16,9 @@ from torch import nn
 
 import models
 from models import SPECS, RepMLPNet, create_model, default_image_size, list_models
-from models.build import OWN, changeable, classifier_name, structure_changes
-from models.checkpoints import describe, write_checkpoint
+from models.build import REGISTRY, changeable, classifier_name, structure_changes
+from models.checkpoints import describe
+from models.files import write_checkpoint
 
 ROOT = Path(models.__file__).parents[1]
 
@@ -89,7 +90,7 @@ def test_the_image_size_reaches_the_timm_architectures_that_have_one() -> None:
 
 
 def test_a_timm_architecture_has_no_deploy_form() -> None:
-    with pytest.raises(ValueError, match="resnet18 has one structure only"):
+    with pytest.raises(ValueError, match="resnet18 has no deploy form"):
         create_model("resnet18", deploy=True)
 
 
@@ -143,7 +144,7 @@ def test_an_unknown_option_is_an_error() -> None:
 def test_torch_hub_builds_every_architecture(arch: str) -> None:
     with torch.device("meta"):
         model = torch.hub.load(str(ROOT), timm_name(arch), source="local", trust_repo=True, num_classes=3)
-    assert isinstance(model, OWN[arch].network)
+    assert isinstance(model, REGISTRY[arch].network)
     assert model.num_classes == 3
     assert model.img_size == default_image_size(arch)
 
@@ -163,7 +164,8 @@ def test_torch_hub_loads_a_checkpoint(form: str, tmp_path: Path) -> None:
 # Run with the package alone in sight: builds, injects, writes, reads, and lets timm find it.
 USE = """
 import json, sys, timm, torch, repmlpnet
-from repmlpnet.checkpoints import build_from, describe, read_checkpoint, write_checkpoint
+from repmlpnet.checkpoints import build_from, describe, read_checkpoint
+from repmlpnet.files import write_checkpoint
 from repmlpnet.reparam import injection_error, to_deploy
 torch.manual_seed(0)
 model = timm.create_model("repmlpnet_digits", num_classes=4)

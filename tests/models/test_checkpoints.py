@@ -1,36 +1,23 @@
 """Checkpoints of every origin: read as data alone, built, loaded strictly, and written atomically."""
 
-import json
 import os
 import pickle
 import re
-import resource
-import stat
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 import safetensors.torch
 import torch
 from model_helpers import random_tensor, randomised
-from safetensors import safe_open
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import RepMLPNet, create_model
-from models.checkpoints import (
-    build_from,
-    describe,
-    load_pretrained,
-    load_weights,
-    read_checkpoint,
-    write_atomically,
-    write_checkpoint,
-)
+from models.checkpoints import build_from, describe, load_pretrained, load_weights, read_checkpoint
+from models.files import write_checkpoint
 from models.identify import fitting_architectures
 from models.reparam import to_deploy
 
@@ -355,7 +342,9 @@ def test_a_bare_state_dict_of_another_square_size(size: int, tmp_path: Path) -> 
 def test_a_bare_state_dict_of_timm_needs_the_architecture(tmp_path: Path) -> None:
     network = create_model("resnet18", 9)
     checkpoint = read_checkpoint(saved(tmp_path / "a.pth", network.state_dict()))
-    with pytest.raises(ValueError, match="does not say which architecture it is of, and none fits: name it with -a"):
+    with pytest.raises(
+        ValueError, match="does not say which architecture it is of, and none fits: name the architecture$"
+    ):
         build_from(checkpoint)
     built = build_from(checkpoint, "resnet18")
     assert (built.num_classes, built.image_size) == (9, (224, 224))
@@ -410,14 +399,14 @@ def test_weights_of_another_architecture_name_the_one_that_fits(weights: dict[st
     assert str(checkpoint.path) in message
     assert re.search(r"\d+ tensors missing \(stages\.0\.2\.\S+, \.\.\.\); \d+ tensors of another shape", message)
     assert f"These are train weights of {ARCH} with {CLASSES} classes at 16x16; the network takes" in message
-    assert message.endswith(f": give --arch {ARCH}")
+    assert message.endswith(f": set MODEL.ARCH to {ARCH}")
 
 
 def test_weights_for_another_number_of_classes(weights: dict[str, Tensor], tmp_path: Path) -> None:
     checkpoint = read_checkpoint(saved(tmp_path / "a.pth", weights))
     with pytest.raises(ValueError, match=r"2 tensors of another shape \(head.weight \(6, 64\), not \(4, 64\)") as error:
         load_weights(create_model(ARCH, 4), checkpoint)
-    remedy = f"data of {CLASSES} classes, or --opts MODEL.NUM_CLASSES {CLASSES}"
+    remedy = f"data of {CLASSES} classes, or set MODEL.NUM_CLASSES to {CLASSES}"
     network = f"train weights of {ARCH} with 4 classes at 16x16"
     assert str(error.value).endswith(
         f"{ARCH} with {CLASSES} classes at 16x16; the network takes {network}: give {remedy}"
@@ -442,7 +431,7 @@ def test_weights_for_another_image_size(size: int | tuple[int, int], key: str, t
     with pytest.raises(ValueError, match=r"of another shape") as error:
         load_weights(create_model(ARCH, CLASSES, img_size=32), checkpoint)
     assert f"with {CLASSES} classes at {'x'.join(map(str, to_2tuple(size)))}; " in str(error.value)
-    assert str(error.value).endswith(f"with {CLASSES} classes at 32x32: give --opts DATA.IMG_SIZE {key}")
+    assert str(error.value).endswith(f"with {CLASSES} classes at 32x32: set DATA.IMG_SIZE to {key}")
 
 
 def test_weights_are_named_where_the_network_is_none_of_ours(weights: dict[str, Tensor], tmp_path: Path) -> None:
@@ -676,135 +665,3 @@ def test_pretrained_weights_must_fit_but_for_the_head(weights: dict[str, Tensor]
     checkpoint = read_checkpoint(saved(tmp_path / "a.pth", state))
     with pytest.raises(ValueError, match=r"1 tensors missing \(embeds\.0\.bn\.bias\)"):
         load_pretrained(ARCH, create_model(ARCH, 4), checkpoint)
-
-
-# Writing
-
-
-@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
-def test_files_are_plain(name: str, model: RepMLPNet, tmp_path: Path) -> None:
-    deploy = to_deploy(model)
-    meta = describe(ARCH, deploy, (16, 16), "deploy")
-    path = tmp_path / "new folder" / name
-    write_checkpoint(path, {"model": deploy.state_dict(), "meta": meta})
-    if name.endswith(".pth"):
-        payload = torch.load(path, weights_only=True)
-        assert payload["meta"] == meta
-        assert same(deploy.state_dict(), payload["model"])
-    else:
-        with safe_open(path, framework="pt") as file:
-            assert json.loads(file.metadata()["meta"]) == meta
-        assert safetensors.torch.load_file(path).keys() == deploy.state_dict().keys()
-    assert [p.name for p in path.parent.iterdir()] == [name]
-
-
-@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
-def test_files_can_be_read_by_others(name: str, tmp_path: Path) -> None:
-    mask = os.umask(0o022)
-    try:
-        write_checkpoint(tmp_path / name, {"model": {"a": torch.ones(2)}})
-    finally:
-        os.umask(mask)
-    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o644
-
-
-def test_an_old_file_is_replaced_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "a.pth"
-    path.write_text("old")
-    seen = []
-
-    def write(file: BinaryIO) -> None:
-        for piece in (b"ne", b"w"):
-            file.write(piece)
-            file.flush()
-            seen.append(path.read_text())
-
-    write_atomically(path, write)
-    assert seen == ["old", "old"]
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
-
-
-def test_the_whole_file_reaches_the_disk_before_it_gets_its_name_and_the_name_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, sync = tmp_path / "new" / "folder" / "a.pth", os.fsync
-    synced: list[tuple[str, bool]] = []
-
-    def observed(descriptor: int) -> None:
-        status = os.fstat(descriptor)
-        synced.append(("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes", path.exists()))
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", observed)
-    write_atomically(path, lambda file: file.write(b"short"))
-    assert synced == [("5 bytes", False), ("folder", True)]
-    assert path.read_bytes() == b"short"
-
-
-def test_equal_content_is_equal_bytes_and_the_users_mask_holds(tmp_path: Path) -> None:
-    mask = os.umask(0o027)
-    try:
-        for name in ("a.pth", "b.pth"):
-            write_checkpoint(tmp_path / name, {"model": {"a": torch.ones(2)}})
-    finally:
-        os.umask(mask)
-    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
-    assert (tmp_path / "a.pth").stat().st_mode & 0o777 == 0o640
-
-
-@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
-def test_a_failed_write_leaves_the_old_file_and_no_other(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    write_checkpoint(path, {"model": {"a": torch.ones(2)}})
-    old = path.read_bytes()
-    unwritable = {"model": {"a": torch.zeros(1000)}, "meta": {"callback": lambda: None}}
-    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        write_checkpoint(path, unwritable)
-    assert path.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "a.pth"
-    path.write_text("old")
-
-    def write(file: BinaryIO) -> None:
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, write)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
-
-
-@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
-def test_a_disk_that_takes_no_more_is_an_os_error(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    write_checkpoint(path, {"model": {"a": torch.ones(2)}})
-    old = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r".") as error:
-            write_checkpoint(path, {"model": {"a": torch.ones(2**20)}})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(error.value)
-    assert path.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-
-
-def test_safetensors_take_views(tmp_path: Path) -> None:
-    view = torch.arange(6.0).reshape(2, 3).t()
-    write_checkpoint(tmp_path / "a.safetensors", {"model": {"a": view}})
-    assert torch.equal(safetensors.torch.load_file(tmp_path / "a.safetensors")["a"], view)
-
-
-def test_every_byte_of_the_weights_is_under_a_check_sum(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "a.pth", {"model": weights})
-    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
-        tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]
-    assert len(tensors) == len(weights)
-    assert sum(entry.file_size for entry in tensors) == sum(v.nbytes for v in weights.values())

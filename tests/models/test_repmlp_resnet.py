@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import RepMLP, RepMLPResNet, RepMLPResNetSpec, create_model
-from models.checkpoints import build_from, describe, read_checkpoint, write_checkpoint
+from models.checkpoints import build_from, describe, read_checkpoint
+from models.files import write_checkpoint
 from models.layers import GroupedFC
 from models.reparam import absorb_batch_norm, is_reparameterizable, to_deploy
 from models.repmlp_resnet import SPECS, FoldableConvNorm

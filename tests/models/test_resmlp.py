@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
 from models.build import structure_changes
-from models.checkpoints import build_from, describe, load_pretrained, read_checkpoint, write_checkpoint
+from models.checkpoints import build_from, describe, load_pretrained, read_checkpoint
+from models.files import write_checkpoint
 from models.locality import LocalityLinear, branch_names
 from models.reparam import to_deploy
 from models.resmlp import SPECS, ResMLP, ResMLPSpec

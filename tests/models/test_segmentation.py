@@ -9,7 +9,8 @@ import torch
 from model_helpers import largest_difference, random_tensor, randomised
 
 from models import create_model
-from models.checkpoints import read_checkpoint, write_checkpoint
+from models.checkpoints import read_checkpoint
+from models.files import write_checkpoint
 from models.reparam import is_reparameterizable, to_deploy
 from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
 

@@ -130,8 +130,8 @@ def test_an_evaluation_needs_the_weights_and_the_data_alone(script, resized, for
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--opts DATA.IMG_SIZE 16", ["at 24x24", "at 16x16", "--opts DATA.IMG_SIZE 24"]),
-        ("--arch RepMLPNet-C100", ["does not fit", "--arch RepMLPNet-Digits"]),
+        ("--opts DATA.IMG_SIZE 16", ["at 24x24", "at 16x16", "set DATA.IMG_SIZE to 24"]),
+        ("--arch RepMLPNet-C100", ["does not fit", "set MODEL.ARCH to RepMLPNet-Digits"]),
         ("--opts MODEL.SHARE_SETS 4,16", ["of another shape"]),
         ("--opts MODEL.SHARE_SETS 3,8", ["can't be built"]),
     ],
