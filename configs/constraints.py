@@ -6,13 +6,23 @@ Names of registries are listed where they are defined, and nowhere else.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from data import DATASETS, PRESETS
-from data.mixing import ERASING_MODES, MIXUP_MODES
-from data.transforms import INTERPOLATIONS
-from data.zipped import CACHE_MODES
+from data import (
+    CACHE_MODES,
+    DATASETS,
+    ERASING_MODES,
+    INTERPOLATIONS,
+    MIXUP_MODES,
+    PRESETS,
+    is_auto_augment_policy,
+)
+from engine.optimizer import OPTIMIZERS
+from engine.parallel import COMPILE_MODES
+from engine.precision import AUTO, PRECISIONS
+from engine.schedule import SCHEDULES
 from models.dense import DOWNSAMPLINGS, FULL_RANK
 from models.segmentation import DECODERS
 from tasks import TASKS
+from tasks.verification import LOSSES
 from utils.cli import MAX_SIDE
 from utils.text import shortened
 
@@ -90,13 +100,12 @@ FOLDER_NAME = Constraint(
     "given and a plain name: printable, at most 200 bytes, without / and \\, not . or ..", _is_folder_name
 )
 PRINTABLE = Constraint("printable text", str.isprintable)
-POLICIES = ("rand", "augmix", "original", "v0", "3a")
 
 CONSTRAINTS: dict[str, Constraint] = {
     "TASK": one_of(TASKS),
     "DATA.BATCH_SIZE": at_least(1, MANY),
     "DATA.DATA_PATH": NOT_EMPTY,
-    "DATA.DATASET": one_of(dict.fromkeys((*DATASETS, "cityscapes", "faces"))),
+    "DATA.DATASET": one_of(DATASETS),
     "DATA.IMG_SIZE": PIXELS,
     "DATA.TEST_SIZE": PIXELS,
     "DATA.TEST_BATCH_SIZE": at_least(1, MANY),
@@ -119,7 +128,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "SEG.BACKBONE_SIZE": PIXELS,
     "SEG.SCALE": range_within(0.1, 10),
     "FACE.EMBEDDING": at_least(1, 2**16),
-    "FACE.LOSS": one_of(("arcface", "cosface")),
+    "FACE.LOSS": one_of(LOSSES),
     "FACE.MARGIN": from_to(0, 90),
     "FACE.SCALE": Constraint("above 0 and at most 1000", lambda value: 0 < value <= 1000),
     "FACE.NUM_PAIRS": at_least(4, COUNTER),
@@ -134,10 +143,10 @@ CONSTRAINTS: dict[str, Constraint] = {
     "TRAIN.CLIP_GRAD": at_least(0, COUNTER),
     "TRAIN.MAX_SKIPPED": at_least(0, COUNTER),
     "TRAIN.ACCUMULATION_STEPS": at_least(0, MANY),
-    "TRAIN.LR_SCHEDULER.NAME": one_of(("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.NAME": one_of(SCHEDULES),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": at_least(1, MANY),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Constraint("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "TRAIN.OPTIMIZER.NAME": one_of(("adamw", "sgd")),
+    "TRAIN.OPTIMIZER.NAME": one_of(OPTIMIZERS),
     "TRAIN.OPTIMIZER.EPS": from_to(1e-30, 1),
     "TRAIN.OPTIMIZER.BETAS": Constraint(
         "two numbers, each at least 0 and below 1", lambda value: all(map(_is_below_one, value))
@@ -154,14 +163,14 @@ CONSTRAINTS: dict[str, Constraint] = {
     "AUG.PRESET": one_of(PRESETS),
     "AUG.COLOR_JITTER": at_least(0, 10),
     "AUG.AUTO_AUGMENT": Constraint(
-        f"none, or a policy of timm, whose name starts with one of {', '.join(POLICIES)}",
-        lambda value: value == "none" or value.startswith(POLICIES),
+        "none, or a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a",
+        is_auto_augment_policy,
     ),
     "AUG.REPROB": PROBABILITY,
     "AUG.REMODE": one_of(ERASING_MODES),
     "AUG.RECOUNT": at_least(1, 1000),
-    "AMP": one_of(("auto", "off", "bf16", "fp16")),
-    "COMPILE_MODE": one_of(("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
+    "AMP": one_of((AUTO, *PRECISIONS)),
+    "COMPILE_MODE": one_of(COMPILE_MODES),
     "OUTPUT": PRINTABLE,
     "TAG": FOLDER_NAME,
     "SAVE_FREQ": at_least(1, MANY),
@@ -237,8 +246,8 @@ TRAINING_CONFLICTS = (
     ),
     Conflict(
         ("TASK", "DATA.BATCH_SIZE"),
-        lambda task, batch_size: task == "segmentation" and batch_size < 2,
-        "the decoders normalize over the images of a batch; set DATA.BATCH_SIZE to 2 at least",
+        lambda task, batch_size: batch_size < TASKS[task].least_batch_size,
+        "the networks of this task normalize over the images of a batch; set DATA.BATCH_SIZE higher",
     ),
 )
 

@@ -110,7 +110,7 @@ def mean_statistics(trainer: Trainer) -> Iterator[list[Tensor]]:
 def training_state(trainer: Trainer) -> dict[str, Any]:
     """Returns the state of a run by name, plain tensors and plain values; all processes must ask.
 
-    Learning rate, data order, augmentation, mixing and drop path are functions of the progress and the seed, so that
+    Learning rate, data order, augmentation and drop path are functions of the progress and the seed, so that
     no generator has a state of its own to keep.
     """
     state = {

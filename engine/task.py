@@ -44,6 +44,7 @@ class Task(ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     # Whether test images keep their own size where DATA.TEST_SIZE does not give one.
     whole_images: ClassVar[bool] = False
+    least_batch_size: ClassVar[int] = 1  # in training
 
     def __init__(self, cfg: CfgNode, rank_info: RankInfo) -> None:
         self.cfg, self.rank_info = cfg, rank_info

@@ -104,6 +104,10 @@ class SegmentationNetwork(ReparameterizableNetwork):
         x = self.model(F.pad(x, (0, -width % self._stride, 0, -height % self._stride)))
         return x[..., :height, :width]
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the backbone's activations in the backward pass, which saves memory; the decoder keeps its own."""
+        self.backbone.set_grad_checkpointing(enable)
+
     @property
     def backbone(self) -> nn.Module:
         """The feature extractor below the decoder; of our own architectures a `DenseBackbone`."""

@@ -25,6 +25,7 @@ class Segmentation(Task):
     labels, dataset = "masks", "cityscapes"
     section, unused = "SEG", ("AUG", "TEST.CROP", "MODEL.NUM_CLASSES")
     dataset_type, whole_images = MaskedDataset, True
+    least_batch_size = 2  # decoders pool their level to a single value for each image, and normalise those
 
     def train_transform(self) -> Any:
         """Returns the joint augmentation of image and mask."""

@@ -34,7 +34,11 @@ class Verification(Task):
     metric, metric_label = "accuracy", "accuracy"
     labels, dataset = "identities", "faces"
     section = "FACE"
-    unused = ("MODEL.NUM_CLASSES", "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX")
+    unused = (
+        "MODEL.NUM_CLASSES",
+        "MODEL.LABEL_SMOOTHING",
+        *(f"AUG.{key}" for key in ("MIXUP", "CUTMIX", "CUTMIX_MINMAX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")),
+    )
 
     def num_outputs(self) -> int:
         """Returns the size of an embedding."""

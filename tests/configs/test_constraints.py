@@ -12,7 +12,7 @@ from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS, unus
 from configs.field_types import BOOLEAN
 from configs.schema import DEFAULTS, FIELD_TYPES, SECTIONS
 from data import DATASETS, PRESETS
-from data.mixing import ERASING_MODES, MIXUP_MODES
+from data.batch_augmentation import ERASING_MODES, MIXUP_MODES
 from data.transforms import INTERPOLATIONS
 from data.zipped import CACHE_MODES
 from models.dense import DOWNSAMPLINGS, FULL_RANK

@@ -231,8 +231,8 @@ def test_a_conversion_that_forgets_the_statistics_is_found_out():
     wrong = to_deploy(model).eval()
     randomize_statistics(model)
     right = to_deploy(model).eval()
-    source = data.open_source("digits", "digits", "val")
-    loader = data.build_eval_loader(source, data.eval_transform((16, 16)), batch_size=200)
+    cfg = settings("DATA.DATASET digits DATA.DATA_PATH digits DATA.BATCH_SIZE 200 DATA.NUM_WORKERS 0").DATA
+    loader = data.build_eval_loader(data.open_source(cfg, "val"), data.eval_transform((16, 16)), cfg)
     good = compared(model.eval(), right, loader)
     bad = compared(model, wrong, loader)
     assert (good.agreement, good.first.images) == (100.0, 359)
