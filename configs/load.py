@@ -83,7 +83,7 @@ class _Files:
         """Reads a file over those of its BASE; `including` is the chain of files that led here."""
         place = os.path.realpath(path)
         if place in map(os.path.realpath, including):
-            raise ValueError(f"{path}: BASE is circular: {' -> '.join(map(str, (*including, path)))}")
+            raise ValueError(f"{path}: BASE is circular: {' -> '.join(map(str, (*including, path)))}; remove one")
         if len(including) > MAX_DEPTH:
             raise ValueError(f"{path}: BASE is nested {len(including)} files deep; {MAX_DEPTH} are allowed")
         if place not in self._known:
