@@ -44,14 +44,18 @@ def parser() -> cli.Parser:
     result.add_argument("mode", metavar="MODE", choices=["train", "deploy", "check"], help="train, deploy or check")
     result.add_argument("weights", metavar="WEIGHTS", help="checkpoint")
     add_checkpoint_options(result, fuse=True)
-    result.add_argument("-b", "--batch-size", metavar="N", help="images per batch (100; 1 where images keep their size)")
+    result.add_argument(
+        "-b", "--batch-size", metavar="N", help="images per batch (100; 1 where images keep their size)"
+    )
     result.add_argument("-r", "--resolution", metavar="R", help="test size; the architecture's own if absent")
     result.add_argument("-j", "--workers", default="4", metavar="N", help="data loading processes")
     result.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}; that of the task if absent")
     result.add_argument("--crop", action="store_true", default=None, help="resize to 256/224 of the size, then crop")
     result.add_argument("--amp", choices=list(PRECISIONS), default="off", help="precision of the forward pass")
     result.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys of the configuration")
-    result.add_argument("--tolerance", type=float, default=1e-4, help="of mode check, on the relative output difference")
+    result.add_argument(
+        "--tolerance", type=float, default=1e-4, help="of mode check, on the relative output difference"
+    )
     result.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return result
 

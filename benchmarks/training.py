@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import models
-from engine.loss import build_loss
+from configs import load_config, parse_opts
 from engine.optimizer import build_optimizer, parameter_groups
-from engine.train import autocast
+from engine.precision import autocast
 from utils import cli
 
 from . import harness, memory, roofline
@@ -20,6 +20,7 @@ from .harness import DTYPES, Variant
 from .naive import naive
 
 LR, WEIGHT_DECAY = 1e-4, 0.05
+ADAMW = f"TRAIN.OPTIMIZER.NAME adamw TRAIN.WEIGHT_DECAY {WEIGHT_DECAY}"
 CHECKED_IMAGES = 2  # in the comparison of the formulations in float64
 EXACT = 1e-9  # the largest relative difference that passes there
 # And in a row's own precision, where BatchNorm and a backward pass through the whole depth amplify rounding.
@@ -103,13 +104,13 @@ class Step:
         if form.checkpointed:
             cast(models.RepMLPNet, network).set_grad_checkpointing()
         self.images, self.labels = images.to(self.device), labels.to(self.device)
-        self.criterion = build_loss(soft_targets=False)
+        self.criterion = nn.CrossEntropyLoss()
         self.autocast_dtype = torch.bfloat16 if form.dtype == "bf16" else None
         self.optimizer: torch.optim.Optimizer
         if form.naive:
-            self.optimizer = torch.optim.AdamW(parameter_groups(network, WEIGHT_DECAY), lr=LR)
+            self.optimizer = torch.optim.AdamW(parameter_groups(network, weight_decay=WEIGHT_DECAY), lr=LR)
         else:
-            self.optimizer = build_optimizer(network, name="adamw", lr=LR, weight_decay=WEIGHT_DECAY)
+            self.optimizer = build_optimizer(network, load_config(None, parse_opts(ADAMW.split())).TRAIN, LR)
         self.network = network
         self.forward = cast(nn.Module, torch.compile(network, fullgraph=True)) if form.compiled else network
 

@@ -231,7 +231,9 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int
             )
     recorded = progress.update
     if changed or not run:
-        progress.update = progress.epoch * trainer.plan.updates_per_epoch + progress.consumed // trainer.plan.global_batch
+        progress.update = (
+            progress.epoch * trainer.plan.updates_per_epoch + progress.consumed // trainer.plan.global_batch
+        )
     if changed:
         what = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
         trainer.logger.warning(

@@ -134,9 +134,7 @@ class Task(ABC):
 
     def _open(self, split: str) -> Any:
         assert self.dataset_name  # the labels are of the right kind
-        return data.open_source(
-            self.cfg.DATA, split, rank=self.rank_info.rank, world_size=self.rank_info.world_size
-        )
+        return data.open_source(self.cfg.DATA, split, rank=self.rank_info.rank, world_size=self.rank_info.world_size)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Network

@@ -64,8 +64,8 @@ def build_network(run: Run, logger: logging.Logger) -> nn.Module:
     train, val = task.train_source, task.val_source
     logger.info(f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes")
     test_size = task.test_size(task.train_size)
-    if test_size not in (None, task.train_size):
-        _check_size(network, cast(Size, test_size), run.rank_info.device)
+    if test_size and test_size != task.train_size:
+        _check_size(network, test_size, run.rank_info.device)
     if cfg.MODEL.PRETRAINED:
         folder, path = run_folder(cfg, task.arch), Path(cfg.MODEL.PRETRAINED)
         if path.resolve().parent == folder.resolve():

@@ -183,8 +183,8 @@ def _build_options(checkpoint: Checkpoint, arch: str, changes: Mapping[str, Any]
     if spec.depth > len(checkpoint.state_dict):  # before as many blocks are built
         raise ValueError(f"{checkpoint.path} names more blocks than it holds tensors")
     made: dict[str, Any] = REGISTRY[arch].network.built_for(checkpoint.state_dict, spec, (height, width))
-    size = options if "img_size" in changes else {}
-    return made | size | {"deploy": is_deploy(arch, checkpoint.form)} | structure
+    options = made | options if "img_size" in changes else made
+    return {**options, "deploy": is_deploy(arch, checkpoint.form), **structure}
 
 
 def _try_out(checkpoint: Checkpoint, arch: str, classes: int, options: Mapping[str, Any]) -> None:

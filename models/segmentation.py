@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from . import schema
@@ -106,7 +107,9 @@ class SegmentationNetwork(ReparameterizableNetwork):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the backbone's activations in the backward pass, which saves memory; the decoder keeps its own."""
-        self.backbone.set_grad_checkpointing(enable)
+        backbone: Any = self.backbone
+        # timm's extractors of levels pass this on but for one kind.
+        (backbone.model if isinstance(backbone, FeatureGetterNet) else backbone).set_grad_checkpointing(enable)
 
     @property
     def backbone(self) -> nn.Module:

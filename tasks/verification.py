@@ -37,7 +37,10 @@ class Verification(Task):
     unused = (
         "MODEL.NUM_CLASSES",
         "MODEL.LABEL_SMOOTHING",
-        *(f"AUG.{key}" for key in ("MIXUP", "CUTMIX", "CUTMIX_MINMAX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")),
+        *(
+            f"AUG.{key}"
+            for key in ("MIXUP", "CUTMIX", "CUTMIX_MINMAX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
+        ),
     )
 
     def num_outputs(self) -> int:

@@ -71,8 +71,8 @@ def schedule_of(
     **plan: Any,
 ) -> Scheduler:
     """`plan` holds fields of a `TrainingPlan`."""
-    keys = f"NAME {name} DECAY_RATE {decay_rate} WARMUP_PREFIX {warmup_prefix}".split()
-    cfg = settings(" ".join(f"TRAIN.LR_SCHEDULER.{key} {value}" for key, value in zip(keys[::2], keys[1::2], strict=True)))
+    keys = {"NAME": name, "DECAY_RATE": decay_rate, "WARMUP_PREFIX": warmup_prefix}
+    cfg = settings(" ".join(f"TRAIN.LR_SCHEDULER.{key} {value}" for key, value in keys.items()))
     return build_schedule(optimizer, cfg.TRAIN.LR_SCHEDULER, replace(PLAN, **plan))
 
 

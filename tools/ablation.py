@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 from benchmarks.harness import chosen
 from configs import flatten, load_config
 from configs.command_line import parse
-from main_repmlp import run_folder
+from engine.run import run_folder
 from utils import cli
 
 RECIPE = "configs/shapes.yaml"
@@ -83,9 +83,14 @@ class Run(NamedTuple):
     cfg: CfgNode
 
     @property
+    def folder(self) -> Path:
+        """Where it writes to."""
+        return run_folder(self.cfg, self.cfg.MODEL.ARCH)
+
+    @property
     def checkpoint(self) -> Path:
         """The file that a training writes last."""
-        return run_folder(self.cfg) / f"ckpt_epoch_{self.cfg.TRAIN.EPOCHS - 1}.pth"
+        return self.folder / f"ckpt_epoch_{self.cfg.TRAIN.EPOCHS - 1}.pth"
 
     def top1(self) -> float | None:
         """Returns the accuracy after the last epoch, in %; None where the training has not come to its end.
@@ -93,7 +98,7 @@ class Run(NamedTuple):
         Raises:
             ValueError: what was trained there had another configuration.
         """
-        folder = run_folder(self.cfg)
+        folder = self.folder
         if (folder / "config.yaml").exists() and _settings(load_config(folder / "config.yaml")) != _settings(self.cfg):
             raise ValueError(f"{folder} holds a training with other settings: give another --output")
         if not self.checkpoint.exists():
@@ -185,7 +190,7 @@ def conversions(runs: Sequence[Run]) -> Iterator[dict[str, object]]:
     """Converts the first training of each network that has every branch, and compares both forms on the test images."""
     full = {run.cfg.MODEL.ARCH: run for run in reversed(runs) if run.variant.name == "1x1 and 3x3" and run.top1()}
     for arch, run in full.items():
-        deploy, figures = (run_folder(run.cfg) / name for name in ("deploy.pth", "check.json"))
+        deploy, figures = (run.folder / name for name in ("deploy.pth", "check.json"))
         size = run.cfg.DATA.IMG_SIZE
         call("convert.py", run.checkpoint, deploy)
         call("test.py", "shapes", "check", run.checkpoint, "-r", size, "-j", 0, "--json", figures)

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.checkpoints import build_from, read_checkpoint, write_atomically
+from models.checkpoints import build_from, read_checkpoint
+from models.files import write_atomically
 from models.fusion import fuse_verified
 from models.reparam import input_channels, is_reparameterizable, relative_difference, to_deploy
 from utils import cli

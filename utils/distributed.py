@@ -118,9 +118,9 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_rows(tensor: Tensor, device: torch.device) -> list[Tensor]:
-    """Returns the tensor (n, ...) of every process, by rank, on the CPU; n may differ, and so may the rest where n is 0.
+    """Returns the tensor (n, ...) of every process, by rank, on the CPU.
 
-    `device` is what the process group communicates from.
+    n may differ between processes, and where it is 0 so may the rest of the shape. `device` is that of the process.
     """
     if not dist.is_initialized():
         return [tensor.cpu()]

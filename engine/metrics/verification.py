@@ -91,18 +91,17 @@ def verify(embeddings: Tensor, first: Tensor, second: Tensor, same: Tensor, fold
         ValueError: as `assign_folds`.
     """
     broken = ~embeddings.isfinite().all(1)
-    counts = {"pairs": len(same), "images": len(embeddings)}
-    if nonfinite := int(broken[torch.cat((first, second)).unique()].sum()):
-        unknown = dict.fromkeys(("accuracy", "spread", "auc", "threshold"), math.nan)
-        return VerificationResult(**unknown, **counts, nonfinite=nonfinite)
+    nonfinite = int(broken[torch.cat((first, second)).unique()].sum())
     scores = F.cosine_similarity(embeddings[first], embeddings[second])
-    accuracies = k_fold_accuracies(scores, same, folds)
+    accuracies = 100 * k_fold_accuracies(scores, same, folds)
     return VerificationResult(
-        accuracy=100 * accuracies.mean().item(),
-        spread=100 * accuracies.std(correction=0).item(),
-        auc=roc_auc(scores, same),
-        threshold=best_threshold(scores, same),
-        **counts,
+        accuracy=math.nan if nonfinite else accuracies.mean().item(),
+        spread=math.nan if nonfinite else accuracies.std(correction=0).item(),
+        auc=math.nan if nonfinite else roc_auc(scores, same),
+        threshold=math.nan if nonfinite else best_threshold(scores, same),
+        pairs=len(same),
+        images=len(embeddings),
+        nonfinite=nonfinite,
     )
 
 

@@ -7,8 +7,8 @@ import torch
 from distributed_ranks import in_ranks
 from torch import Tensor, nn
 
-from engine.sync_batch_norm import synchronise_batch_norms
 from engine.precision import autocast
+from engine.sync_batch_norm import synchronise_batch_norms
 from utils.distributed import RankInfo
 
 ALONE = RankInfo(0, 1, 0, torch.device("cpu"))

@@ -76,9 +76,7 @@ def with_an_unreadable_one(process: RankInfo) -> str:
         Broken(9), data.eval_transform((16, 16)), settings("DATA.BATCH_SIZE 2 DATA.NUM_WORKERS 0").DATA, **place
     )
     try:
-        evaluate(
-            model, batches, ClassificationMetric(CPU), Normalize((0.3,) * 3, (0.4,) * 3), CPU, nullcontext()
-        )
+        evaluate(model, batches, ClassificationMetric(CPU), Normalize((0.3,) * 3, (0.4,) * 3), CPU, nullcontext())
     except ValueError as error:
         return str(error)
     return ""

@@ -1,6 +1,5 @@
 """A small trainer on made-up images, and the pieces that it is put together from."""
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,9 +8,8 @@ import torch
 import training_parts
 from torch import nn
 
-from data import Batch, Normalize
+from data import Batch
 from engine.trainer import Trainer
-from utils.distributed import RankInfo
 from utils.log import MetricsWriter
 from utils.seed import seed_everything
 

@@ -259,7 +259,9 @@ def saved(path: Path, trainer: Trainer, **changes: object) -> Path:
 
 def test_weights_alone_are_for_pretrained(tmp_path, run_of):
     path = saved(tmp_path / "weights.pth", run_of(1), optimizer=None, progress=None, epoch=None)
-    with pytest.raises(ValueError, match=re.escape("start from it with MODEL.PRETRAINED instead of MODEL.RESUME")) as error:
+    with pytest.raises(
+        ValueError, match=re.escape("start from it with MODEL.PRETRAINED instead of MODEL.RESUME")
+    ) as error:
         resume(run_of(2), path)
     assert str(error.value).startswith(f"{path} holds weights but not the state of a training")
 

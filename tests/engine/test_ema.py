@@ -8,7 +8,6 @@ from training_parts import ema_of
 from engine.ema import ModelEma
 
 
-
 def network(value: float) -> nn.Module:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double()
     return fill(model, value)

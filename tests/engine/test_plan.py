@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from training_parts import ema_of
 
 from configs import flatten, load_config, parse_opts

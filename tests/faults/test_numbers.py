@@ -8,10 +8,10 @@ import signal
 
 import pytest
 import torch
+from engine.finite import MIN_LOSS_SCALE, FiniteGuard
 from fault_runs import Run, one_line
 from torch import nn
 
-from engine.finite import MIN_LOSS_SCALE, FiniteGuard
 from tools import soak
 
 

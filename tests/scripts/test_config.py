@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data.mixing import ERASING_MODES, MIXUP_MODES
 from timm.layers import to_2tuple
 from yacs.config import CfgNode
 
@@ -17,7 +18,6 @@ import main_repmlp
 import models
 from configs import command_line
 from configs.constraints import CONSTRAINTS
-from data.mixing import ERASING_MODES, MIXUP_MODES
 from data.transforms import INTERPOLATIONS
 from data.zipped import CACHE_MODES
 from engine.optimizer import build_optimizer

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from engine.verification import verify
 from PIL import Image
 
 from engine.train import Progress
-from engine.verification import verify
 from models.checkpoints import read_checkpoint
 from tools import train_face
 from utils.log import MetricsWriter

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from engine.loss import build_loss
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 3.0]], dtype=torch.float64)

@@ -131,4 +131,8 @@ def test_two_networks_agree_pixel_by_pixel() -> None:
 
 def test_the_figures_of_each_class_by_name() -> None:
     result = summarise(torch.tensor([[3, 0, 1, 0], [0, 0, 0, 0], [0, 0, 4, 0]]), 7)
-    assert result.details(["road", "pole", "sky"]) == ["road          75.00", "pole          absent", "sky           80.00"]
+    assert result.details(["road", "pole", "sky"]) == [
+        "road          75.00",
+        "pole          absent",
+        "sky           80.00",
+    ]
