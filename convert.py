@@ -5,6 +5,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
     end_on_interrupt()
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -73,9 +74,9 @@ def in_float64(model: nn.Module) -> nn.Module:
     return copy.double().eval()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Reads, converts, verifies, writes."""
-    args = parser().parse_args()
+    args = parser().parse_args(argv)
     source, target = Path(args.load), Path(args.save)
     check_target(target, [source])
     checkpoint = read_checkpoint(source, ema=args.ema)

@@ -6,8 +6,8 @@ if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt()
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -443,12 +443,12 @@ def evaluate_epoch(task: Task, trainer: Trainer, batches: DataLoader) -> tuple[b
 
 def train(options: Options, process: Process) -> None:
     """Trains in a folder that no other run writes to."""
-    with prepared(options, process, *configured(options), lock=True) as task:
-        fit(task)
+    with prepared(options, process, *configured(options), lock=True) as task, ExitStack() as stack:
+        fit(task, stack)
 
 
-def fit(task: Task) -> None:
-    """Trains, evaluates, saves and logs, epoch by epoch."""
+def fit(task: Task, stack: ExitStack) -> None:
+    """Trains, evaluates, saves and logs, epoch by epoch; the stack closes what is open at its end."""
     cfg, process, logger = task.cfg, task.process, task.logger
     train_source, val_source = task.source("train"), task.source("val")
     train_loader, train_sampler = train_batches(task, train_source)
@@ -472,7 +472,8 @@ def fit(task: Task) -> None:
     trainer = build_trainer(task, model, derived, train_source)
     recorded = start_or_resume(task, trainer, checkpoints)
     if process.is_main:
-        trainer.metrics = MetricsWriter(task.folder, recorded, trainer.progress.epoch)
+        writer = MetricsWriter(task.folder, recorded, trainer.progress.epoch)
+        trainer.metrics = stack.enter_context(closing(writer))
         dump_config(cfg, task.folder / "config.yaml")
 
     def after_update() -> bool:
@@ -498,16 +499,16 @@ def fit(task: Task) -> None:
         best, best_ema = evaluate_epoch(task, trainer, val_loader) if due else (False, False)
         numbered = last or (epoch + 1) % cfg.SAVE_FREQ == 0
         checkpoints.save(trainer, numbered=numbered, best=best, best_ema=best_ema)
-    trainer.metrics.close()
     logger.info(
         f"Best Acc@1 {progress.best_top1:.3f}; {len(trainer.unreadable)} unreadable images, "
         f"{progress.skipped} skipped updates; weights in {task.folder}"
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the mode that the command line asks for."""
-    options = parse(description=__doc__, epilog=f"{cli.listing('architectures', models.list_models())}\n{EXAMPLES}")
+    epilog = f"{cli.listing('architectures', models.list_models())}\n{EXAMPLES}"
+    options = parse(argv, description=__doc__, epilog=epilog)
     cfg, process = options.config, distributed.init(options.local_rank)
     mode = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_only if cfg.EVAL_MODE else train
     try:

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt()
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,9 @@ def report(result: Comparison, tolerance: float) -> tuple[dict[str, Any], int]:
     return result.first.as_dict() | figures, int(failed)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates or compares; returns 1 where `check` finds a difference beyond the tolerance."""
-    args = parser().parse_args()
+    args = parser().parse_args(argv)
     if args.batch_size < 1 or args.workers < 0 or not args.tolerance > 0:
         raise ValueError("-b must be at least 1, -j at least 0 and --tolerance above 0")
     if args.json:

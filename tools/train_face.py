@@ -8,6 +8,7 @@ checkpoint are the network's alone, so that convert.py takes them; the margin so
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -213,9 +214,9 @@ def evaluate(args: Namespace, device: torch.device) -> None:
         write_json(args.json, result.as_dict())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains, or evaluates with `--eval`."""
-    args = parser().parse_args()
+    args = parser().parse_args(argv)
     if args.json and not args.eval:
         raise ValueError("--json belongs to --eval: give both")
     if args.json:
