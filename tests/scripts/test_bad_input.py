@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import in_process
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -362,22 +361,9 @@ def check(run, places: SimpleNamespace, command: str, expected: list[str]) -> No
     assert not places.fresh.exists() or list(places.fresh.rglob("config.yaml"))
 
 
-@pytest.fixture
-def here(capsys, tmp_path):
-    """Returns a function that runs a script within this process."""
-
-    def run(script: str, *words: str) -> SimpleNamespace:
-        capsys.readouterr()
-        status = in_process.status_of(script, *words, folder=tmp_path)
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return run
-
-
 @pytest.mark.parametrize(("command", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
-def test_a_mistake_is_one_readable_line(here, places, command, expected):
-    check(here, places, command, expected)
+def test_a_mistake_is_one_readable_line(call, places, command, expected):
+    check(call, places, command, expected)
 
 
 @pytest.mark.parametrize("name", AS_USER)
