@@ -21,6 +21,7 @@ from utils.seed import keyed_rng
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
 FLAGS: tuple[tuple[Callable, Callable], ...] = (
+    (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
@@ -28,12 +29,13 @@ FLAGS: tuple[tuple[Callable, Callable], ...] = (
 
 
 def status_of(script: str, *words: object, folder: Path) -> int:
-    """Runs a script of the project in a folder, with a clean environment; returns its exit status."""
+    """Runs a script of the project in a folder, as `clean_environment` has it; returns its exit status."""
     main = main_of(script)
     with contained():
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(clean_environment())
+        torch.set_num_threads(1)
         return cli.status_of(partial(main, list(map(str, words))))
 
 
