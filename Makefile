@@ -1,16 +1,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart ablation test lint clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+.PHONY: quickstart ablation test test-all lint clean
 
 quickstart: .venv/ready  ## train, evaluate, convert and check a small RepMLPNet on the embedded digits
 	$(BIN)/python -m tools.quickstart
 
-ablation: .venv/ready  ## what branches, share-sets and Global Perceptron bring, on rendered shapes; goes on where it was
+ablation: .venv/ready  ## what branches, share-sets and Global Perceptron bring, on rendered shapes; a stopped one resumes
 	$(BIN)/python -m tools.ablation
 
-test: .venv/ready-dev lint  ## linter, type checker and the whole test suite, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+test: .venv/ready-dev lint  ## linter, type checker and the tests of continuous integration, on the CPU
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/ready-dev lint  ## the same with every test: further combinations, and what takes minutes
+	$(PYTEST)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What the down-sampling of a segmentation network costs, beside the published figures, and how it starts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,9 +48,9 @@ def start_error(inputs: int, outputs: int, rank: int) -> float:
     return float((replaced.conv(replaced.expand(noise)) - expected).norm() / expected.norm())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    cli.Parser(description=__doc__).parse_args()
+    cli.Parser(description=__doc__).parse_args(argv)
     print("| down-sampling | rank | UPerNet (G) | published (G) | backbone alone (G) |\n|---|---|---|---|---|")
     for options in CASES:
         whole, backbone = multiply_adds(options)

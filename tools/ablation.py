@@ -234,7 +234,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing and prints the table."""
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows to take, such as 'ResMLP*' or '* none'")

@@ -7,7 +7,7 @@ python -m tools.export output/RepMLPNet-Digits/quickstart/best_ckpt.pth digits.o
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -82,9 +82,9 @@ FORMATS = {".onnx": to_onnx, ".pt2": to_pt2}
 
 
 @torch.no_grad()
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Reads, converts, exports, verifies, writes."""
-    args = parser().parse_args()
+    args = parser().parse_args(argv)
     if args.save.suffix not in FORMATS:
         raise ValueError(f"{args.save}: the name must end in {' or '.join(FORMATS)}, which chooses the format")
     check_target(args.save, [args.weights])

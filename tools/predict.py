@@ -6,7 +6,7 @@ python -m tools.predict output/RepMLPNet-Digits/quickstart/deploy.pth IMAGE...
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -112,9 +112,9 @@ def probabilities(
         yield from zip(paths, answers, strict=True)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Reads the weights, classifies, prints; returns the exit status, which tells whether all images were read."""
-    args = parser().parse_args()
+    args = parser().parse_args(argv)
     if args.batch_size < 1 or args.top < 1:
         raise ValueError("-b and -k must be at least 1")
     if args.json:

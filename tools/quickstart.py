@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils import cli
@@ -20,9 +21,9 @@ COMMANDS = (
 )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the commands one after the other, as a user would type them; returns the status of the first that fails."""
-    cli.Parser(description=__doc__).parse_args()
+    cli.Parser(description=__doc__).parse_args(argv)
     for command in COMMANDS:
         print(f"\n$ python {command}", flush=True)
         status = subprocess.run([sys.executable, *shlex.split(command)], check=False).returncode

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +137,7 @@ def _start(output: Path, workers: int = 0) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=console, stderr=subprocess.STDOUT)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs rounds until there were as many kills as asked for; status 1 where a run did not come to the same end."""
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="how many in all")

@@ -98,7 +98,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
     console.prepare()
     raise_on_interrupt()
-    status = _status_of(main)
+    status = status_of(main)
     problem = console.flush_stdout()
     if problem and not status:
         print_error(f"the output could not be printed to stdout: {problem}")
@@ -106,7 +106,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     raise SystemExit(status)
 
 
-def _status_of(main: Callable[[], int | None]) -> int:
+def status_of(main: Callable[[], int | None]) -> int:
+    """Runs a script's `main` within this process and returns its exit status; a mistake is printed as `run` does."""
     try:
         return main() or 0
     except SystemExit as stop:  # of the parser

@@ -183,8 +183,9 @@ def test_together_and_over_a_restart(eager, name):
     assert_whole(eager, name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name", [name if wanted.double else pytest.param(name, marks=pytest.mark.slow) for name, wanted in COMPILED.items()]
+)
 def test_compiled(tmp_path_factory, name):
     """Also against the same without compilation, where nothing but the order of sums over processes differs."""
     wanted = COMPILED[name]

@@ -13,7 +13,15 @@ from tools import soak
 KILLS = soak.KILLS_A_ROUND  # of each run below: 28 in all
 
 
-@pytest.mark.parametrize(("seed", "workers"), [(0, (0,)), (1, (2,)), (2, (0, 2)), (3, (2, 1, 0))])
+@pytest.mark.parametrize(
+    ("seed", "workers"),
+    [
+        pytest.param(0, (0,), marks=pytest.mark.slow),
+        pytest.param(1, (2,), marks=pytest.mark.slow),
+        pytest.param(2, (0, 2), marks=pytest.mark.slow),
+        (3, (2, 1, 0)),
+    ],
+)
 def test_killed_at_random_moments_again_and_again(undisturbed, run, seed, workers):
     """Every life has the next number of data loading processes, and about every other one ends while it saves."""
     rng, hits = random.Random(seed), []

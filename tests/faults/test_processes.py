@@ -68,7 +68,7 @@ class Torchrun:
         return self._agent.wait(240)
 
 
-@pytest.mark.parametrize(("count", "accumulation"), [(3, 0), (4, 2)])
+@pytest.mark.parametrize(("count", "accumulation"), [pytest.param(3, 0, marks=pytest.mark.slow), (4, 2)])
 def test_more_than_two_ranks_resume_exactly(start, run, tmp_path_factory, count, accumulation):
     """Sums over three and more depend on the order of adding; killed within an epoch, and between two of them."""
     options = ("DATA.BATCH_SIZE", 24, "TRAIN.ACCUMULATION_STEPS", accumulation, "SAVE_STEPS", 3)
@@ -83,7 +83,7 @@ def test_more_than_two_ranks_resume_exactly(start, run, tmp_path_factory, count,
     assert soak.differences(whole.folder, run.folder) == []
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_rank_of_two_is_killed(two, run, victim):
     """The other one ends too instead of waiting for ever, and both go on exactly where they had last saved."""
     ranks = run.start_ranks(2, *HALF)
@@ -126,7 +126,7 @@ def test_torchrun_passes_a_stop_on(two, run):
     assert soak.differences(two.folder, run.folder) == []
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_update(two, run, asked):
     ranks = run.start_ranks(2, *HALF, "SAVE_STEPS", 0)
     ranks[0].until("Train: ", 4)
@@ -160,7 +160,7 @@ def test_two_ranks_on_a_folder_that_is_taken(undisturbed, run):
     assert soak.differences(undisturbed.folder, run.folder) == []
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1), (2, 3)])
 def test_another_number_of_processes_repeats_and_skips_no_image(run, tmp_path, before, after):
     """In the middle of the second epoch; batches are of 32 images a process."""
     parts = []

@@ -24,7 +24,15 @@ def test_a_signal_saves_the_state_at_the_next_update(undisturbed, run, number):
     assert soak.differences(undisturbed.folder, run.folder) == []
 
 
-@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+    ids=lambda number: number.name,
+)
 def test_a_signal_to_all_processes_of_a_job(undisturbed, run, number):
     """As Slurm and the terminal send it: data loading processes get it too, and must not take the run along."""
     process = run.start(workers=2)

@@ -2,6 +2,7 @@
 
 A row is a name, a command, and what its error line must say. In a command `{weights.deploy}` and the like stand for the
 fixtures of that name, `{out}` for a file and `{output}` for a folder that exist already and must stay as they are.
+The rows run within the process of the tests; that a process of its own ends in the same way is shown with some of them.
 """
 
 import shutil
@@ -292,8 +293,8 @@ ROWS = [
     ("convert_no_ema", "convert.py {weights.train} {out} --ema", ["no moving average"]),
 ]
 
-# Of these a fresh interpreter shows that the way out of it is the same.
-AS_USER = ["unknown_flag", "resume_converted", "test_deploy_as_train", "convert_converted"]
+# These also run in a fresh interpreter.
+AS_USER = ["unknown_flag", "text_train_image", "resume_converted", "test_deploy_as_train", "convert_converted"]
 
 
 @pytest.fixture
@@ -361,8 +362,8 @@ def check(run, places: SimpleNamespace, command: str, expected: list[str]) -> No
 
 
 @pytest.mark.parametrize(("command", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
-def test_a_mistake_is_one_readable_line(script, places, command, expected):
-    check(script, places, command, expected)
+def test_a_mistake_is_one_readable_line(call, places, command, expected):
+    check(call, places, command, expected)
 
 
 @pytest.mark.parametrize("name", AS_USER)

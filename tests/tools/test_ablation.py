@@ -43,7 +43,6 @@ def finished(ablate):
     return output, result
 
 
-@pytest.mark.slow
 def test_the_table_holds_what_the_runs_recorded(finished):
     output, result = finished
     assert "0 of 2 trainings are there" in result.out

@@ -1,36 +1,14 @@
-"""`tools.predict` and `tools.export`: the answers of the network, also fused and in another runtime."""
+"""`tools.predict`: the answers of the network, for every image that can be read."""
 
-import io
 import json
 import os
-import runpy
-import sys
-from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
 
 import data
 from models.checkpoints import build_from, read_checkpoint
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """Returns a function that runs a tool in this process, as `python -m` would; it returns status, stdout, stderr."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_module(name, run_name="__main__")
-        printed = capsys.readouterr()
-        return stop.value.code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +34,10 @@ def expected(weights, paths, dataset="digits"):
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("form", ["trained", "deployed"])
-def test_predict_gives_the_probabilities_of_the_network(form, fuse, trained, deployed, scans, tool, tmp_path):
+def test_predict_gives_the_probabilities_of_the_network(form, fuse, trained, deployed, scans, call, tmp_path):
     weights = trained.folder / "best_ckpt.pth" if form == "trained" else deployed
     flags = ["-k", 10, "-b", 2, "--json", tmp_path / "p.json", *["--fuse"] * fuse]
-    status, out, err = tool("tools.predict", weights, *scans, *flags)
+    status, out, err = call("tools/predict.py", weights, *scans, *flags)
     assert (status, err) == (0, f"by {'training' if form == 'trained' else 'deploy'} weights from {weights}\n")
     found = json.loads((tmp_path / "p.json").read_text())
     assert list(found) == list(map(str, scans))
@@ -68,12 +46,12 @@ def test_predict_gives_the_probabilities_of_the_network(form, fuse, trained, dep
     assert len(out.splitlines()) == len(scans)
 
 
-def test_predict_names_the_likeliest_classes_first(trained, scans, tool, tmp_path):
+def test_predict_names_the_likeliest_classes_first(trained, scans, call, tmp_path):
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     (tmp_path / "names.txt").write_text("\n".join(names))
     weights, path = trained.folder / "best_ckpt.pth", next(iter(scans))
     options = ["-k", 2, "--classes", tmp_path / "names.txt"]
-    status, out, _ = tool("tools.predict", weights, path, *options)
+    status, out, _ = call("tools/predict.py", weights, path, *options)
     best = expected(weights, [path])[0].topk(2)
     shown = ", ".join(f"{names[i]} {100 * p:.1f} %" for p, i in zip(best.values.tolist(), best.indices, strict=True))
     assert (status, out) == (0, f"{path}: {shown}\n")
@@ -81,30 +59,30 @@ def test_predict_names_the_likeliest_classes_first(trained, scans, tool, tmp_pat
 
 @pytest.mark.parametrize("dataset", [None, "cf100"])
 def test_predict_normalises_as_the_user_says_else_as_the_checkpoint_else_for_imagenet(
-    dataset, trained, scans, tool, tmp_path
+    dataset, trained, scans, call, tmp_path
 ):
     checkpoint = torch.load(trained.folder / "best_ckpt.pth", weights_only=True)
     assert checkpoint["meta"].pop("dataset") == "digits"
     torch.save({"model": checkpoint["model"], "meta": checkpoint["meta"]}, tmp_path / "untold.pth")
     for weights, otherwise in ((trained.folder / "best_ckpt.pth", "digits"), (tmp_path / "untold.pth", "imagenet")):
         options = ["--dataset", dataset] * (dataset is not None)
-        status, _, _ = tool("tools.predict", weights, *scans, "-k", 10, "--json", tmp_path / "p.json", *options)
+        status, _, _ = call("tools/predict.py", weights, *scans, "-k", 10, "--json", tmp_path / "p.json", *options)
         assert status == 0
         found = json.loads((tmp_path / "p.json").read_text())
         rows = torch.tensor([[dict(found[str(path)])[str(label)] for label in range(10)] for path in scans])
         torch.testing.assert_close(rows, expected(weights, scans, dataset or otherwise), rtol=1e-4, atol=1e-6)
 
 
-def test_predict_refuses_a_data_set_that_only_the_checkpoint_knows(trained, scans, tool, tmp_path):
+def test_predict_refuses_a_data_set_that_only_the_checkpoint_knows(trained, scans, call, tmp_path):
     checkpoint = torch.load(trained.folder / "best_ckpt.pth", weights_only=True)
     meta = checkpoint["meta"] | {"dataset": "birds"}
     torch.save({"model": checkpoint["model"], "meta": meta}, tmp_path / "birds.pth")
-    status, out, err = tool("tools.predict", tmp_path / "birds.pth", *scans)
+    status, out, err = call("tools/predict.py", tmp_path / "birds.pth", *scans)
     assert (status, out) == (2, "")
     assert "trained on 'birds', which is unknown here: say --dataset" in err
 
 
-def test_predict_says_what_is_wrong(trained, scans, tool, tmp_path):
+def test_predict_says_what_is_wrong(trained, scans, call, tmp_path):
     weights, path = trained.folder / "best_ckpt.pth", next(iter(scans))
     (tmp_path / "names.txt").write_text("a\nb\n")
     (tmp_path / "text.png").write_text("no image")
@@ -115,19 +93,19 @@ def test_predict_says_what_is_wrong(trained, scans, tool, tmp_path):
         ((path, "-k", 0), "-k must be at least 1"),
         ((path, "--classes", path), "0.png holds no class names in UTF-8: "),
     ):
-        status, out, err = tool("tools.predict", weights, *arguments)
+        status, out, err = call("tools/predict.py", weights, *arguments)
         assert (status, out) == (2, "")
         assert err.startswith("error: ")
         assert message in err
 
 
-def test_predict_names_what_it_cannot_read_and_classifies_all_others(trained, scans, tool, tmp_path):
+def test_predict_names_what_it_cannot_read_and_classifies_all_others(trained, scans, call, tmp_path):
     weights, (first, second, third) = trained.folder / "best_ckpt.pth", scans
     cut, text, absent = tmp_path / "cut.png", tmp_path / "text.png", tmp_path / "none.png"
     cut.write_bytes(first.read_bytes()[:60])
     text.write_text("no image")
     paths = [cut, first, text, second, absent, tmp_path, third]
-    status, out, err = tool("tools.predict", weights, *paths, "-b", 2, "-k", 10, "--json", tmp_path / "p.json")
+    status, out, err = call("tools/predict.py", weights, *paths, "-b", 2, "-k", 10, "--json", tmp_path / "p.json")
     assert status == 2
     assert [line.split(": ")[0] for line in out.splitlines()] == [str(first), str(second), str(third)]
     found = json.loads((tmp_path / "p.json").read_text())
@@ -143,14 +121,14 @@ def test_predict_names_what_it_cannot_read_and_classifies_all_others(trained, sc
 
 
 @pytest.mark.parametrize("name", ["a\nb.png", "\x1b[2J.png", "\udcff.png", "\u202egnp.png"])
-def test_predict_shows_odd_names_escaped(name, trained, scans, tool, tmp_path):
+def test_predict_shows_odd_names_escaped(name, trained, scans, call, tmp_path):
     weights, odd = trained.folder / "best_ckpt.pth", tmp_path / name
     odd.write_bytes(next(iter(scans)).read_bytes())
     (tmp_path / f"broken{name}").write_text("no image")
     names = ["zero\x1b[2J", *map(str, range(1, 10))]
     (tmp_path / "names.txt").write_text("\n".join(names))
     options = ["--classes", tmp_path / "names.txt", "-k", 10, "--json", tmp_path / "p.json"]
-    status, out, err = tool("tools.predict", weights, odd, tmp_path / f"broken{name}", *options)
+    status, out, err = call("tools/predict.py", weights, odd, tmp_path / f"broken{name}", *options)
     assert status == 2
     assert out.removesuffix("\n").isprintable()
     assert all(line.isprintable() for line in err.split("\n"))
@@ -163,79 +141,16 @@ def test_predict_shows_odd_names_escaped(name, trained, scans, tool, tmp_path):
     assert key == str(odd)
 
 
-def test_predict_reads_no_pipe_and_gives_no_answer_that_is_not_finite(trained, scans, tool, tmp_path):
+def test_predict_reads_no_pipe_and_gives_no_answer_that_is_not_finite(trained, scans, call, tmp_path):
     weights, path = trained.folder / "best_ckpt.pth", next(iter(scans))
     os.mkfifo(tmp_path / "pipe.png")
-    status, _, err = tool("tools.predict", weights, tmp_path / "pipe.png")
+    status, _, err = call("tools/predict.py", weights, tmp_path / "pipe.png")
     assert (status, err) == (2, f"error: {tmp_path}/pipe.png: is no regular file\n")
-    status, _, err = tool("tools.predict", weights, path, "--classes", tmp_path / "pipe.png")
+    status, _, err = call("tools/predict.py", weights, path, "--classes", tmp_path / "pipe.png")
     assert (status, err) == (2, f"error: {tmp_path}/pipe.png is no regular file: give class names, one a line\n")
     payload = torch.load(weights, weights_only=True)
     huge = {name: value.double() * 1e300 for name, value in payload["model"].items() if name.endswith("head.weight")}
     torch.save(payload | {"model": payload["model"] | huge}, tmp_path / "huge.pth")
-    status, out, err = tool("tools.predict", tmp_path / "huge.pth", path)
+    status, out, err = call("tools/predict.py", tmp_path / "huge.pth", path)
     assert (status, out) == (2, "")
     assert "the network's answers are not finite" in err
-
-
-@pytest.mark.filterwarnings("default")  # the exporters of some versions of torch warn of themselves
-@pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_an_exported_network_answers_as_the_deployed_one_at_any_batch_size(suffix, fuse, trained, tool, tmp_path):
-    path, weights = tmp_path / f"digits{suffix}", trained.folder / "best_ckpt.pth"
-    status, out, _ = tool("tools.export", weights, path, *["--fuse"] * fuse)
-    assert status == 0
-    assert "verified on random images" in out
-    network = build_from(read_checkpoint(weights))
-    if suffix == ".onnx":
-        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    else:
-        program = torch.export.load(io.BytesIO(path.read_bytes())).module()
-    for n in (1, 5):
-        images = torch.randn(n, 3, 16, 16)
-        if suffix == ".onnx":
-            logits = torch.from_numpy(np.asarray(session.run(None, {"images": images.numpy()})[0]))
-        else:
-            logits = program(images)
-        with torch.no_grad():
-            torch.testing.assert_close(logits, network.model(images), rtol=1e-4, atol=1e-4)
-
-
-def test_export_writes_nothing_where_the_format_is_unknown_or_the_check_fails(trained, tool, tmp_path):
-    weights = trained.folder / "best_ckpt.pth"
-    for name, flags, message in (
-        ("a.pb", [], "must end in .onnx or .pt2"),
-        ("a.pt2", ["--tolerance", -1], "the exported program changes the logits by"),
-    ):
-        status, _, err = tool("tools.export", weights, tmp_path / name, *flags)
-        assert status == 2
-        assert message in err
-    assert list(tmp_path.iterdir()) == []
-
-
-PROGRAMS = sorted(
-    path
-    for folder in ("tools", "benchmarks")
-    for path in (ROOT / folder).glob("*.py")
-    if '__name__ == "__main__"' in path.read_text()
-)
-
-
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: f"{path.parent.name}.{path.stem}")
-def test_every_program_explains_itself_and_knows_its_arguments(path, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    name = f"{path.parent.name}.{path.stem}"
-    monkeypatch.delitem(sys.modules, name, raising=False)  # that of another test
-    for argument, status, beginning in (("--help", 0, "usage: "), ("--nonsense", 2, "error: ")):
-        monkeypatch.setattr(sys, "argv", [path.name, argument])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_module(name, run_name="__main__")
-        printed = capsys.readouterr()
-        assert stop.value.code == status
-        assert (printed.out if status == 0 else printed.err).startswith(beginning)
-        assert (printed.err if status == 0 else printed.out) == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_programs_are_found():
-    assert {"quickstart", "predict", "soak", "inference"} <= {path.stem for path in PROGRAMS}
