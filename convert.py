@@ -1,4 +1,4 @@
-"""Turns a training checkpoint of any task into a deploy checkpoint by Locality Injection, verified before it is written."""
+"""Turns a training checkpoint of any task into a deploy checkpoint by Locality Injection, and verifies it first."""
 
 if __name__ == "__main__":  # the imports below take seconds
     from utils.interrupt import end_on_interrupt

@@ -87,7 +87,7 @@ class Task(ABC):
         return to_2tuple(self.cfg.DATA.IMG_SIZE or default_image_size(self.arch))
 
     def test_size(self, image_size: Size) -> Size | None:
-        """Returns the size of test images for a network that is made for images of a size; None leaves each as it is."""
+        """Returns the size of test images for a network that is made for a size; None leaves each as it is."""
         size = self.cfg.DATA.TEST_SIZE or (None if self.whole_images else image_size)
         return to_2tuple(size) if size else None
 
@@ -206,7 +206,7 @@ class Task(ABC):
         return build_from(checkpoint, arch, **changes)
 
     def network_to_evaluate(self, checkpoint: Checkpoint, arch: str | None) -> Network:
-        """Builds the network of a checkpoint, with what the configuration gives in place of what the checkpoint says."""
+        """Builds the network of a checkpoint; what the configuration gives replaces what the checkpoint says."""
         size = {"img_size": to_2tuple(self.cfg.DATA.IMG_SIZE)} if self.cfg.DATA.IMG_SIZE else {}
         return self.network_from(checkpoint, arch, **size, **self.structure)
 

@@ -109,7 +109,8 @@ class SegmentationNetwork(ReparameterizableNetwork):
         """Recomputes the backbone's activations in the backward pass, which saves memory; the decoder keeps its own."""
         backbone: Any = self.backbone
         # timm's extractors of levels pass this on but for one kind.
-        (backbone.model if isinstance(backbone, FeatureGetterNet) else backbone).set_grad_checkpointing(enable)
+        network: Any = backbone.model if isinstance(backbone, FeatureGetterNet) else backbone
+        network.set_grad_checkpointing(enable)
 
     @property
     def backbone(self) -> nn.Module:

@@ -27,9 +27,9 @@ NORMALIZE = Normalize((0.5,) * 3, (0.25,) * 3)
 
 
 def evaluated(
-    model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager = nullcontext()
+    model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager | None = None
 ) -> ClassificationResult:
-    result = evaluate(model, batches, ClassificationMetric(CPU), NORMALIZE, CPU, precision)
+    result = evaluate(model, batches, ClassificationMetric(CPU), NORMALIZE, CPU, precision or nullcontext())
     assert isinstance(result, ClassificationResult)
     return result
 
