@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.checkpoints import build_from, read_checkpoint
 from models.files import write_atomically
-from models.fusion import fuse_verified
-from models.reparam import input_channels, is_reparameterizable, relative_difference, to_deploy
+from models.reparam import input_channels, relative_difference
+from tasks.inference import add_checkpoint_options, load_checkpoint, prepare
 from utils import cli
 from utils.files import check_target
 from utils.text import printable
@@ -31,9 +30,7 @@ def parser() -> cli.Parser:
     result = cli.Parser(description=__doc__, argument_default=None)
     result.add_argument("weights", metavar="WEIGHTS", help="checkpoint, training or deploy")
     result.add_argument("save", metavar="FILE", type=Path, help="where to write: NAME.onnx or NAME.pt2")
-    result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
-    cli.add_ema_option(result)
-    result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
+    add_checkpoint_options(result, fuse=True)
     result.add_argument("--tolerance", type=float, default=1e-4, help="on the relative logit difference")
     return result
 
@@ -88,11 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.save.suffix not in FORMATS:
         raise ValueError(f"{args.save}: the name must end in {' or '.join(FORMATS)}, which chooses the format")
     check_target(args.save, [args.weights])
-    checkpoint = read_checkpoint(args.weights, ema=args.ema)
-    network = build_from(checkpoint, args.arch)
-    model = network.model.float()
-    model = to_deploy(model) if is_reparameterizable(model) else model
-    model = fuse_verified(model) if args.fuse else model
+    _, checkpoint, network = load_checkpoint(args.weights, args.arch, args.ema)
+    model = prepare(network.model, torch.device("cpu"), deploy=True, fuse=args.fuse)
     traced, checked = (torch.randn(n, input_channels(network.model), *network.image_size) for n in BATCH_SIZES)
     content, program = FORMATS[args.save.suffix](model, traced)
     difference = relative_difference(model(checked), program(checked))

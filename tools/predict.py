@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import data
 from data.decode import decode_rgb
 from data.transforms import Transform
-from models.checkpoints import Checkpoint, build_from, read_checkpoint
-from models.fusion import fuse_verified
+from models.checkpoints import Checkpoint
+from tasks.classification import Classification
+from tasks.inference import add_checkpoint_options, default_device, load_checkpoint, prepare
 from utils import cli
 from utils.files import check_target, write_json
 from utils.text import printable
@@ -30,7 +31,7 @@ def parser() -> cli.Parser:
     result = cli.Parser(description=__doc__, argument_default=None)
     result.add_argument("weights", metavar="WEIGHTS", help="checkpoint, training or deploy")
     result.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
-    result.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
+    add_checkpoint_options(result, fuse=True)
     result.add_argument("-b", "--batch-size", type=int, default=16, metavar="N", help="images per batch")
     result.add_argument("-k", "--top", type=int, default=5, metavar="N", help="how many classes to name")
     result.add_argument(
@@ -41,8 +42,6 @@ def parser() -> cli.Parser:
         "--dataset", choices=list(data.DATASETS), help="trained on; what the checkpoint tells, or imagenet, if absent"
     )
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
-    cli.add_ema_option(result)
-    result.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")
     result.add_argument("--json", type=Path, metavar="FILE", help="also write the probabilities there")
     return result
 
@@ -120,12 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         images = [path for path in args.images if not path.is_dir()]  # a folder is no image, and not read
         check_target(args.json, filter(None, [args.weights, *images, args.classes]))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = read_checkpoint(args.weights, ema=args.ema)
-    network, normalize = build_from(checkpoint, args.arch), normalization(args.dataset, checkpoint).to(device)
+    device = default_device()
+    task, checkpoint, network = load_checkpoint(args.weights, args.arch, args.ema)
+    if task is not Classification:
+        raise ValueError(f"{args.weights} is of the task {task.name}, whose networks name no classes")
+    normalize = normalization(args.dataset, checkpoint).to(device)
     names = class_names(args.classes, network.num_classes)
-    model = network.model.float().to(device)
-    model = fuse_verified(model) if args.fuse else model
+    model = prepare(network.model, device, fuse=args.fuse)
     size = to_2tuple(args.resolution or network.image_size)
     transform = data.eval_transform(size, crop=args.crop)
     unreadable: list[Path] = []

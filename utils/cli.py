@@ -70,12 +70,6 @@ def side(text: str) -> int:
     return int(text)
 
 
-def add_ema_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--ema` and `--no-ema`, which choose between the average and the weights where a checkpoint holds both."""
-    text = "use the averaged weights, or not; as the checkpoint says if absent"
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None, help=text)
-
-
 def print_error(message: str) -> None:
     """Prints `error: message` to stderr on one line, red on a terminal."""
     _print_last(f"{colored('error:', 'red', force_color=sys.stderr.isatty() or None)} {printable(message)}")

@@ -133,7 +133,7 @@ CONTRADICTIONS = [
         "FACE.MARGIN FACE.LOSS",
         "set FACE.MARGIN to 1 at most",
     ),
-    ("TASK segmentation DATA.BATCH_SIZE 1", "TASK DATA.BATCH_SIZE", "set DATA.BATCH_SIZE to 2 at least"),
+    ("TASK segmentation DATA.BATCH_SIZE 1", "TASK DATA.BATCH_SIZE", "set DATA.BATCH_SIZE higher"),
 ]
 AGREEMENTS = [
     "EVAL_MODE true MODEL.RESUME a",
