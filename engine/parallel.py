@@ -22,8 +22,15 @@ class NetworkWithLoss(nn.Module):
         self.network, self.criterion = network, criterion
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Returns the loss, a scalar."""
-        return cast(Tensor, self.criterion(self.network(images), targets))
+        """Returns the loss, a scalar, which is computed in single precision at least.
+
+        Not every criterion sees to that itself under autocast; a margin softmax would even turn what it learns into
+        half precision.
+        """
+        outputs = self.network(images)
+        with torch.autocast(outputs.device.type, enabled=False):
+            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+            return cast(Tensor, self.criterion(outputs, targets))
 
 
 def wrap(network: nn.Module, criterion: nn.Module, cfg: CfgNode, rank_info: RankInfo) -> nn.Module:
