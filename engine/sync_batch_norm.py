@@ -25,11 +25,11 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
 
-class CpuSyncBatchNorm(nn.BatchNorm2d):
+class _CpuSyncBatchNorm(_BatchNorm):
     """What torch's SyncBatchNorm does on GPUs alone, for CPUs: two sums over all processes, differentiated through."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same shape and dtype; N may differ between processes.
+        """(N, C, ...) -> the same shape and dtype; N may differ between processes.
 
         Raises:
             ValueError: all processes together have fewer than two values per channel.
@@ -39,17 +39,19 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         self._check_input_dim(input)
         # As torch's BatchNorm does, it adds up half precision in single precision.
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        sums = _over_processes(torch.cat((x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]]))))
+        others = [dim for dim in range(x.dim()) if dim != 1]
+        per_channel = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+        sums = _over_processes(torch.cat((x.sum(others), x.new_tensor([x.numel() / x.shape[1]]))))
         count = sums[-1].detach()
         if count < 2:
             raise ValueError(f"BatchNorm in training needs more than one value per channel, not {int(count)}")
         mean = sums[:-1] / count
-        centred = x - mean.view(1, -1, 1, 1)
-        variance = _over_processes(centred.square().sum((0, 2, 3))) / count
+        centred = x - mean.view(per_channel)
+        variance = _over_processes(centred.square().sum(others)) / count
         self._track(mean, variance * (count / (count - 1)))
-        out = centred * (variance + self.eps).rsqrt().view(1, -1, 1, 1)
+        out = centred * (variance + self.eps).rsqrt().view(per_channel)
         if self.affine:
-            out = out * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+            out = out * self.weight.view(per_channel) + self.bias.view(per_channel)
         return out.to(input.dtype)
 
     @torch.no_grad()
@@ -63,6 +65,20 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var.dtype), share)
 
 
+class CpuSyncBatchNorm1d(_CpuSyncBatchNorm, nn.BatchNorm1d):
+    """Over vectors (N, C) and sequences (N, C, L)."""
+
+
+class CpuSyncBatchNorm2d(_CpuSyncBatchNorm, nn.BatchNorm2d):
+    """Over maps (N, C, H, W)."""
+
+
+ON_CPUS: dict[type[nn.Module], type[_CpuSyncBatchNorm]] = {
+    nn.BatchNorm1d: CpuSyncBatchNorm1d,
+    nn.BatchNorm2d: CpuSyncBatchNorm2d,
+}
+
+
 def _over_processes(tensor: Tensor) -> Tensor:
     return cast(Tensor, _SumOverProcesses.apply(tensor))
 
@@ -71,13 +87,14 @@ def synchronise_batch_norms(model: nn.Module) -> nn.Module:
     """Returns the network with every BatchNorm computing over all processes; names and values stay as they are.
 
     Raises:
-        ValueError: on a CPU, a BatchNorm that is not a plain one of two dimensions.
+        ValueError: on a CPU, a BatchNorm that is none of `ON_CPUS`.
     """
     if next(model.parameters()).device.type != "cpu":
         return convert_sync_batchnorm(model)  # timm's, which knows its norms with an activation within, too
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = CpuSyncBatchNorm
+        if type(module) in ON_CPUS:
+            module.__class__ = ON_CPUS[type(module)]
         elif isinstance(module, _BatchNorm):
-            raise ValueError(f"TRAIN.SYNC_BN on CPUs is for BatchNorm2d only, not for {type(module).__name__}")
+            known = " and ".join(kind.__name__ for kind in ON_CPUS)
+            raise ValueError(f"TRAIN.SYNC_BN on CPUs is for {known}, not for {type(module).__name__}")
     return model

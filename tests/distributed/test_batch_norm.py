@@ -26,6 +26,7 @@ CASES = (
     ("other", {"momentum": 0.7, "eps": 0.1}),
     ("not affine", {"affine": False}),
     ("no statistics", {"track_running_stats": False}),
+    ("vectors", {"kind": nn.BatchNorm1d}),
 )
 WORLD, EVEN = 3, (4, 4, 4)
 UNEVEN = ((1, 5, 2), (3, 1, 0), (0, 4, 0))
@@ -33,11 +34,15 @@ Figures = dict[str, Tensor]
 
 
 def network(settings: dict, dtype: torch.dtype) -> nn.Module:
-    """Two convolutions with a norm between them that is not as it was initialised."""
+    """Two convolutions, or linear layers, with a norm between them that is not as it was initialised."""
     torch.manual_seed(1)
-    norm = nn.BatchNorm2d(CHANNELS, **settings)
+    kind, vectors = settings.get("kind", nn.BatchNorm2d), "kind" in settings
+    norm = kind(CHANNELS, **{name: value for name, value in settings.items() if name != "kind"})
     for name, value in norm.named_parameters():
         nn.init.uniform_(value, 0.5, 1.5) if name == "weight" else nn.init.normal_(value)
+    if vectors:
+        first = nn.Sequential(nn.Flatten(), nn.Linear(2 * SIZE * SIZE, CHANNELS, bias=False))
+        return nn.Sequential(first, norm, nn.Linear(CHANNELS, 2)).to(dtype)
     return nn.Sequential(nn.Conv2d(2, CHANNELS, 3, padding=1), norm, nn.Conv2d(CHANNELS, 2, 3)).to(dtype)
 
 
@@ -59,7 +64,7 @@ def figures(process: RankInfo, input_dtype: torch.dtype, settings: dict, counts:
     model = network(settings, dtype)
     if process.world_size > 1:
         model = synchronise_batch_norms(model)
-        assert type(model[1]).__name__ == "CpuSyncBatchNorm"
+        assert type(model[1]).__name__.startswith("CpuSyncBatchNorm")
     share, found = share_of(process, counts), {}
     for step in range(2):
         images = (examples(sum(counts), dtype) * (step + 1))[share].requires_grad_()
