@@ -6,10 +6,9 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from PIL import Image
+from pictures import write_street
 from processes import Process, Zygote
 
 pytest_plugins = ["script_runs"]
@@ -17,32 +16,6 @@ pytest_plugins = ["script_runs"]
 # A busy machine is no reason to fail: how long an example takes is not what these tests are about.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
-
-ROAD, PERSON, CAR, RECTIFICATION = 7, 24, 26, 3  # label ids of Cityscapes; the last one is not evaluated
-
-
-def write_street(root: Path, split: str, city: str, number: int, size: tuple[int, int] = (64, 96)) -> None:
-    """Writes a grey background with a red rectangle and a blue disc, and its mask, as Cityscapes names them."""
-    rng, (height, width) = np.random.default_rng([number, len(split)]), size
-    mask = np.full(size, ROAD, dtype=np.uint8)
-    y, x = np.mgrid[:height, :width]
-    side = rng.integers(16, 28)
-    top, left = rng.integers(0, height // 2), rng.integers(0, width // 2 - side)
-    mask[top : top + side, left : left + side] = CAR
-    centre = rng.integers(16, height - 16), rng.integers(width // 2 + 14, width - 14)
-    mask[np.hypot(y - centre[0], x - centre[1]) < rng.integers(8, 14)] = PERSON
-    mask[:2] = RECTIFICATION
-    colours = {ROAD: (110, 110, 110), CAR: (200, 40, 40), PERSON: (40, 60, 200), RECTIFICATION: (0, 0, 0)}
-    image = np.zeros((*size, 3), dtype=np.uint8)
-    for label, colour in colours.items():
-        image[mask == label] = colour
-    noisy = np.clip(image + rng.normal(0, 12, image.shape), 0, 255).astype(np.uint8)
-    name = f"{city}_{number:06}_000019"
-    for kind, suffix, content in (("leftImg8bit", "leftImg8bit", noisy), ("gtFine", "gtFine_labelIds", mask)):
-        folder = root / kind / split / city
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(content).save(folder / f"{name}_{suffix}.png")
-
 
 @pytest.fixture(scope="session")
 def cityscapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -71,6 +71,8 @@ def execute(script: str) -> NoReturn:
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
+    import pytorch_metric_learning.losses  # noqa: F401
+    import segmentation_models_pytorch  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
     import convert  # noqa: F401

@@ -44,7 +44,7 @@ def before_updates(plan: dict) -> None:
         update(trainer, group)
         if "record_images" in plan:
             images = [int(index) for batch in group for index in batch.indices]
-            with open(f"{plan['record_images']}{trainer.process.rank}", "a") as file:
+            with open(f"{plan['record_images']}{trainer.rank_info.rank}", "a") as file:
                 file.write(json.dumps([trainer.progress.epoch, images]) + "\n")
 
     engine.train.Trainer._update = disturbed

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from engine.finite import MIN_LOSS_SCALE, FiniteGuard
+from engine.finite_guard import MIN_LOSS_SCALE, FiniteGuard
 from fault_runs import Run, one_line
 from torch import nn
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data.mixing import ERASING_MODES, MIXUP_MODES
+from data import ERASING_MODES, MIXUP_MODES
 from timm.layers import to_2tuple
 from yacs.config import CfgNode
 
