@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from utils import distributed
-from utils.distributed import Process
+from utils.distributed import RankInfo
 
 CPU = torch.device("cpu")
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -24,14 +24,14 @@ def _clean_environment(launcher):
 
 def test_without_a_launcher_the_process_is_alone():
     process = distributed.init()
-    assert process == Process(rank=0, world_size=1, local_rank=0, device=CPU)
+    assert process == RankInfo(rank=0, world_size=1, local_rank=0, device=CPU)
     assert process.is_main
     assert not dist.is_initialized()
 
 
 def test_torchrun_with_one_process_needs_no_group(launcher):
     launcher(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")
-    assert distributed.init() == Process(0, 1, 0, CPU)
+    assert distributed.init() == RankInfo(0, 1, 0, CPU)
     assert not dist.is_initialized()
 
 
@@ -53,7 +53,7 @@ def test_a_task_of_slurm(launcher):
         SLURM_JOB_ID="31234",
         SLURM_STEP_NODELIST="n[3-4]",
     )
-    assert distributed.init() == Process(0, 1, 0, CPU)
+    assert distributed.init() == RankInfo(0, 1, 0, CPU)
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n3", "16234")
 
@@ -84,7 +84,7 @@ def test_an_odd_list_of_nodes_is_a_readable_mistake(launcher, nodes):
         distributed.init()
     assert "RANK" not in os.environ
     launcher(**task, MASTER_ADDR="n3")
-    assert distributed.init() == Process(0, 1, 0, CPU)
+    assert distributed.init() == RankInfo(0, 1, 0, CPU)
     assert os.environ["MASTER_ADDR"] == "n3"
 
 
@@ -116,13 +116,13 @@ def test_an_address_of_the_user_stays(launcher):
 
 def test_a_shell_within_a_slurm_job_is_no_task(launcher):
     launcher(SLURM_JOB_ID="4711", SLURM_NTASKS="8", SLURM_PROCID="0")
-    assert distributed.init() == Process(0, 1, 0, CPU)
+    assert distributed.init() == RankInfo(0, 1, 0, CPU)
     assert "RANK" not in os.environ
 
 
 def test_torchrun_within_a_slurm_job_wins(launcher):
     launcher(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", SLURM_PROCID="3", SLURM_STEP_NUM_TASKS="8")
-    assert distributed.init() == Process(0, 1, 0, CPU)
+    assert distributed.init() == RankInfo(0, 1, 0, CPU)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_helpers_work_alone():
     assert tensor.tolist() == [1.0, 2.0]
     assert distributed.barrier() is None
     assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
-    assert distributed.from_main(lambda: [1, 2]) == [1, 2]
+    assert distributed.broadcast_from_rank0(lambda: [1, 2]) == [1, 2]
     assert distributed.shutdown() is None
 
 
@@ -188,7 +188,7 @@ def refuse(error: Exception):
 @pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("gone"), KeyError("a defect")])
 def test_alone_an_error_passes_as_it_is(error):
     with pytest.raises(type(error)) as caught:
-        distributed.from_main(refuse(error))
+        distributed.broadcast_from_rank0(refuse(error))
     assert caught.value is error
 
 
@@ -206,13 +206,13 @@ def test_the_helpers_work_in_a_group_of_one(group_of_one):
     assert tensor.tolist() == [1.0, 2.0]
     assert distributed.barrier() is None
     assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
-    assert distributed.from_main(lambda: [1, 2]) == [1, 2]
+    assert distributed.broadcast_from_rank0(lambda: [1, 2]) == [1, 2]
     for error in (ValueError("wrong"), FileNotFoundError("wrong")):
         with pytest.raises(ValueError, match="^wrong$") as caught:
-            distributed.from_main(refuse(error))
+            distributed.broadcast_from_rank0(refuse(error))
         assert type(caught.value) is ValueError
     with pytest.raises(KeyError):
-        distributed.from_main(refuse(KeyError("a defect")))
+        distributed.broadcast_from_rank0(refuse(KeyError("a defect")))
     distributed.shutdown()
     assert not dist.is_initialized()
     assert distributed.world_size() == 1
@@ -234,10 +234,10 @@ def refuse():
     raise FileNotFoundError("gone")
 def error():
     try:
-        distributed.from_main(refuse)
+        distributed.broadcast_from_rank0(refuse)
     except Exception as error:
         return [type(error).__name__, str(error)]
-computed = distributed.from_main(compute)
+computed = distributed.broadcast_from_rank0(compute)
 if process.rank == 1:
     time.sleep(0.5)
 entered = time.time()
