@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,8 +47,8 @@ def train(run: Run) -> None:
         if run.rank_info.is_main:
             trainer.metrics = MetricsWriter(folder, recorded, trainer.progress.epoch)
             write_text(folder / "config.yaml", cfg.dump(sort_keys=False))
-        run_epochs(run, trainer, checkpoints, loader, eval_loader)
-        trainer.metrics.close()
+        with closing(trainer.metrics):
+            run_epochs(run, trainer, checkpoints, loader, eval_loader)
         log_end(run, trainer, folder)
 
 
