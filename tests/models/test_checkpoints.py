@@ -480,7 +480,7 @@ def test_what_the_file_says_and_the_user_wants_otherwise(tmp_path: Path) -> None
     checkpoint = read_checkpoint(saved(tmp_path / "a.pth", payload))
     assert build_from(checkpoint).image_size == (24, 24)
     assert build_from(checkpoint, img_size=(24, 24), share_sets=(2, 8)).image_size == (24, 24)
-    with pytest.raises(ValueError, match="DATA.IMG_SIZE 24"):
+    with pytest.raises(ValueError, match="DATA.IMG_SIZE to 24"):
         build_from(checkpoint, img_size=(32, 32))
     with pytest.raises(ValueError, match="of another shape"):
         build_from(checkpoint, share_sets=(4, 16))
@@ -561,7 +561,7 @@ def test_containers_in_a_circle_and_names_of_thousands_of_prefixes(weights: dict
 
 def test_two_tensors_of_one_name(weights: dict[str, Tensor], tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pth", weights | {"module.head.bias": weights["head.bias"] + 1})
-    with pytest.raises(ValueError, match="several tensors of one name"):
+    with pytest.raises(ValueError, match="several tensors whose names differ in a prefix only"):
         read_checkpoint(path)
 
 
@@ -600,7 +600,8 @@ WRONG_META: list[dict[str, object]] = [
     {"dataset": ["digits"]},
     {"weights": "raw"},
     {"task": 3},
-    {"task": "segmentation"},
+    {"metric": 3},
+    {"task": "segmentation", "network": {}},
 ]
 
 
