@@ -110,9 +110,8 @@ def test_without_pooling_every_position_is_classified(arch: str) -> None:
     features, logits = model.forward_features(images), model(images)
     axes = (2, 3) if arch in STAGED else (1,)
     assert torch.equal(model.forward_head(features, pre_logits=True), features)
-    assert (
-        logits.shape == (*features.shape[:1], 10, *features.shape[2:]) if arch in STAGED else (*features.shape[:2], 10)
-    )
+    n, *positions = features.shape
+    assert logits.shape == ((n, 10, *positions[1:]) if arch in STAGED else (n, positions[0], 10))
     # The head is linear.
     assert largest_difference(pooled(images), logits.mean(axes)) < 1e-12
     assert largest_difference(logits, to_deploy(model)(images)) < 1e-12
