@@ -65,12 +65,14 @@ def draw_pairs(labels: np.ndarray, count: int, seed: int = 0) -> Pairs:
     sizes = np.bincount(labels)
     if (sizes > 0).sum() < 2 or sizes.max() < 2:
         raise ValueError("pairs need two classes at least, one of them with two images")
+    of_one, of_all = int((sizes * (sizes - 1) // 2).sum()), len(labels) * (len(labels) - 1) // 2
+    wanted = min(count // 2, of_one, of_all - of_one)
     rng = np.random.default_rng(seed)
     found: dict[bool, dict[tuple[int, int], None]] = {True: {}, False: {}}
     with_partner = np.flatnonzero(sizes[labels] > 1)
     for same, pairs in found.items():
-        for _ in range(count // 2 * MAX_TRIES):
-            if len(pairs) == count // 2:
+        for _ in range(wanted * MAX_TRIES):
+            if len(pairs) == wanted:
                 break
             first = rng.choice(with_partner if same else len(labels))
             others = np.flatnonzero((labels == labels[first]) == same)
