@@ -11,7 +11,7 @@ from data.segmentation import IGNORED, MaskedDataset, segmentation_eval_transfor
 from engine.metrics import SegmentationMetric
 from engine.task import Size, Task
 from models import default_image_size
-from models.build import REGISTRY, structure_changes
+from models.build import changeable, structure_changes
 from models.checkpoints import Checkpoint, Network, build_from, read_checkpoint
 from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
 from utils.seed import seed_everything
@@ -55,7 +55,7 @@ class Segmentation(Task):
             options["img_size"] = to_2tuple(seg.BACKBONE_SIZE)
         if seg.DOWNSAMPLE:
             options |= {"downsample": seg.DOWNSAMPLE, "rank": seg.RANK}
-        if self.arch not in REGISTRY and (trained or seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure):
+        if not changeable(self.arch) and (trained or seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure):
             raise ValueError(
                 "MODEL.PRETRAINED, SEG.DOWNSAMPLE, SEG.BACKBONE_SIZE and changes of the structure are for our own "
                 f"architectures, not for {self.arch}"
