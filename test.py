@@ -23,6 +23,7 @@ from engine.evaluate import Comparison, compare, evaluate, refuse_nonfinite
 from engine.precision import PRECISIONS, autocast
 from engine.task import Task
 from models import list_models
+from models.reparam import to_deploy
 from tasks.inference import Loaded, add_checkpoint_options, default_device, load_checkpoint, prepare
 from utils import cli
 from utils.distributed import RankInfo
@@ -103,7 +104,7 @@ def check(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> tu
     if args.fuse and args.amp != "off":
         raise ValueError("mode check compares in full precision what --fuse makes: leave --amp away")
     device, dtype = task.rank_info.device, PRECISIONS[args.amp]
-    converted = prepare(network, device, deploy=True, fuse=args.fuse)
+    converted = prepare(network, device, fuse=True) if args.fuse else to_deploy(network)
     metrics = task.build_metric(loaded.network.num_classes), task.build_metric(loaded.network.num_classes)
     batches = task.eval_loader(loaded.network.image_size)
     result = compare(network, converted, batches, metrics, task.normalize(), device, autocast(device, dtype))
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.tolerance > 0:
         raise ValueError("--tolerance must be above 0")
     if args.json:
-        check_target(args.json, [args.weights, args.data])
+        check_target(args.json, [args.weights, args.data, *args.opts])  # a key may name a file, such as FACE.PAIRS
     loaded, device = load(args), default_device()
     task = build_task(args, loaded.task, device)
     task.check_classes(args.weights, loaded.network.num_classes)
