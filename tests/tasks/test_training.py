@@ -97,7 +97,7 @@ def test_checkpoints_describe_themselves(task, finished):
         assert payload["metric"] == task.kind.metric
         assert payload["meta"]["task"] == task.kind.name
         assert payload["meta"]["form"] == "train"
-        assert payload["meta"]["dataset"] == task.kind.dataset
+        assert payload["meta"]["dataset"] == task.kind.default_dataset
         assert payload["meta"].get("weights") == ("ema" if path.name == "best_ema.pth" else None)
 
 

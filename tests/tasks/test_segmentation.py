@@ -1,0 +1,121 @@
+"""What is special about segmentation: from a pretrained classifier to a converted network that has learned."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from task_recipes import keys_of
+
+from models import create_model
+from models.checkpoints import describe, read_checkpoint
+from models.files import write_checkpoint
+from models.segmentation import segmentation_from
+
+ARCH = "RepMLPNet-D256"
+STRUCTURE = {"channels": [8, 16, 16, 32], "blocks": [1, 1, 1, 1], "share_sets": [1, 2, 4, 8]}
+# The recipe of all tests but for its structure and size, which are those of the classifier.
+KEYS = {
+    key: value
+    for key, value in keys_of("segmentation", "MODEL.LABEL_SMOOTHING 0 TRAIN.ACCUMULATION_STEPS 1").items()
+    if key not in ("MODEL.CHANNELS", "MODEL.BLOCKS", "MODEL.SHARE_SETS", "SEG.BACKBONE_SIZE")
+}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RepMLPNet-D256 made much smaller, as if pretrained on images of 32 x 32 pixels."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("classifier") / "classifier.pth"
+    model = create_model(ARCH, num_classes=4, img_size=(32, 32), **STRUCTURE)
+    write_checkpoint(path, {"model": model.state_dict(), "meta": describe(ARCH, model, model.img_size, "train")})
+    return path
+
+
+def words(images: Path, output: Path, flags: str = "", changes: str = "") -> list[str]:
+    given = changes.split()
+    keys = KEYS | dict(zip(given[::2], given[1::2], strict=True))
+    pairs = [word for pair in keys.items() for word in pair]
+    return ["--data-path", str(images), "--output", str(output), *flags.split(), "--opts", *pairs]
+
+
+@pytest.fixture(scope="module")
+def segmenter(script, classifier: Path, cityscapes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that is long enough to learn what little there is to learn."""
+    output = tmp_path_factory.mktemp("segmenter")
+    changes = "TRAIN.EPOCHS 24 TRAIN.BASE_LR 0.64 TRAIN.EMA_ALPHA 0 EVAL_FREQ 12 SAVE_FREQ 24 PRINT_FREQ 100"
+    result = script(
+        "main_repmlp.py", *words(cityscapes_folder, output, f"--pretrained {classifier}", changes), folder=output
+    )
+    assert result.status == 0, result.err
+    assert f"starting from the classifier in {classifier}, for the backbone" in result.out
+    return output / ARCH / "run"
+
+
+def test_it_learns_and_keeps_what_it_has_learned_when_it_is_converted(
+    call, segmenter: Path, cityscapes_folder: Path, tmp_path: Path
+) -> None:
+    best = read_checkpoint(segmenter / "best_ckpt.pth").payload["progress"]["best_metric"]
+    assert best > 75
+    deploy = tmp_path / "deploy.pth"
+    assert call("convert.py", segmenter / "best_ckpt.pth", deploy).status == 0
+    for mode, weights in (("train", segmenter / "best_ckpt.pth"), ("deploy", deploy)):
+        result = call("test.py", cityscapes_folder, mode, weights, "-j", 0)
+        assert float(re.findall(r"mIoU ([\d.]+)", result.out)[0]) == pytest.approx(best, abs=0.01)
+        assert re.search(r"road +\d", result.out)
+        assert re.search(r"train +absent", result.out)
+    checkpoint = read_checkpoint(deploy)
+    assert (checkpoint.form, checkpoint.meta["network"]["arch"]) == ("deploy", ARCH)
+    backbone = segmentation_from(checkpoint).backbone.model
+    assert backbone.stages[0][0].repmlp_block.deploy
+    assert backbone.embeds[0].conv.kernel_size == (3, 3)
+
+
+def test_a_run_starts_from_the_classifier(script, classifier: Path, cityscapes_folder: Path, tmp_path: Path) -> None:
+    """With a learning rate of 0, one epoch changes running statistics alone; its structure and size are taken over."""
+    changes = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR 0"
+    command = words(cityscapes_folder, tmp_path, f"--pretrained {classifier}", changes)
+    result = script("main_repmlp.py", *command)
+    assert result.status == 0, result.err
+    checkpoint = read_checkpoint(tmp_path / ARCH / "run" / "latest.pth")
+    weights = segmentation_from(checkpoint).backbone.model.state_dict()
+    pretrained = read_checkpoint(classifier).state_dict
+    kernels = [name for name in weights if name.endswith("fc3.weight")]
+    assert len(kernels) == 4
+    assert all(torch.equal(weights[name], pretrained[name]) for name in kernels)
+    assert checkpoint.meta["network"]["img_size"] == [32, 32]
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "message"),
+    [
+        ("--arch RepMLPNet-D255", "MODEL.ARCH RepMLPNet-D255", "did you mean RepMLPNet-D256"),
+        ("--pretrained {classifier}", "SEG.RANK 9", "from 1 to 4"),
+        ("--pretrained {classifier}", "SEG.BACKBONE_SIZE 64", "leave SEG.BACKBONE_SIZE out"),
+        ("", "MODEL.ARCH resnet18", "are for our own architectures, not for resnet18"),
+        ("--pretrained {segmenter}/latest.pth", "TAG x", "segmentation"),
+        ("--pretrained {deploy}", "", "converted already"),
+        ("--eval --resume {classifier}", "", "is no checkpoint of a segmentation network"),
+        ("", "DATA.BATCH_SIZE 1", "set DATA.BATCH_SIZE higher"),
+        ("", "AUG.MIXUP 0.4", "TASK segmentation does not use AUG.MIXUP"),
+    ],
+)
+def test_mistakes(
+    call, classifier: Path, segmenter: Path, cityscapes_folder: Path, tmp_path: Path, flags, changes, message
+) -> None:
+    deploy = tmp_path / "deploy.pth"
+    if "{deploy}" in flags:
+        assert call("convert.py", classifier, deploy).status == 0
+    flags = flags.format(classifier=classifier, segmenter=segmenter, deploy=deploy)
+    result = call("main_repmlp.py", *words(cityscapes_folder, tmp_path / "output", flags, changes))
+    assert result.status == 2, result.out + result.err
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_empty_folder(call, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    result = call("main_repmlp.py", *words(tmp_path / "images", tmp_path / "output"))
+    assert result.status == 2
+    assert "no images at" in result.err
