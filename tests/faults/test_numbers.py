@@ -8,10 +8,12 @@ import signal
 
 import pytest
 import torch
-from engine.finite_guard import MIN_LOSS_SCALE, FiniteGuard
 from fault_runs import Run, one_line
 from torch import nn
+from training_parts import optimizer_of, trainer_of
 
+from data import Batch
+from engine.finite_guard import MIN_LOSS_SCALE
 from tools import soak
 
 
@@ -111,7 +113,7 @@ def test_nan_from_some_update_on_ends_the_run(run):
     assert re.fullmatch(
         r"error: 7 updates were skipped, TRAIN\.MAX_SKIPPED is 6; the last: update 15 skipped at learning rate \S+: "
         r"not a finite loss, on images digits image \d+, .*\. Lower TRAIN\.BASE_LR, look at the images, or train with "
-        "--amp off",
+        "AMP off",
         error,
     )
     assert "stopped: 7 updates were skipped" in run.log
@@ -119,31 +121,41 @@ def test_nan_from_some_update_on_ends_the_run(run):
 
 
 class Steps:
-    """A guard over a linear layer, with gradients as they are told."""
+    """A trainer of a linear layer, with gradients as it is told."""
 
     def __init__(self, *, half: bool, limit: int = 100) -> None:
         torch.manual_seed(0)
         self.network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.5, fused=True)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=half)
         self.told: list[str] = []
         logger = logging.getLogger("tests.faults")
         logger.warning = self.told.append  # type: ignore[method-assign, assignment]
-        self.guard = FiniteGuard(
-            self.network, self.optimizer, self.scaler, window=4, limit=limit, locate=str, logger=logger
+        self.trainer = trainer_of(
+            self.network,
+            optimizer=optimizer_of(self.network, "sgd", lr=0.5),
+            logger=logger,
+            print_freq=4,
+            clip_grad=5,
+            max_skipped=limit,
+            dtype=torch.float16 if half else None,
         )
-        self.skipped = 0
+        self.scaler = self.trainer.scaler
+
+    @property
+    def skipped(self) -> int:
+        return self.trainer.progress.skipped
 
     def update(self, number: int, *, gradient: float = 1.0, loss: float = 1.0) -> None:
-        before = self.guard.before()
-        self.scaler.scale(torch.zeros(()))
-        for parameter in self.network.parameters():
-            parameter.grad = torch.full_like(parameter, gradient)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
-        self.guard.step(number, torch.tensor(loss), norm, before, [torch.arange(3)])
+        def backward(*_: object) -> torch.Tensor:
+            self.scaler.scale(torch.zeros(()))
+            for parameter in self.network.parameters():
+                parameter.grad = torch.full_like(parameter, gradient)
+            return torch.tensor(loss)
+
+        self.trainer._backward = backward  # type: ignore[method-assign]
+        assert self.trainer.progress.update == number
+        self.trainer._update([Batch(torch.zeros(3, 3), torch.zeros(3, dtype=torch.int64), torch.arange(3), [])])
         if number % 4 == 3:
-            self.skipped = self.guard.look(self.skipped)
+            self.trainer.check_skipped()
 
 
 @pytest.mark.parametrize("gradient", [math.inf, math.nan])
@@ -173,7 +185,7 @@ def test_a_loss_scale_that_collapses_ends_the_run():
     last = next(number for number in range(3, 100, 4) if 2.0**16 / 2.0 ** (number + 1) < MIN_LOSS_SCALE)
     for number in range(last):
         steps.update(number, gradient=math.inf)
-    with pytest.raises(ValueError, match=r"the loss scale has collapsed to .*; use --amp bf16 or --amp off"):
+    with pytest.raises(ValueError, match=r"the loss scale has collapsed to .*; use AMP bf16 or off"):
         steps.update(last, gradient=math.inf)
 
 

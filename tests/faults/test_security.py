@@ -150,7 +150,7 @@ def test_a_link_cannot_make_an_endless_folder(start, images, tmp_path):
     for name in ("ant/up", "bee/up"):
         (root / "val" / name).symlink_to(root)
     words = ("--data-path", root, "--arch", "RepMLPNet-Digits", "--output", tmp_path / "output")
-    error = one_line(start("main_repmlp.py", *words, "--opts", "DATA.IMG_SIZE", 16))
+    error = one_line(start("main_repmlp.py", *words, "--batch-size", 8, "--opts", "DATA.IMG_SIZE", 16))
     assert f"{root}/val/ant/up and {root} are one folder, whose images would count more than once" in error
 
 

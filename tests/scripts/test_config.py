@@ -10,7 +10,6 @@ from training_parts import ALONE, optimizer_of, schedule_of
 from yacs.config import CfgNode
 
 import configs
-import data
 from configs import command_line
 from configs.constraints import CONSTRAINTS
 from tasks import TASKS
@@ -44,7 +43,7 @@ FLAGS = {
 }
 
 
-# What works by the configuration, and names in it: a whole one or, in a builder, the section that the builder describes.
+# What works by the configuration; in a builder, `cfg` is the section that describes what it builds.
 READERS = [
     *ROOT.glob("*.py"),
     *(path for folder in ("engine", "tasks", "data") for path in (ROOT / folder).rglob("*.py")),

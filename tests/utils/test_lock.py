@@ -97,5 +97,5 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with pytest.raises(OSError, match=r"can't be locked \(No locks available\): give"), folder_lock(tmp_path):
+    with pytest.raises(OSError, match=r"can't be locked \(No locks available\): set OUTPUT"), folder_lock(tmp_path):
         pass
