@@ -1,17 +1,22 @@
 """Evaluation by any number of processes counts every image once and equals that of a single one."""
 
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distributed_ranks import in_ranks
 from settings import settings
+from task_recipes import keys_of, recipe_of
 
 import data
 import models
 from data import DigitsSource, Normalize
 from engine.evaluate import evaluate
 from engine.metrics import ClassificationMetric, ClassificationResult
+from tasks import TASKS
 from utils.distributed import RankInfo
 from utils.seed import seed_everything
 
@@ -86,3 +91,69 @@ def test_all_processes_refuse_where_one_has_an_unreadable_image():
     said = in_ranks(with_an_unreadable_one, 3)
     assert all("1 images can't be read, so the figures would be wrong: " in text for text in said)
     assert "the disk is gone" in said[5 % 3]
+
+
+# Every task: pairs need four images at least, so that the last of five processes has none.
+TASK_SIZES = (4, 5, 7)
+
+
+class Fewer:
+    """The first so many images of a source."""
+
+    def __init__(self, source: Any, count: int) -> None:
+        self._source, self._count = source, count
+        self.labels = getattr(source, "labels", np.empty(0))[:count]  # of pairs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def figures_of_tasks(process: RankInfo, folder: Path) -> dict[tuple[str, int], tuple[dict[str, Any], int]]:
+    """Evaluates random weights of each task, in float64, on sets of all sizes; with the images of this process."""
+    results = {}
+    for name in TASKS:
+        changes = f"DATA.DATA_PATH {folder / name} DATA.TEST_BATCH_SIZE 2"
+        cfg = settings(" ".join(" ".join(pair) for pair in keys_of(name, changes).items()))
+        for size in TASK_SIZES:
+            task = TASKS[name](cfg, process)
+            task.val_source = Fewer(task.val_source, size)
+            network = task.build_network(task.num_outputs()).double()
+            batches = task.eval_loader(task.train_size)
+            metric, normalize = task.build_metric(task.num_outputs()), task.normalize(torch.float64)
+            result = evaluate(network, batches, metric, normalize, CPU, nullcontext())
+            results[name, size] = (result.as_dict(), sum(len(batch.indices) for batch in batches))
+    return results
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of all tasks; the first four people to verify are of two."""
+    root = tmp_path_factory.mktemp("tasks")
+    for name in TASKS:
+        recipe_of(name).write(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def figures_alone(folders: Path) -> dict[tuple[str, int], tuple[dict[str, Any], int]]:
+    return figures_of_tasks(ALONE, folders)
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3, 5])
+def test_every_task_counts_alike_in_any_number_of_processes(figures_alone, folders, world_size):
+    ranks = in_ranks(figures_of_tasks, world_size, folders)
+    for (name, size), (expected, images) in figures_alone.items():
+        found = [rank[name, size] for rank in ranks]
+        assert all(figures == found[0][0] for figures, _ in found), "the processes disagree"
+        assert found[0][0][TASKS[name].metric] == expected[TASKS[name].metric], (name, size)
+        assert found[0][0] == {key: close_to(value) for key, value in expected.items()}, (name, size)
+        assert sum(count for _, count in found) == images == size
+        assert (0 in [count for _, count in found]) == (size < world_size)
+
+
+def close_to(value: Any) -> Any:
+    """Counts are exact, means are rounded."""
+    return pytest.approx(value, rel=1e-12) if isinstance(value, float) else value

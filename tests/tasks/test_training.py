@@ -147,6 +147,15 @@ def test_gradient_checkpointing_changes_no_weights(task, finished):
     assert distance(finished.weights(), run.weights()) < 1e-5
 
 
+def test_compiling_changes_no_weights_beyond_rounding(task, finished, request):
+    """One task shows it in the shorter set of tests; which of them matters little."""
+    if task.kind.name != min(TASKS) and "not slow" in request.config.getoption("markexpr"):
+        pytest.skip("takes long: left out of the shorter set of tests")
+    run = task.train(flags="--compile")
+    assert distance(finished.weights(), run.weights()) < 1e-3
+    assert [record["epoch"] for record in run.records("eval")] == [0, 1]
+
+
 def test_batch_norms_that_are_synchronised(task):
     """Within an epoch each process has the running statistics of its own images, unless all of them have one."""
     spread = []
