@@ -10,7 +10,7 @@ from task_recipes import RECIPES, recipe_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import configs
-from tasks import TASKS
+from tasks import DEFAULT, TASKS
 from tools import soak
 
 
@@ -147,10 +147,12 @@ def test_gradient_checkpointing_changes_no_weights(task, finished):
     assert distance(finished.weights(), run.weights()) < 1e-5
 
 
-def test_compiling_changes_no_weights_beyond_rounding(task, finished, request):
-    """One task shows it in the shorter set of tests; which of them matters little."""
-    if task.kind.name != min(TASKS) and "not slow" in request.config.getoption("markexpr"):
-        pytest.skip("takes long: left out of the shorter set of tests")
+# Compiling takes long, and one task shows it as well as another.
+COMPILED = [pytest.param(name, marks=[pytest.mark.slow] if name != DEFAULT else []) for name in TASKS]
+
+
+@pytest.mark.parametrize("task", COMPILED, indirect=True)
+def test_compiling_changes_no_weights_beyond_rounding(task, finished):
     run = task.train(flags="--compile")
     assert distance(finished.weights(), run.weights()) < 1e-3
     assert [record["epoch"] for record in run.records("eval")] == [0, 1]
