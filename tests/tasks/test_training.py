@@ -152,10 +152,11 @@ COMPILED = [pytest.param(name, marks=[pytest.mark.slow] if name != DEFAULT else 
 
 
 @pytest.mark.parametrize("task", COMPILED, indirect=True)
-def test_compiling_changes_no_weights_beyond_rounding(task, finished):
-    run = task.train(flags="--compile")
-    assert distance(finished.weights(), run.weights()) < 1e-3
-    assert [record["epoch"] for record in run.records("eval")] == [0, 1]
+def test_compiling_changes_no_weights_beyond_rounding(task):
+    """By SGD: AdamW turns the rounding of a gradient near zero into a whole step."""
+    plain, compiled = (task.train("TRAIN.OPTIMIZER.NAME sgd", flags=flags) for flags in ("", "--compile"))
+    assert distance(plain.weights(), compiled.weights()) < 1e-5
+    assert [record["epoch"] for record in compiled.records("eval")] == [0, 1]
 
 
 def test_batch_norms_that_are_synchronised(task):
