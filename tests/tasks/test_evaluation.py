@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
+from in_process import main_of
 from task_recipes import recipe_of
 
-import tasks.inference
 from models.reparam import Reparameterizable
 
 ONE_BY_ONE = "DATA.TEST_BATCH_SIZE 1"  # so that rounding does not depend on the process that an image is in
@@ -106,8 +106,9 @@ def test_check_sees_a_conversion_that_is_wrong(task, finished, call, monkeypatch
                 parameter.mul_(1.5)
         return network
 
-    deployed = tasks.inference.to_deploy
-    monkeypatch.setattr(tasks.inference, "to_deploy", broken)
+    names = main_of("test.py").__globals__
+    deployed = names["to_deploy"]
+    monkeypatch.setitem(names, "to_deploy", broken)
     result = call("test.py", task.images, "check", finished.folder / "best_ckpt.pth", "-j", 0, *own_opts(task))
     assert (result.status, result.err) == (1, "")
     assert "FAILED, beyond the tolerance" in result.out
