@@ -1,0 +1,122 @@
+"""The task that docs/extending.md adds as an example trains, resumes, evaluates and converts as the others do."""
+
+import importlib.util
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import in_process
+import pytest
+import torch
+from script_runs import Result, Run
+
+import tasks
+from configs import constraints
+from engine.metrics import Metric
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs/extending.md").read_text()
+RECIPE = "configs/digits_multilabel.yaml"
+SHORT = ["TRAIN.WARMUP_EPOCHS", "1", "PRINT_FREQ", "10"]
+
+
+def code_of(path: str) -> str:
+    """Returns the code block of the document that follows the name of a file and a colon."""
+    found = re.search(rf"`{re.escape(path)}`:\n\n```\w+\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    assert found, f"docs/extending.md shows no {path}"
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The module of the document, with its class among the tasks."""
+    path = tmp_path_factory.mktemp("tasks") / "multilabel.py"
+    path.write_text(code_of("tasks/multilabel.py"))
+    spec = importlib.util.spec_from_file_location("tasks.multilabel", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        patch.setitem(tasks.TASKS, module.MultiLabel.name, module.MultiLabel)
+        # The schema reads the names once, when it is imported.
+        patch.setitem(constraints.CONSTRAINTS, "TASK", constraints.one_of(tasks.TASKS))
+        yield module
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of the document, beside the one that it is based on."""
+    folder = tmp_path_factory.mktemp("configs")
+    shutil.copy(ROOT / "configs/quickstart.yaml", folder)
+    path = folder / Path(RECIPE).name
+    path.write_text(code_of(RECIPE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(module: ModuleType, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two epochs, started again after the first."""
+    output = tmp_path_factory.mktemp("output")
+    for epochs in ("2", "3"):
+        options = ["--cfg", recipe, "--output", output, "--opts", "TRAIN.EPOCHS", epochs, *SHORT]
+        assert in_process.status_of("main_repmlp.py", *options, folder=output) == 0
+    folder = output / "RepMLPNet-Digits" / "multilabel"
+    return Run(output, folder, Result(0, (folder / "log_rank0.txt").read_text(), ""))
+
+
+def test_the_row_of_the_registry_is_shown(module: ModuleType) -> None:
+    row = re.search(r"for task in \((.*?)\)", (ROOT / "tasks/__init__.py").read_text())
+    assert row
+    assert f"for task in ({row[1]}, {module.MultiLabel.__name__})" in code_of("tasks/__init__.py")
+
+
+def test_it_learns_and_records_its_metric(trained: Run) -> None:
+    figures = [record["map"] for record in trained.records("eval")]
+    assert len(figures) == 3
+    assert figures[-1] > 80 > figures[0]  # a network that has learned nothing is right half of the time
+
+
+def test_its_metric_selects_the_best_checkpoint(trained: Run) -> None:
+    best = torch.load(trained.folder / "best_ckpt.pth", weights_only=True)
+    assert best["metric"] == "map"
+    assert best["meta"]["task"] == "multilabel"
+    assert best["progress"]["best_metric"] == max(record["map"] for record in trained.records("eval"))
+
+
+def test_it_resumes(trained: Run) -> None:
+    assert trained.result.out.count("resuming from") == 1
+    assert [record["epoch"] for record in trained.records("train_epoch")] == [0, 1, 2]
+
+
+def test_it_evaluates_converts_and_checks(trained: Run, recipe: Path, call: Callable[..., Result]) -> None:
+    weights, deploy = trained.folder / "best_ckpt.pth", trained.output / "deploy.pth"
+    figure = f"mAP {max(record['map'] for record in trained.records('eval')):.3f}"
+    evaluation = call("main_repmlp.py", "--cfg", recipe, "--output", trained.output, "--eval", "--resume", weights)
+    assert (evaluation.status, figure in evaluation.out) == (0, True)
+    assert call("convert.py", weights, deploy).status == 0
+    for mode, path in (("train", weights), ("check", weights), ("deploy", deploy)):
+        result = call("test.py", "digits", mode, path, "-j", "0")
+        assert (result.status, figure in result.out) == (0, True), result.err
+
+
+def test_a_setting_that_it_does_not_use_is_refused(recipe: Path, module: ModuleType, call: Callable[..., Result]) -> None:
+    result = call("main_repmlp.py", "--cfg", recipe, "--opts", "AUG.MIXUP", "0.4")
+    assert result.status == 2
+    assert "TASK multilabel does not use AUG.MIXUP" in result.err
+
+
+def metric_of(module: ModuleType) -> Metric:
+    return module.MultiLabelMetric(torch.device("cpu"), 2)
+
+
+def test_mean_average_precision(module: ModuleType) -> None:
+    scores = torch.tensor([[4.0, 1.0], [3.0, 2.0], [2.0, 3.0], [1.0, 4.0]])
+    labels = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    # First label, right at ranks 1 and 3: (1 + 2/3) / 2. Second label, right at ranks 1 and 2: 1.
+    result = module.summarise(scores.double(), labels.bool())
+    assert result.ap == pytest.approx([100 * 5 / 6, 100.0])
+    assert result.map == pytest.approx(100 * 11 / 12)
