@@ -17,6 +17,7 @@ pytest_plugins = ["script_runs"]
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+
 @pytest.fixture(scope="session")
 def cityscapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated streets in the layout of Cityscapes, of two cities: 12 to train on, 4 to evaluate."""

@@ -33,11 +33,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read(20).decode(errors="replace")
                 raise ValueError(
-                    f"another run (process {holder}) is writing to {folder}: wait for it, or give this one another "
-                    "--tag"
+                    f"another run (process {holder}) is writing to {folder}: wait for it, or give this one another TAG"
                 ) from None
             except OSError as error:
-                raise OSError(f"{folder} can't be locked ({error.strerror}): give an --output elsewhere") from error
+                raise OSError(f"{folder} can't be locked ({error.strerror}): set OUTPUT to another folder") from error
             file.truncate(0)
             file.write(str(os.getpid()).encode())
         yield

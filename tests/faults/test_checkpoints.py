@@ -70,9 +70,7 @@ def test_where_all_are_damaged_nothing_is_touched(interrupted):
     before = interrupted.contents()
     error = one_line(interrupted.start())
     folder = re.escape(str(interrupted.folder))
-    assert re.fullmatch(
-        rf"error: none of the {len(found)} checkpoints in {folder} can be read: .* another --tag", error
-    )
+    assert re.fullmatch(rf"error: none of the {len(found)} checkpoints in {folder} can be read: .* another TAG", error)
     assert interrupted.contents() | {".lock": b""} == before | {".lock": b""}
     assert error.removeprefix("error: ") in interrupted.log
 
@@ -170,7 +168,7 @@ def test_two_runs_on_one_folder(undisturbed, run):
     error = one_line(run.start())
     assert re.fullmatch(
         rf"error: another run \(process {first.pid}\) is writing to {re.escape(str(run.folder))}: wait for it, or give "
-        "this one another --tag",
+        "this one another TAG",
         error,
     )
     assert first.alive()

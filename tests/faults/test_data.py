@@ -86,7 +86,7 @@ def broken_val(images: Path, tmp_path: Path) -> Path:
 
 def test_an_evaluation_refuses_to_count_with_an_image_missing(run, broken_val):
     error = one_line(run.start(*of(broken_val)))
-    assert f"1 images can't be read, so the accuracy would be wrong: {broken_val}/val/bee/2.png: " in error
+    assert f"1 images can't be read, so the figures would be wrong: {broken_val}/val/bee/2.png: " in error
     assert run.records("eval") == []
 
 

@@ -213,7 +213,7 @@ def test_pretrained_weights_are_not_replaced_by_the_run_itself(call, trained, tm
     flags = ["--pretrained", folder / "best_ckpt.pth", "--output", tmp_path, "--tag", "run"]
     result = call("main_repmlp.py", *words[:2], *flags, *words[2:], "TRAIN.AUTO_RESUME", "False")
     assert result.status == 2
-    assert "best_ckpt.pth would be replaced by this run's own: give the run another --tag" in result.err
+    assert "best_ckpt.pth would be replaced by this run's own: give the run another TAG" in result.err
     assert (folder / "best_ckpt.pth").read_bytes() == (trained.folder / "best_ckpt.pth").read_bytes()
 
 

@@ -125,7 +125,9 @@ def test_pretrained_weights_have_another_embedding(learned, people, script, tmp_
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_directions_of_people_stay_in_single_precision(people, loss, amp):
     """As the library has it, they would take over the precision of the embeddings, and keep it."""
-    task = Verification(settings(f"TASK verification DATA.DATASET faces DATA.DATA_PATH {people} FACE.LOSS {loss}"), ALONE)
+    task = Verification(
+        settings(f"TASK verification DATA.DATASET faces DATA.DATA_PATH {people} FACE.LOSS {loss}"), ALONE
+    )
     criterion = task.build_criterion(4)
     with torch.no_grad():
         before = criterion.W.clone()
