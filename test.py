@@ -83,7 +83,7 @@ def build_task(args: Namespace, task: type[Task], device: torch.device) -> Task:
         ("WEIGHTS", "EVAL_MODE"): True,
         ("WEIGHTS", "MODEL.RESUME"): args.weights,
         ("DATA", "DATA.DATA_PATH"): args.data,
-        ("--dataset", "DATA.DATASET"): args.dataset or task.dataset,
+        ("--dataset", "DATA.DATASET"): args.dataset or task.default_dataset,
         ("-b", "DATA.TEST_BATCH_SIZE"): args.batch_size or (1 if task.whole_images else 100),
         ("-r", "DATA.TEST_SIZE"): args.resolution,
         ("-j", "DATA.NUM_WORKERS"): args.workers,

@@ -89,11 +89,11 @@ class CheckpointFolder:
         return [self.folder / name for name in names]
 
     def _delete_outdated(self) -> None:
-        outdated = self.numbered()
+        outdated = self.periodic()
         for path in outdated[: max(0, len(outdated) - self._keep)]:
             path.unlink()
 
-    def numbered(self) -> list[Path]:
+    def periodic(self) -> list[Path]:
         """Returns the numbered checkpoints, oldest first."""
         numbers = {p: re.fullmatch(r"ckpt_epoch_(\d+)\.pth", p.name) for p in self.folder.glob("ckpt_epoch_*.pth")}
         return sorted((p for p, m in numbers.items() if m), key=lambda p: int(p.stem.rsplit("_", 1)[1]))
@@ -128,7 +128,7 @@ class CheckpointFolder:
         Raises:
             ValueError: there are checkpoints, but none of them can be read, or they are of another experiment.
         """
-        names = [self.folder / LATEST, *reversed(self.numbered()), self.folder / BEST, self.folder / BEST_EMA]
+        names = [self.folder / LATEST, *reversed(self.periodic()), self.folder / BEST, self.folder / BEST_EMA]
         found = [path for path in names if path.is_file()]
         for path in sorted(found, key=_updates, reverse=True):
             try:

@@ -42,7 +42,7 @@ class Task(ABC):
     agreement_label: ClassVar[str] = "top-1 agreement"  # of two networks
     # The kind of labels that it needs, as in `data.DatasetSpec`, and a data set that has them.
     labels: ClassVar[str] = "classes"
-    dataset: ClassVar[str] = "imagenet"
+    default_dataset: ClassVar[str] = "imagenet"
     # The section of the configuration that no other task reads, and what of the common ones this task ignores.
     section: ClassVar[str | None] = None
     unused: ClassVar[tuple[str, ...]] = ()

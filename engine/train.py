@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +39,7 @@ def train(run: Run) -> None:
         cfg, task, folder = run.cfg, run.task, run_folder(run.cfg, run.task.arch)
         loader, eval_loader = task.train_loader(), task.eval_loader(task.train_size)
         network = build_network(run, logger)
+        stop = StopRequest()
         form = "train" if is_reparameterizable(network) else None
         meta = task.metadata(task.arch, network, task.train_size, form, task.dataset_name)
         checkpoints = CheckpointFolder(folder, cfg, meta, task.metric)
@@ -46,8 +48,8 @@ def train(run: Run) -> None:
         if run.rank_info.is_main:
             trainer.metrics = MetricsWriter(folder, recorded, trainer.progress.epoch)
             write_text(folder / "config.yaml", cfg.dump(sort_keys=False))
-        run_epochs(run, trainer, checkpoints, loader, eval_loader)
-        trainer.metrics.close()
+        with closing(trainer.metrics):
+            run_epochs(run, trainer, checkpoints, loader, eval_loader, stop)
         log_end(run, trainer, folder)
 
 
@@ -61,8 +63,8 @@ def build_network(run: Run, logger: logging.Logger) -> nn.Module:
     num_outputs = task.num_outputs()
     task.build_metric(num_outputs)  # fails now, and not after an epoch, where the test images can't be evaluated
     network = run.place(task.build_network(num_outputs))
-    train, val = task.train_source, task.val_source
-    logger.info(f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes")
+    images, test_images = task.train_source, task.val_source
+    logger.info(f"{len(images)} training and {len(test_images)} validation images of {len(images.classes)} classes")
     test_size = task.test_size(task.train_size)
     if test_size and test_size != task.train_size:
         _check_size(network, test_size, run.rank_info.device)
@@ -152,14 +154,19 @@ def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder) -
 
 
 def run_epochs(
-    run: Run, trainer: Trainer, checkpoints: CheckpointFolder, loader: BatchLoader, eval_loader: BatchLoader
+    run: Run,
+    trainer: Trainer,
+    checkpoints: CheckpointFolder,
+    loader: BatchLoader,
+    eval_loader: BatchLoader,
+    stop: StopRequest,
 ) -> None:
-    """Trains the epochs that are left.
+    """Trains, evaluates and saves the epochs that are left.
 
     Raises:
         Stopped: on request by a signal, with the state saved.
     """
-    cfg, progress, stop = run.cfg, trainer.progress, StopRequest()
+    cfg, progress = run.cfg, trainer.progress
 
     def after_update() -> bool:
         stopping = bool(stop.agreed())

@@ -105,7 +105,7 @@ def own_spec(name: str, changes: Mapping[str, Any]) -> Any:
 
 
 def check_changeable(name: str, parts: Mapping[str, str]) -> None:
-    """Raises ValueError where an architecture lacks a part of `parts`, which are given by how the user spells them."""
+    """Raises ValueError where an architecture lacks a part; `parts` maps the user's spelling of each to its name."""
     for spelling, part in parts.items():
         if part not in changeable(name):
             raise ValueError(f"{spelling}: {name} has no {part} to change; leave it out")

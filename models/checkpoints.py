@@ -26,7 +26,7 @@ from .files import read_payload
 from .identify import Identity, fitting_architectures, form_of, identify, is_deploy, remedy
 from .locality import branch_names
 
-# Files hold weights in these dtypes; others, such as float8, need a scale that they do not name.
+# The dtypes of weights in files; others, such as float8, need a scale that is not part of the tensor.
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What `describe` writes.
 META = schema.record(
@@ -46,13 +46,13 @@ META = schema.record(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights under the published names, with what the file says of them.
+    """Weights under the published names, with the metadata of their file.
 
     Attributes:
         path: of the file.
         state_dict: the weights.
-        form: "train" or "deploy", by the names of the weights or else by the metadata; None where neither says so, as
-            of networks that have one structure only.
+        form: "train" or "deploy", by the names of the weights or else by the metadata; None where neither shows it, as
+            for networks that have one structure only.
         meta: what `describe` wrote, empty for a file of another origin.
         payload: the whole container.
         averaged: whether these are the moving average of the weights, where the file has both.
@@ -146,7 +146,7 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) 
         **changes: `img_size` and parts of the structure, in place of what metadata and weights say.
 
     Raises:
-        ValueError: no architecture is known for the weights, or they do not fit the one that was asked for.
+        ValueError: no architecture is known for the weights, or they do not fit the given one.
     """
     if "network" in checkpoint.meta:
         raise ValueError(f"{checkpoint.path} is of a segmentation network, not of a classifier")
@@ -172,7 +172,8 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) 
 
 def _build_options(checkpoint: Checkpoint, arch: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments with which `create_model` builds what a checkpoint's weights were made with."""
-    structure = checkpoint.meta.get("structure", {}) | {k: v for k, v in changes.items() if k != "img_size"}
+    changed = {k: v for k, v in changes.items() if k != "img_size"}
+    structure: dict[str, Any] = checkpoint.meta.get("structure", {}) | changed
     height, width = changes.get("img_size") or checkpoint.meta.get("image_size") or default_image_size(arch)
     options: dict[str, Any] = {"img_size": (height, width)}
     with _structure_errors(checkpoint):
@@ -197,7 +198,7 @@ def _try_out(checkpoint: Checkpoint, arch: str, classes: int, options: Mapping[s
 
 @contextmanager
 def _structure_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """Names the file in errors of a structure that it or the user asks for."""
+    """Names the file in errors of a structure that can't be built."""
     try:
         yield
     except ValueError as error:
@@ -205,11 +206,10 @@ def _structure_errors(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Loads weights strictly: every name and every shape must be the model's, every value a finite number of its kind.
+    """Loads weights strictly: names and shapes must be the model's, values finite and of the same kind of dtype.
 
     Raises:
-        ValueError: they differ; the message counts and names the differences, and says what the file holds and what
-            the network is.
+        ValueError: they differ; the message counts and names the differences, and describes the file and the network.
     """
     check_fit(model, checkpoint)
     problems = unusable_values(model.state_dict(), checkpoint.state_dict)
@@ -219,7 +219,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def check_fit(model: nn.Module, checkpoint: Checkpoint, identity: Identity | None = None) -> None:
-    """Raises ValueError, with the remedy, where names or shapes are not the model's.
+    """Raises ValueError, with a remedy where there is one, if names or shapes differ from the model's.
 
     `identity` is the model's; None finds it by names and shapes.
     """
@@ -248,9 +248,9 @@ def _kind(dtype: torch.dtype) -> str:
 def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """Loads weights to start a training from.
 
-    A head for another number of classes stays as it was initialised. So do the branches of `LocalityLinear` layers
-    where the weights have none at all, as those of timm's ResMLP, but for the scale of their BatchNorms, which becomes
-    0: new branches change no answer until they are trained.
+    A head for another number of classes keeps its initial weights. So do the branches of `LocalityLinear` layers where
+    the weights have none at all, as those of timm's ResMLP, except the scale of their BatchNorms, which becomes 0: new
+    branches do not change the output until they are trained.
 
     Returns:
         The names that were not loaded: none, those of the head, those of the branches.

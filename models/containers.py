@@ -75,7 +75,7 @@ def _published_names(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Ten
     if any(name.startswith("backbone.") for name in state_dict):
         state_dict = {_from_mmpretrain(name): value for name, value in state_dict.items()}
     if len(state_dict) < len(weights):
-        raise ValueError(f"{path} holds several tensors of one name, told apart by a prefix only")
+        raise ValueError(f"{path} holds several tensors whose names differ in a prefix only")
     return state_dict
 
 

@@ -17,7 +17,7 @@ from .stages import StagedNetwork
 
 # By name, the side of the depth-wise kernels that `dense_backbone` puts into the place of the 2x2 embeddings.
 DOWNSAMPLINGS = {"conv3": 3, "conv5": 5}
-FULL_RANK = 4  # of a 2x2 kernel, looked at as a matrix (input channel, tap) for each output channel
+FULL_RANK = 4  # of a 2x2 kernel, seen as a matrix (input channel, tap) for each output channel
 
 
 class DenseBackbone(FeatureGetterNet):
@@ -73,15 +73,15 @@ def dense_backbone(
     """Turns a network into a feature extractor for segmentation or detection, as timm's `features_only=True` does.
 
     Args:
-        network: a `StagedNetwork`; it is taken over and changed in place, with the weights that it has.
+        network: a `StagedNetwork`, which becomes part of the backbone and is changed in place; its weights are kept.
         out_indices: the levels to return, negative ones counted from the end; a number n stands for the last n, None
-            for all. They are returned in the order of the network. What only others need is removed.
+            for all. They are returned in the order of the network. Layers that no level needs are removed.
         downsample: replace the 2x2 embeddings of a RepMLPNet: `conv3` or `conv5`; None keeps them.
         rank: of the replacement, see `Downsampling`.
         pad: take images of other sizes than the network, see `DenseBackbone.forward`.
 
     Raises:
-        ValueError: a network without levels, or without one that is asked for; an unknown `downsample`, or one for a
+        ValueError: a network without levels, or without one of `out_indices`; an unknown `downsample`, or one for a
             network without 2x2 embeddings; a `rank` that is out of range.
     """
     if not isinstance(network, StagedNetwork):
@@ -92,8 +92,8 @@ def dense_backbone(
         network.replace_embeddings(lambda embedding: Downsampling(embedding, DOWNSAMPLINGS[downsample], rank))
     count = len(network.feature_info)
     levels = out_indices if isinstance(out_indices, int | None) else list(out_indices)
-    asked = [levels - 1] if isinstance(levels, int) else levels or []
-    if not all(-count <= level < count for level in asked):
+    wanted = [levels - 1] if isinstance(levels, int) else levels or []
+    if not all(-count <= level < count for level in wanted):
         raise ValueError(f"out_indices {out_indices}: this {type(network).__name__} has the levels 0 to {count - 1}")
     return DenseBackbone(network, sorted(feature_take_indices(count, levels)[0]), pad)
 
@@ -101,9 +101,9 @@ def dense_backbone(
 class Downsampling(nn.Sequential):
     """A 1x1 expansion and a depth-wise convolution of stride 2, in place of a 2x2 embedding and with its weights.
 
-    Unlike the embedding it looks across the borders of its 2x2 patches, and so of the partitions. There is nothing
-    between the two convolutions, so that together they are one: of its kernel, the matrix (input channel, tap) of each
-    output channel has rank 1, which is the structure with the published cost. With `rank` r, each output is the sum of
+    Unlike the embedding its receptive field crosses the borders of 2x2 patches, and so of the partitions. Nothing lies
+    between the two convolutions, so that together they are one convolution, whose kernel has for each output channel a
+    matrix (input channel, tap) of rank 1: the structure of the published cost. With `rank` r, each output is the sum of
     r such pairs (r times the cost of the expansion).
 
     It starts from the best approximation of that rank to the pretrained kernel, with zeros for the taps that the
@@ -131,16 +131,16 @@ class Downsampling(nn.Sequential):
         )
         self.to(weight)
         self.bn, self.act = embedding.bn, embedding.act
-        if weight.device.type != "meta":  # which has shapes alone
+        if weight.device.type != "meta":  # which has shapes only
             self._start_from(weight)
 
     @torch.no_grad()
     def _start_from(self, weight: Tensor) -> None:
-        """Takes a kernel (O, I, 2, 2) apart; computed in float64."""
+        """Factorises a kernel (O, I, 2, 2), in float64."""
         outputs, inputs = weight.shape[:2]
         u, s, v = torch.linalg.svd(weight.double().flatten(2), full_matrices=False)  # (O, I, m), (O, m), (O, m, 4)
         rank = min(self.expand.out_channels // outputs, s.shape[1])
-        root = s[:, :rank].sqrt()  # given to both factors, so that they are of one size
+        root = s[:, :rank].sqrt()  # in both factors, so that they are of the same magnitude
         expand = self.expand.weight.new_zeros(outputs, self.expand.out_channels // outputs, inputs)
         expand[:, :rank] = (u[..., :rank].mT * root[..., None]).to(expand.dtype)
         self.expand.weight.copy_(expand.view_as(self.expand.weight))

@@ -41,9 +41,9 @@ def read_payload(path: Path) -> dict[str, Any]:
                 return {"model": {k: file.get_tensor(k) for k in file.keys()}, "meta": meta}  # noqa: SIM118
         _check_sums(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            warnings.simplefilter("ignore")  # what follows says in one line what is wrong
+            warnings.simplefilter("ignore")  # the error below states the problem in one line
             payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the readers raise nearly anything
+    except Exception as error:  # readers raise nearly any type for a damaged file
         raise ValueError(f"{path} is damaged or no checkpoint that can be read safely: {_reason(error)}") from error
     if not isinstance(payload, dict):
         raise ValueError(f"{path} holds no weights but a {type(payload).__name__}")
@@ -60,7 +60,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_sums(path: Path) -> None:
-    """Raises ValueError where a byte of a zipped checkpoint is not as it was written, which `torch.load` overlooks."""
+    """Raises ValueError where a zipped checkpoint contradicts its check sums, which `torch.load` does not verify."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -73,9 +73,9 @@ def _check_sums(path: Path) -> None:
 
 
 def write_checkpoint(path: str | Path, payload: Mapping[str, Any]) -> None:
-    """Writes a container of plain tensors and plain values; a reader sees the old file or the whole new one.
+    """Writes a container of plain tensors and plain values; readers see the old file or the complete new one.
 
-    A `.safetensors` file takes the weights (key `model`) and the metadata (key `meta`) alone.
+    A `.safetensors` file holds the weights (key `model`) and the metadata (key `meta`) only.
 
     Raises:
         OSError: the disk is full or the folder can't be written; an older file of that name is intact.
@@ -95,7 +95,7 @@ def link_checkpoint(existing: Path, path: Path) -> None:
     """Gives a checkpoint a second name; a file of that name is replaced at once.
 
     Raises:
-        OSError: the file system knows no hard links, or takes no more.
+        OSError: the file system has no hard links, or is full.
     """
     temporary = _temporary(path)
     os.link(existing, temporary)
@@ -106,14 +106,14 @@ def link_checkpoint(existing: Path, path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it."""
+    """Calls `write` with a temporary file beside `path`, syncs it to the disk and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
             try:
                 write(file)
-            except RuntimeError as error:  # what torch.save makes of a disk that takes no more
+            except RuntimeError as error:  # torch.save raises it where the disk is full
                 raise OSError(f"{path} could not be written, is the disk full? {error}") from error
             file.flush()
             os.fsync(file.fileno())

@@ -1,7 +1,7 @@
-"""RepMLPNet for inference: every BatchNorm folded away, and nothing left but matrix multiplications and GELU.
+"""RepMLPNet for inference: every BatchNorm folded, only matrix multiplications and GELU left.
 
-`fuse_batch_norms` rewrites a network exactly. Maps are kept as (C, N, h * w), channels first of all and in the order of
-their share-sets. In that layout the FC3 of a block is one batched product and each FFN layer one product over the whole
+`fuse_batch_norms` rewrites a network exactly. Maps are kept as (C, N, h * w), with the channels in the order of their
+share-sets. In that layout the FC3 of a block is one batched product and each FFN layer one product over the whole
 batch, with no copy between them, and the second FFN layer adds straight onto the shortcut.
 
 What is folded where, for a block whose shortcut holds x:
@@ -10,7 +10,7 @@ What is folded where, for a block whose shortcut holds x:
   Global Perceptron takes a and b into its first layer, since a mean commutes with both.
 - `prebn2`, and the BatchNorms of the two FFN layers, go into these layers.
 - The bias of the second FFN layer is not added at all: the shortcut holds x less a constant k for each channel, which
-  whatever reads the shortcut makes up for in its own constants.
+  every layer that reads the shortcut compensates in its own constants.
 """
 
 from copy import deepcopy
@@ -86,7 +86,7 @@ class FusedGate(nn.Module):
 
     Args:
         gp: the Global Perceptron.
-        order: (C,) which channel of `gp` each of the input's is.
+        order: (C,) the channel of `gp` that each channel of the input is.
         scale: (C,) of the affine map.
         offset: (C,) of the affine map.
     """
@@ -109,8 +109,8 @@ class FusedUnit(nn.Module):
 
     Args:
         unit: in deploy structure.
-        order: (C,) which channel of the unit each of the shortcut's is.
-        shift: (C,) what the shortcut's channels lack of the unit's; brought up to date for what comes after.
+        order: (C,) the channel of the unit that each channel of the shortcut is.
+        shift: (C,) constants that the shortcut's channels lack; updated in place for the next unit.
     """
 
     def __init__(self, unit: RepMLPNetUnit, order: Tensor, shift: Tensor) -> None:
@@ -163,7 +163,7 @@ def _add_ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None
     x.addmm_(weight2, torch.ops.aten.gelu_(torch.addmm(bias1, weight1, x)))
 
 
-# An operator of its own, since the compiler would unroll the loop and call a slower GELU.
+# A custom operator, since the compiler would unroll the loop and call a slower GELU.
 @torch.library.custom_op("repmlpnet::add_ffn_in_pieces", mutates_args=("x",))
 def _add_ffn_in_pieces(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
     """The same, of a few columns of x at a time, whose hidden elements stay in a CPU's cache."""
@@ -173,7 +173,7 @@ def _add_ffn_in_pieces(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tenso
 
 @register_flop_formula(torch.ops.repmlpnet.add_ffn_in_pieces)
 def _flops_of_ffn(x: torch.Size, weight1: torch.Size, *_: object, **__: object) -> int:
-    """Tells torch's FlopCounterMode of the two products, each of two operations per weight and column."""
+    """Counts the two products for torch's FlopCounterMode, each of two operations per weight and column."""
     return 2 * 2 * weight1.numel() * x[1]
 
 

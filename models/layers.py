@@ -12,10 +12,10 @@ from .reparam import Reparameterizable, conv_to_fc, fold_batch_norm, inject_, me
 
 
 class _BatchedLinear(torch.autograd.Function):
-    """rows (S, M, I) times kernel (S, O, I) transposed, with a kernel gradient that is laid out as the kernel is.
+    """rows (S, M, I) times kernel (S, O, I) transposed, with a kernel gradient in the layout of the kernel.
 
-    Derived from `torch.bmm` alone it would come transposed, and be copied, and under autocast converted, with strides
-    that defeat the cache: for the kernel of a first stage that takes longer than the product.
+    Autograd of `torch.bmm` would return it transposed; to copy it, and under autocast to convert it, with strides that
+    miss the cache takes longer than the product for the kernel of a first stage.
     """
 
     @staticmethod
@@ -30,7 +30,7 @@ class _BatchedLinear(torch.autograd.Function):
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype in which a matrix product with `x` is to be computed."""
+    """Returns the dtype of a matrix product with `x`, under autocast or not."""
     device = x.device.type
     enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if enabled and x.dtype != torch.float64:  # which autocast leaves alone
@@ -107,7 +107,7 @@ class PointwiseConv(nn.Conv2d):
 
 
 def check_kernel_sizes(branches: Sequence[int]) -> None:
-    """Raises ValueError where parallel local convolutions of these sizes could not be merged, or even told apart."""
+    """Raises ValueError where parallel local convolutions of these sizes can't be merged, or would share a name."""
     if any(k % 2 == 0 or k < 1 for k in branches) or len(set(branches)) < len(branches):
         raise ValueError(f"local convolutions need different, odd kernel sizes, not {tuple(branches)}")
 
@@ -127,7 +127,7 @@ def fold_branches(branches: Sequence[ConvNorm]) -> tuple[Tensor, Tensor]:
 
 
 class PartitionBlock(Reparameterizable):
-    """What the RepMLP blocks of both papers share: an FC over partitions, `fc3`, and the convolutions that go into it.
+    """Base of the RepMLP blocks of both papers: an FC over partitions, `fc3`, and convolutions that merge into it.
 
     A subclass sets `fc3`, with `fc3_bn` behind it, and gives `add_branches` the convolutions.
 
@@ -205,8 +205,8 @@ class PartitionBlock(Reparameterizable):
     def local_inject(self) -> None:
         """Locality Injection, in place; does nothing where it is already done.
 
-        Computes what `get_equivalent_fc3` does, but leaves it where the weight is, so that it takes next to no memory.
-        A state dict taken before shares the weight: copy it first where it is still wanted.
+        Computes what `get_equivalent_fc3` does, but into the weight itself, with hardly any additional memory.
+        A state dict taken before shares the weight: copy it first if it is still needed.
         """
         if self.deploy:
             return

@@ -4,8 +4,8 @@ A branch is a convolution over the map of tokens, with a BatchNorm, parallel to 
 kernel (one share-set). The layer has no BatchNorm of its own, so that injection adds to it and scales nothing.
 
 Only a linear layer from the h * w positions of a map to the same positions can take branches. The token MLP of an
-MLP-Mixer can't: beside the whole of it, a convolution can't be merged through the nonlinearity, and neither of its two
-layers leads from positions to positions, since the hidden ones lie nowhere on the map.
+MLP-Mixer can't: a convolution parallel to all of it can't be merged through the nonlinearity, and neither of its two
+layers maps positions to positions, since hidden units have no place on the map.
 
 Source: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVPR 2022 (arXiv:2112.11081).
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .layers import ConvNorm, ShareSetConv, check_kernel_sizes, fold_branches
 from .reparam import Reparameterizable, conv_to_fc, inject_
 
-# The modules of timm that mix tokens, and under which name they hold what does it.
+# The modules of timm that mix tokens, and the attribute that does it.
 TOKEN_MIXING = {ResBlock: "linear_tokens", SpatialGatingUnit: "proj", MixerBlock: "mlp_tokens"}
 
 
@@ -35,10 +35,10 @@ class LocalityLinear(nn.Linear, Reparameterizable):
         linear: from h * w positions to as many, with a bias, which takes the branches' shift. Its parameters are used.
         size: (h, w) of the map, whose positions are counted row by row.
         branches: odd kernel sizes, at least one.
-        scale: of the branches' BatchNorms at first; with 0 the layer answers as it did without them.
+        scale: initial, of the branches' BatchNorms; with 0 the branches do not change the output at first.
 
     Raises:
-        ValueError: the layer or the branches are others.
+        ValueError: another kind of layer, or of branches.
     """
 
     def __init__(
@@ -111,16 +111,15 @@ def add_local_branches(
 ) -> list[str]:
     """Puts local branches beside the layers of a network that mix tokens, in place.
 
-    The network takes the weights that it took before except for those of
-    the branches, and has its old names again after `to_deploy`.
+    Weights keep their names, and those of the branches are added; `to_deploy` leaves the former alone.
 
     Args:
         model: the network.
         size: (h, w) of its maps of tokens.
         branches: odd kernel sizes.
         names: patterns of the layers' names, as `blocks.*.token_fc`; None finds those of timm's ResMLP and gMLP.
-        scale: of the branches' BatchNorms at first. With 0 a trained network answers as before until it is trained on;
-            one that is trained from scratch learns more with 1.
+        scale: initial, of the branches' BatchNorms. With 0 the output of a trained network does not change at first;
+            training from scratch works better with 1.
 
     Returns:
         The names of the layers.
@@ -130,7 +129,7 @@ def add_local_branches(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = _token_mixing(modules) if names is None else _named(modules, names)
-    layers: dict[nn.Module, LocalityLinear] = {}  # one for each, under however many names the network holds it
+    layers: dict[nn.Module, LocalityLinear] = {}  # one for each, though the network may hold it under several names
     for name in found:
         linear = cast(nn.Linear, modules[name])
         try:

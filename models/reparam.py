@@ -123,7 +123,7 @@ def tap_diagonals(
         dilation: distance between taps.
 
     Yields:
-        kh * kw views (O, I, ., .) of `fc`, row by row of the kernel; a tap that never meets the map has an empty one.
+        kh * kw views (O, I, ., .) of `fc`, row by row of the kernel; empty for a tap that lies outside of every map.
     """
     h, w = size
     fc = fc.view(-1, h, w, fc.shape[1] // (h * w), h, w)
@@ -134,10 +134,10 @@ def tap_diagonals(
 
 
 def inject_(fc: Tensor, scale: Tensor, kernel: Tensor | None, size: tuple[int, int]) -> None:
-    """Scales the rows of an FC kernel and adds a convolution, in place and with next to no memory.
+    """Scales the rows of an FC kernel and adds a convolution, in place and with hardly any additional memory.
 
     Equals `fc * scale + conv_to_fc(kernel, size)`. The elements on which the convolution acts are computed in float64
-    and rounded once; the many others are only scaled, which a float32 kernel is in its own precision.
+    and rounded once; all others are only scaled, a float32 kernel in float32.
 
     Args:
         fc: (O * h * w, I * h * w), contiguous.
@@ -208,12 +208,12 @@ class ReparameterizableNetwork(nn.Module):
 
 
 def input_channels(model: nn.Module) -> int:
-    """Returns how many channels the images have that a network takes: those of its first convolution."""
+    """Returns the number of channels of a network's images: those of its first convolution."""
     return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
 def is_reparameterizable(model: nn.Module) -> bool:
-    """Says whether Locality Injection has anything left to replace in a network."""
+    """Returns whether a network has blocks that Locality Injection can replace."""
     return any(isinstance(m, Reparameterizable) and not m.deploy for m in model.modules())
 
 
@@ -249,10 +249,10 @@ def relative(difference: Tensor, scale: Tensor) -> float:
 
 @torch.no_grad()
 def injection_error(model: nn.Module, images: Tensor, randomize: bool = False) -> float:
-    """Measures what Locality Injection does to a network's answers, all of it in float64.
+    """Measures how much Locality Injection changes the logits of a network, in float64.
 
     Args:
-        model: a network in its training structure; a copy of it is examined.
+        model: a network in its training structure; it is left as it is.
         images: (N, in_chans, H, W).
         randomize: give the copy random BatchNorm statistics first, since fresh ones hide a conversion that drops them.
 

@@ -363,7 +363,7 @@ class RepMLPResNet(StagedNetwork):
 
     @staticmethod
     def built_for(weights: Mapping[str, Tensor], spec: RepMLPResNetSpec, img_size: tuple[int, int]) -> dict[str, Any]:
-        """Returns the `in_chans` and `img_size` that weights were made with, as a `Family` wants it."""
+        """Returns the `in_chans` and `img_size` that weights were made with, see `Family`."""
         stem = weights.get("stage0.0.conv.weight", torch.empty(0, 3))
         fc1 = next((name for name in weights if name.endswith(".fc1_fc2.fc1.weight")), None)
         if fc1 is not None:
@@ -388,7 +388,7 @@ class RepMLPResNet(StagedNetwork):
             (height, width), (h, w) = x.shape[-2:], self.img_size
             raise ValueError(
                 f"an input of {height}x{width} does not fit a network whose Global Perceptrons are made for {h}x{w}: "
-                f"give it {h}x{w}, or build it with img_size=({height}, {width})"
+                f"resize it to {h}x{w}, or build the network with img_size=({height}, {width})"
             )
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:

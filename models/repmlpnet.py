@@ -74,7 +74,7 @@ SPECS: dict[str, RepMLPNetSpec] = {
 
 
 class GlobalPerceptron(nn.Module):
-    """Gates every channel by what the whole image holds, as squeeze-and-excitation does."""
+    """Gates every channel by the means of all channels over the image, as squeeze-and-excitation does."""
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class RepMLPBlock(PartitionBlock):
 class FFNBlock(nn.Module):
     """The usual two-layer perceptron over channels, as 1x1 convolutions with BatchNorm.
 
-    It treats positions alike, so the images of a batch are put below each other and taken for one.
+    It treats all positions alike, so the images of a batch are stacked to one tall image.
     """
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
@@ -240,7 +240,7 @@ class RepMLPNet(StagedNetwork):
 
     @staticmethod
     def built_for(weights: Mapping[str, Tensor], spec: RepMLPNetSpec, img_size: tuple[int, int]) -> dict[str, Any]:
-        """Returns the `in_chans` and `img_size` that weights were made with, as a `Family` wants it."""
+        """Returns the `in_chans` and `img_size` that weights were made with, see `Family`."""
         names = "conv_embedding.conv.weight", "stages.0.0.repmlp_block.fc3.weight"
         return input_of(weights, *names, spec.patch_size, img_size)
 
@@ -275,8 +275,8 @@ def check_input_size(x: Tensor, img_size: tuple[int, int]) -> None:
     (height, width), (h, w) = x.shape[-2:], img_size
     if height % h or width % w:
         raise ValueError(
-            f"an input of {height}x{width} does not fit a network whose partitions are made for {h}x{w}: give it "
-            f"{h}x{w} or a multiple of that, or build it with img_size=({height}, {width})"
+            f"an input of {height}x{width} does not fit a network whose partitions are made for {h}x{w}: resize it to "
+            f"{h}x{w} or a multiple of that, or build the network with img_size=({height}, {width})"
         )
 
 
@@ -287,10 +287,10 @@ def input_of(
 
     Args:
         weights: by name.
-        embedding: the name of the patch embedding's kernel (C, in_chans, ...); without it, 3 channels.
-        fc: the name of the first FC kernel (..., h * w, ...), the positions of its map second.
-        patch_size: height and width of what makes a position, in pixels.
-        img_size: (height, width) to prefer where it fits; of others, only square ones can be told.
+        embedding: the name of the patch embedding's kernel (C, in_chans, ...); 3 channels where it is missing.
+        fc: the name of the first FC kernel, whose second dimension is the h * w positions of its map.
+        patch_size: height and width of a position, in pixels.
+        img_size: (height, width) to prefer where it fits; else a square one is returned.
     """
     in_chans = weights[embedding].shape[1:2].numel() if embedding in weights else 3
     positions = weights[fc].shape[1:2].numel() if fc in weights else None

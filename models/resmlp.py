@@ -101,7 +101,7 @@ class ResMLP(ReparameterizableNetwork, MlpMixer):
 
     @staticmethod
     def built_for(weights: Mapping[str, Tensor], spec: ResMLPSpec, img_size: tuple[int, int]) -> dict[str, Any]:
-        """Returns the `in_chans` and `img_size` that weights were made with, as a `Family` wants it."""
+        """Returns the `in_chans` and `img_size` that weights were made with, see `Family`."""
         names = "stem.proj.weight", "blocks.0.linear_tokens.weight"
         return input_of(weights, *names, spec.patch_size, img_size)
 

@@ -1,7 +1,7 @@
-"""Checks of plain data from files that anybody may have written: each says where a value is not what it should be.
+"""Checks of plain data from untrusted files: each names the value that is not as expected, and where it stands.
 
-A check takes the place of a value, for the message, and the value; it raises ValueError or returns nothing. Checks are
-put together to a schema, which is applied once, before anything of a file is used.
+A check is called with the place of a value, for the message, and the value; it raises ValueError or returns nothing.
+Checks combine to a schema, which is applied once, before the content of a file is used.
 """
 
 import sys
@@ -13,13 +13,13 @@ from torch import Tensor
 
 Check = Callable[[str, Any], None]
 LARGEST = sys.float_info.max
-VIEW_BYTES = 2**28  # of a tensor that repeats what is stored of it
+VIEW_BYTES = 2**28  # of a tensor that repeats its stored elements
 
 
-def expect(holds: object, where: str, value: object, wanted: str) -> None:
-    """Raises ValueError, naming the place, the value and what was wanted instead, unless it holds."""
+def expect(holds: object, where: str, value: object, expected: str) -> None:
+    """Raises ValueError with the place, the value and what is expected instead, unless `holds`."""
     if not holds:
-        raise ValueError(f"{where} is {_show(value)}, not {wanted}")
+        raise ValueError(f"{where} is {_show(value)}, not {expected}")
 
 
 def _show(value: object) -> str:
@@ -32,7 +32,7 @@ def _show(value: object) -> str:
 
 
 def anything(where: str, value: object) -> None:
-    """Takes what it is given: for what is checked where it is used."""
+    """Accepts every value: for values that are checked where they are used."""
 
 
 def integer(least: int = 0, most: int = 2**48) -> Check:
@@ -66,17 +66,17 @@ def text(where: str, value: object) -> None:
 
 def one_of(*choices: object) -> Check:
     """Builds the check for one of several values."""
-    wanted = f"one of {', '.join(map(repr, choices))}"
-    # A list can't be looked up among hashable choices, and 1 would pass for True.
+    expected = f"one of {', '.join(map(repr, choices))}"
+    # `value in choices` would raise for a tensor, and take 1 for True.
     return lambda where, value: expect(
-        any(type(value) is type(choice) and value == choice for choice in choices), where, value, wanted
+        any(type(value) is type(choice) and value == choice for choice in choices), where, value, expected
     )
 
 
 def tensor(where: str, value: object) -> None:
-    """Checks for a dense tensor on the CPU that does not grow beyond `VIEW_BYTES` where its elements are written out.
+    """Checks for a dense tensor on the CPU that is stored element by element, or has at most `VIEW_BYTES`.
 
-    A view may repeat a few elements as often as it likes, so that a small file could ask for any amount of memory.
+    A view may repeat a few stored elements any number of times, so that a copy of it could exhaust the memory.
     """
     expect(isinstance(value, Tensor), where, value, "a tensor")
     assert isinstance(value, Tensor)
@@ -87,7 +87,7 @@ def tensor(where: str, value: object) -> None:
 
 
 def optional(check: Check) -> Check:
-    """Builds the check for None or what another one takes."""
+    """Builds the check for None or what another one accepts."""
 
     def checked(where: str, value: object) -> None:
         if value is not None:
@@ -96,8 +96,8 @@ def optional(check: Check) -> Check:
     return checked
 
 
-def any_of(wanted: str, *checks: Check) -> Check:
-    """Builds the check for what at least one of several takes; `wanted` says what that is."""
+def any_of(expected: str, *checks: Check) -> Check:
+    """Builds the check for what at least one of several accepts; `expected` describes it."""
 
     def passes(check: Check, value: object) -> bool:
         try:
@@ -106,7 +106,7 @@ def any_of(wanted: str, *checks: Check) -> Check:
             return False
         return True
 
-    return lambda where, value: expect(any(passes(check, value) for check in checks), where, value, wanted)
+    return lambda where, value: expect(any(passes(check, value) for check in checks), where, value, expected)
 
 
 def sequence(check: Check, length: int | None = None) -> Check:

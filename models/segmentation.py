@@ -19,11 +19,11 @@ TASK = "segmentation"  # in the metadata of these networks
 
 
 class Decoder(NamedTuple):
-    """A decoder of segmentation-models-pytorch: its class, what it calls its width, and the stride of its result."""
+    """A decoder of segmentation-models-pytorch: its class, the argument for its width, and the stride of its output."""
 
     network: str
     width: str
-    stride: int | None  # None: that of the last level
+    stride: int | None  # None for that of the last level
 
 
 DECODERS = {
@@ -97,7 +97,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
             **{kind.width: width},
             **options,
         )
-        self.model.requires_divisible_input_shape = False  # the backbone and the cut below see to that
+        self.model.requires_divisible_input_shape = False  # `forward` pads and crops instead
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W), of any size that the backbone takes -> logits (N, K, H, W)."""
@@ -118,7 +118,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
         return cast(nn.Module, self.model.encoder.model)
 
     def load_backbone(self, trained: nn.Module) -> None:
-        """Starts from a trained classifier of the backbone's structure, which is taken over as `dense_backbone` does.
+        """Loads the weights of a trained classifier of the same structure, which `dense_backbone` changes in place.
 
         Raises:
             ValueError: it has another structure, or was converted, or the backbone is not one of ours.

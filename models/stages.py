@@ -19,7 +19,7 @@ POOLINGS = ("avg", "")
 
 
 class StagedNetwork(ReparameterizableNetwork, ABC):
-    """Stages that each halve the maps, a norm, pooling, a linear head; what timm's users expect of such a network.
+    """Stages that each halve the maps, a norm, pooling and a linear head, with the interface of timm's networks.
 
     A subclass sets the attributes, and implements how a stage is applied (`_stage`) and removed (`_keep`), which input
     fits (`_check_size`), and what the head is (`_make_head`).
@@ -61,7 +61,7 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
 
     @abstractmethod
     def _stage(self, stage: int, x: Tensor) -> Tensor:
-        """Applies one stage to what the stage before gave, or to the image."""
+        """Applies one stage to the map of the stage before, or to the image."""
 
     @abstractmethod
     def _keep(self, stages: int) -> None:
@@ -143,19 +143,19 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Returns what the stages give, under the names and with the meaning that timm's networks have for it.
+        """Returns the maps of the stages; arguments have the names and meanings of timm's networks.
 
         Args:
             x: image (N, in_chans, H, W).
             indices: which stages, negative ones counted from the end; a number n stands for the last n, None for all.
-            norm: put the last stage's map through the final BatchNorm, which fits no other.
-            stop_early: leave out the stages behind the last one that is asked for.
+            norm: apply the final BatchNorm to the last stage's map, the only one that it fits.
+            stop_early: leave out the stages behind the last one of `indices`.
             output_fmt: NCHW, the only layout there is.
             intermediates_only: return the maps alone.
 
         Returns:
             The maps (N, C_i, H / stride_i, W / stride_i) in the order of the stages; unless `intermediates_only`, after
-            the map that the network ends with: `forward_features(x)`, or with `stop_early` the last one computed.
+            the final map: `forward_features(x)`, or with `stop_early` the last one computed.
 
         Raises:
             ValueError: another layout, or as `forward_features`.

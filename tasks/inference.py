@@ -25,8 +25,8 @@ class Loaded(NamedTuple):
 
 def add_checkpoint_options(parser: ArgumentParser, *, fuse: bool = False) -> None:
     """Adds the options of `load_checkpoint`: `--arch`, `--ema` and `--no-ema`; and `--fuse` where it is asked for."""
-    parser.add_argument("-a", "--arch", metavar="ARCH", help="architecture, where the checkpoint does not tell")
-    text = "use the averaged weights, or not; as the checkpoint says if absent"
+    parser.add_argument("-a", "--arch", metavar="ARCH", help="architecture, if the checkpoint does not name it")
+    text = "use the averaged weights or not; default: as the checkpoint was selected"
     parser.add_argument("--ema", action=BooleanOptionalAction, default=None, help=text)
     if fuse:
         parser.add_argument("--fuse", action="store_true", default=False, help="fold every BatchNorm, for speed")

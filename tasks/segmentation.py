@@ -22,7 +22,7 @@ class Segmentation(Task):
 
     name = "segmentation"
     metric, metric_label, agreement_label = "miou", "mIoU", "pixel agreement"
-    labels, dataset = "masks", "cityscapes"
+    labels, default_dataset = "masks", "cityscapes"
     section, unused = "SEG", ("AUG", "TEST.CROP", "MODEL.NUM_CLASSES")
     dataset_type, whole_images = MaskedDataset, True
     least_batch_size = 2  # decoders pool their level to a single value for each image, and normalise those

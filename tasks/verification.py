@@ -32,7 +32,7 @@ class Verification(Task):
 
     name = "verification"
     metric, metric_label = "accuracy", "accuracy"
-    labels, dataset = "identities", "faces"
+    labels, default_dataset = "identities", "faces"
     section = "FACE"
     unused = ("MODEL.NUM_CLASSES", "MODEL.LABEL_SMOOTHING", *MIXING)
 

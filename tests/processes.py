@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, which are told of no launcher unless a test does."""
+"""Scripts in separate processes, without the environment of a launcher unless a test sets it."""
 
 import json
 import os
@@ -16,18 +16,18 @@ SWITCHES = ("REPMLP_TRACEBACK", "PYTHONWARNINGS")
 
 
 def in_launcher(name: str) -> bool:
-    """Tells whether a launcher sets this variable of the environment."""
+    """Returns whether a launcher sets this environment variable."""
     return name in LAUNCHER or name.startswith("SLURM_")
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without a launcher and without what changes the scripts; one thread, which makes runs equal."""
+    """The environment without a launcher and switches of the scripts; with one thread, so that runs are comparable."""
     kept = {k: v for k, v in os.environ.items() if not in_launcher(k) and k not in SWITCHES}
     return kept | soak.ENVIRONMENT
 
 
 class Process:
-    """A script that runs in a process of its own, and in a process group of that number."""
+    """A script in a separate process, which leads a process group of its own."""
 
     def __init__(self, ask: Callable[[dict], object], order: dict) -> None:
         self._ask, self._out, self._err = ask, Path(order["out"]), Path(order["err"])
@@ -56,7 +56,7 @@ class Process:
         return self.status
 
     def until(self, text: str, count: int = 1, timeout: float = 120) -> None:
-        """Waits until the console shows a text so many times."""
+        """Waits until the console shows a text `count` times."""
         until = time.monotonic() + timeout
         while self.out.count(text) < count:
             assert self.alive(), f"ended with {self.status} before {text!r}\n{self.out}\n{self.err}"
@@ -65,7 +65,11 @@ class Process:
 
 
 class Zygote:
-    """The process that all others are forked from, with its imports done."""
+    """The process that all others are forked from, with torch and timm imported.
+
+    Not a forkserver of multiprocessing: there is one in a process, which `mutations.py` uses, Python 3.11 preloads no
+    module of this project in it, and what it forks is no main process.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -95,7 +99,7 @@ class Zygote:
         environment: dict[str, str] | None = None,
         largest_file: int = 0,
     ) -> Process:
-        """Starts a script of the project, or another one, in a new process; no file of it may be larger than that."""
+        """Starts a script in a new process, whose files may not exceed `largest_file` bytes (0: no limit)."""
         console = self._folder / f"console{len(self._started)}"
         order = {
             "script": str(soak.ROOT / script),
@@ -112,7 +116,7 @@ class Zygote:
         return self._started[-1]
 
     def close(self) -> None:
-        """Ends what still runs, and itself."""
+        """Kills the processes that still run and ends the zygote."""
         for process in self._started:
             if process.alive():
                 os.killpg(process.pid, signal.SIGKILL)

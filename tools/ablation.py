@@ -1,7 +1,7 @@
-"""Trains variants of small networks on the rendered shapes, each with several seeds, and prints what each part brings.
+"""Trains variants of small networks on the rendered shapes, each with several seeds, and prints an ablation table.
 
-Trainings are processes of their own, some at a time; what has ended is not trained again, what was stopped resumes.
-Every figure is the top-1 of the last epoch on the 2,000 test images, never that of the best one.
+Trainings run in separate processes, several at a time. Finished trainings are not repeated, stopped ones resume.
+Every figure is the top-1 of the last epoch on the 2,000 test images, not that of the best epoch.
 """
 
 import json
@@ -24,7 +24,7 @@ from engine.run import run_folder
 from utils import cli
 
 RECIPE = "configs/shapes.yaml"
-# Several processes share the cores, so that each is given one thread.
+# Several processes share the cores, so that each uses one thread.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 REP, RES = "RepMLPNet-Shapes", "ResMLP-Shapes"
 
@@ -33,11 +33,11 @@ class Variant(NamedTuple):
     """A row of the table.
 
     Attributes:
-        part: what it is about.
-        arch: the network.
-        name: of the variant; arch and name together are unique.
-        opts: keys and values that make it, as `--opts` takes them; none for the network as it is.
-        published: top-1 in % of the paper's CIFAR-100 network with the same branches, where there is one.
+        part: the part of the network that is varied.
+        arch: architecture.
+        name: name of the variant; arch and name together are unique.
+        opts: keys and values as in `--opts`; empty for the unchanged network.
+        published: top-1 in % of the paper's CIFAR-100 network with the same branches, if any.
     """
 
     part: str
@@ -48,7 +48,7 @@ class Variant(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Its name among all."""
+        """The unique name."""
         return f"{self.arch} {self.name}"
 
 
@@ -61,7 +61,7 @@ VARIANTS = (
     Variant("branches", RES, "1x1", "MODEL.BRANCHES [1]", 57.96),
     Variant("branches", RES, "3x3", "MODEL.BRANCHES [3]", 63.76),
     Variant("branches", RES, "1x1 and 3x3", "MODEL.BRANCHES [1,3]", 65.09),
-    # Against the network as it is: both branches, 4 and 16 sets, with Global Perceptron.
+    # Compared with the unchanged network: both branches, 4 and 16 sets, with Global Perceptron.
     Variant("share-sets", REP, "1 and 1 sets", "MODEL.SHARE_SETS [1,1]"),
     Variant("share-sets", REP, "16 and 48 sets", "MODEL.SHARE_SETS [16,48]"),
     Variant("share-sets", REP, "a set a channel", "MODEL.SHARE_SETS [48,96]"),
@@ -70,12 +70,12 @@ VARIANTS = (
 
 
 def _settings(cfg: CfgNode) -> dict[str, object]:
-    """Returns all that a training depends on, which is everything but its place."""
+    """Returns every key that affects a training, which is all but the output folder."""
     return {key: value for key, value in flatten(cfg).items() if key != "OUTPUT"}
 
 
 class Run(NamedTuple):
-    """One training of a variant: the seed, its arguments for `main_repmlp.py`, and the configuration they stand for."""
+    """One training of a variant: the seed, its arguments for `main_repmlp.py`, and the resulting configuration."""
 
     variant: Variant
     seed: int
@@ -93,10 +93,10 @@ class Run(NamedTuple):
         return self.folder / f"ckpt_epoch_{self.cfg.TRAIN.EPOCHS - 1}.pth"
 
     def top1(self) -> float | None:
-        """Returns the accuracy after the last epoch, in %; None where the training has not come to its end.
+        """Returns the accuracy after the last epoch, in %, or None if the training has not finished.
 
         Raises:
-            ValueError: what was trained there had another configuration.
+            ValueError: the folder holds a training with another configuration.
         """
         folder = self.folder
         if (folder / "config.yaml").exists() and _settings(load_config(folder / "config.yaml")) != _settings(self.cfg):
@@ -109,7 +109,7 @@ class Run(NamedTuple):
 
 
 def run_of(variant: Variant, seed: int, output: Path, opts: Sequence[str]) -> Run:
-    """Puts together the command line of a training; `opts` are further keys and values for all of them."""
+    """Builds the command line of a training; `opts` are further keys and values for all trainings."""
     tag = f"{variant.name.replace(' ', '_')}-seed{seed}"
     arguments = ["--cfg", RECIPE, "--arch", variant.arch, "--output", str(output), "--tag", tag]
     arguments += ["--opts", "SEED", str(seed), *variant.opts.split(), *opts]
@@ -120,7 +120,7 @@ def call(*words: object) -> None:
     """Runs one of the project's scripts with one thread.
 
     Raises:
-        ValueError: it failed; with the last line that it printed.
+        ValueError: the script failed; the message holds its last line.
     """
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -130,15 +130,15 @@ def call(*words: object) -> None:
 
 
 def train(run: Run) -> None:
-    """Trains to the end and says so."""
+    """Runs a training to the end and prints its accuracy."""
     call("main_repmlp.py", *run.arguments)
     print(f"{run.variant.title}, seed {run.seed}: {run.top1():.2f} %", flush=True)
 
 
 def train_missing(runs: Sequence[Run], jobs: int) -> None:
-    """Trains what has not come to its end, so many at a time; the first failure keeps others from being started."""
+    """Runs the unfinished trainings, `jobs` at a time; after a failure no further one is started."""
     missing = [run for run in runs if run.top1() is None]
-    print(f"{len(runs) - len(missing)} of {len(runs)} trainings are there", flush=True)
+    print(f"{len(runs) - len(missing)} of {len(runs)} trainings are finished", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for _ in pool.map(train, missing):
@@ -148,13 +148,13 @@ def train_missing(runs: Sequence[Run], jobs: int) -> None:
 
 
 def line(*cells: str) -> str:
-    """Lays out a line of the table, which is Markdown."""
+    """Formats a line of the Markdown table."""
     part, arch, name, *figures = cells
     return f"| {part:<17} | {arch:<16} | {name:<20} | {' | '.join(f'{cell:>9}' for cell in figures)} |"
 
 
 class Row(NamedTuple):
-    """What came out for a variant: its accuracies in % by seed."""
+    """The results of a variant: accuracies in % by seed."""
 
     variant: Variant
     top1: dict[int, float]
@@ -177,7 +177,7 @@ HEADER = [
 
 
 def table(runs: Sequence[Run]) -> list[Row]:
-    """Collects the accuracies of what has come to its end."""
+    """Collects the accuracies of the finished trainings."""
     rows = {run.variant: Row(run.variant, {}) for run in runs}
     for run in runs:
         top1 = run.top1()
@@ -187,7 +187,7 @@ def table(runs: Sequence[Run]) -> list[Row]:
 
 
 def conversions(runs: Sequence[Run]) -> Iterator[dict[str, object]]:
-    """Converts the first training of each network that has every branch, and compares both forms on the test images."""
+    """Converts the first training of each network with all branches, and compares both forms on the test images."""
     full = {run.cfg.MODEL.ARCH: run for run in reversed(runs) if run.variant.name == "1x1 and 3x3" and run.top1()}
     for arch, run in full.items():
         deploy, figures = (run.folder / name for name in ("deploy.pth", "check.json"))
@@ -207,14 +207,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draws the means as bars, every seed as a point, and the published accuracies of the same branches as crosses.
 
     Raises:
-        ValueError: there is nothing to draw.
+        ValueError: no training has finished.
     """
     from matplotlib.figure import Figure
 
     shown = {arch: [row for row in rows if row.top1 and row.variant.arch == arch] for arch in (REP, RES)}
     shown = {arch: of_arch for arch, of_arch in shown.items() if of_arch}
     if not shown:
-        raise ValueError("--figure: there is nothing to draw, no training has come to its end")
+        raise ValueError("--figure: there is nothing to draw, no training has finished")
     seen = {"marker": "o", "color": "#08519c", "markersize": 4, "label": "shapes, each seed"}
     paper = {"marker": "x", "color": "#d94801", "label": "CIFAR-100, published"}
     widths = [len(of_arch) for of_arch in shown.values()]
@@ -237,17 +237,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing and prints the table."""
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows to take, such as 'ResMLP*' or '* none'")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of each row")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows to run, such as 'ResMLP*' or '* none'")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds of each row")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="further keys for every training")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at a time, of one thread each")
-    parser.add_argument("--report", action="store_true", help="train nothing; convert, compare and print what is there")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="parallel trainings, one thread each")
+    parser.add_argument("--report", action="store_true", help="only report the finished trainings, train nothing")
     parser.add_argument("--output", type=Path, default=Path("output/ablation"), metavar="DIR", help="for the trainings")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw them there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the figures to this file")
     args = parser.parse_args(argv)
     if args.jobs < 1:
-        raise ValueError(f"--jobs is {args.jobs}: at least one training at a time is needed")
+        raise ValueError(f"--jobs is {args.jobs}: give at least 1")
     if args.figure and find_spec("matplotlib") is None:
         raise ValueError("--figure needs matplotlib: pip install 'matplotlib>=3.8' (the extra `plot`)")
     names = chosen((variant.title for variant in VARIANTS), args.only)

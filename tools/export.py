@@ -1,6 +1,6 @@
 """Exports a network for other runtimes: ONNX (`.onnx`) or a torch.export program (`.pt2`), of any batch size.
 
-Training weights are converted by Locality Injection on the way. The exported program is run and compared with the
+Training weights are converted by Locality Injection first. The exported program is run and compared with the
 network before it is written.
 
 python -m tools.export output/RepMLPNet-Digits/quickstart/best_ckpt.pth digits.onnx --fuse
@@ -28,10 +28,10 @@ BATCH_SIZES = (2, 3)  # of the sample that is traced, and of the check
 def parser() -> cli.Parser:
     """Describes the command line."""
     result = cli.Parser(description=__doc__, argument_default=None)
-    result.add_argument("weights", metavar="WEIGHTS", help="checkpoint, training or deploy")
-    result.add_argument("save", metavar="FILE", type=Path, help="where to write: NAME.onnx or NAME.pt2")
+    result.add_argument("weights", metavar="WEIGHTS", help="checkpoint, training or deploy weights")
+    result.add_argument("save", metavar="FILE", type=Path, help="file to write: NAME.onnx or NAME.pt2")
     add_checkpoint_options(result, fuse=True)
-    result.add_argument("--tolerance", type=float, default=1e-4, help="on the relative logit difference")
+    result.add_argument("--tolerance", type=float, default=1e-4, help="largest relative logit difference")
     return result
 
 

@@ -1,6 +1,6 @@
-"""Classifies image files: prints the likeliest classes of each, most probable first.
+"""Classifies image files: prints the most probable classes of each.
 
-Files that can't be read are named on stderr, and the exit status is then 2.
+Unreadable files are reported on stderr, and the exit status is then 2.
 
 python -m tools.predict output/RepMLPNet-Digits/quickstart/deploy.pth IMAGE...
 """
@@ -29,28 +29,30 @@ from utils.text import printable
 def parser() -> cli.Parser:
     """Describes the command line."""
     result = cli.Parser(description=__doc__, argument_default=None)
-    result.add_argument("weights", metavar="WEIGHTS", help="checkpoint, training or deploy")
+    result.add_argument("weights", metavar="WEIGHTS", help="checkpoint, training or deploy weights")
     result.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
     add_checkpoint_options(result, fuse=True)
     result.add_argument("-b", "--batch-size", type=int, default=16, metavar="N", help="images per batch")
-    result.add_argument("-k", "--top", type=int, default=5, metavar="N", help="how many classes to name")
+    result.add_argument("-k", "--top", type=int, default=5, metavar="N", help="number of classes to print")
     result.add_argument(
-        "-r", "--resolution", type=cli.side, metavar="R", help="image size; the network's own if absent"
+        "-r", "--resolution", type=cli.side, metavar="R", help="image size; default: that of the network"
     )
-    result.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line; numbers if absent")
+    result.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line; default: numbers")
     result.add_argument(
-        "--dataset", choices=list(data.DATASETS), help="trained on; what the checkpoint tells, or imagenet, if absent"
+        "--dataset",
+        choices=list(data.DATASETS),
+        help="trained on; default: that of the checkpoint, or imagenet",
     )
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
-    result.add_argument("--json", type=Path, metavar="FILE", help="also write the probabilities there")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the probabilities to this file")
     return result
 
 
 def class_names(path: Path | None, count: int) -> list[str]:
-    """Returns the names of all classes, or their numbers where no file gives names.
+    """Returns the names of all classes, or their numbers without a file.
 
     Raises:
-        ValueError: the file has more or fewer names than the network has classes, or is no text.
+        ValueError: the file has more or fewer names than the network has classes, or is not text.
     """
     if path is None:
         return [str(label) for label in range(count)]
@@ -66,7 +68,7 @@ def class_names(path: Path | None, count: int) -> list[str]:
 
 
 def normalization(dataset: str | None, checkpoint: Checkpoint) -> data.Normalize:
-    """Returns that of the data set which the user names, or else the checkpoint; of ImageNet where neither does.
+    """Returns the normalization of the data set named by the user, else by the checkpoint, else of ImageNet.
 
     Raises:
         ValueError: the checkpoint names an unknown one.
@@ -78,10 +80,10 @@ def normalization(dataset: str | None, checkpoint: Checkpoint) -> data.Normalize
 
 
 def readable(paths: Iterable[Path], unreadable: list[Path]) -> Iterator[tuple[Path, Image]]:
-    """Yields the images in RGB; the other files are named on stderr, with the reason, and added to `unreadable`."""
+    """Yields the images in RGB; reports unreadable files on stderr and adds them to `unreadable`."""
     for path in paths:
         try:
-            if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device may have no end
+            if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device may never end
                 raise ValueError("is no regular file")
             with path.open("rb") as file:
                 image = decode_rgb(file)
@@ -112,12 +114,12 @@ def probabilities(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reads the weights, classifies, prints; returns the exit status, which tells whether all images were read."""
+    """Reads the weights, classifies, prints; returns the exit status."""
     args = parser().parse_args(argv)
     if args.batch_size < 1 or args.top < 1:
         raise ValueError("-b and -k must be at least 1")
     if args.json:
-        images = [path for path in args.images if not path.is_dir()]  # a folder is no image, and not read
+        images = [path for path in args.images if not path.is_dir()]  # a folder is not an image and not read
         check_target(args.json, filter(None, [args.weights, *images, args.classes]))
     device = default_device()
     task, checkpoint, network = load_checkpoint(args.weights, args.arch, args.ema)
@@ -136,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         labels = [names[i] for i in best.indices.tolist()]
         figures[str(path)] = list(zip(labels, best.values.tolist(), strict=True))
         print(printable(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in figures[str(path)])))
-    if figures:  # on stderr, for programs read the other lines
+    if figures:  # on stderr, because programs read stdout
         print(printable(f"by {checkpoint}"), file=sys.stderr)
     if args.json:
         write_json(args.json, figures)

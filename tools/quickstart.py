@@ -1,4 +1,4 @@
-"""The whole path on the embedded digits: train, evaluate, convert, check, evaluate the converted weights."""
+"""Quick start on the embedded digits: train, evaluate, convert, check, evaluate the converted weights."""
 
 import json
 import shlex
@@ -22,7 +22,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the commands one after the other, as a user would type them; returns the status of the first that fails."""
+    """Runs the commands one after the other; returns the status of the first that fails."""
     cli.Parser(description=__doc__).parse_args(argv)
     for command in COMMANDS:
         print(f"\n$ python {command}", flush=True)

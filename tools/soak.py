@@ -1,7 +1,7 @@
-"""Kills a training over and over, and compares what it comes to with the same training left alone, bit for bit.
+"""Soak test: kills a training repeatedly and compares its result with an uninterrupted run, bit for bit.
 
-Each life of the run ends by SIGKILL at a random moment, every other one while a checkpoint is being written. The next
-life resumes from what it finds, with another number of data loading processes.
+Each process ends by SIGKILL at a random moment, about every second one while a checkpoint is being written. The next
+process resumes, with another number of data workers.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from torch import Tensor
 from utils import cli
 
 ROOT = Path(__file__).parents[1]
-# Short, with everything on that has a state: moving average, saves within an epoch, numbered checkpoints.
+# Short, with everything that has a state: moving average, saves within an epoch, numbered checkpoints.
 RECIPE = (
     "TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 1 DATA.BATCH_SIZE 32 PRINT_FREQ 2 SAVE_STEPS 5 SAVE_FREQ 1 KEEP_CHECKPOINTS 1 "
     "TRAIN.EMA_ALPHA 0.001 TRAIN.EMA_UPDATE_PERIOD 2"
 )
 RUN = Path("RepMLPNet-Digits", "quickstart")
-# Threads decide in which order numbers are added, so one is what makes runs comparable.
+# The number of threads affects the order of sums; with one thread runs are comparable.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-# A life trains for little more than three lines of the log, 6 updates of 88, so that this many never reach the end.
+# A process trains for at most about 6 of the 88 updates before it is killed, so that this many never finish.
 KILLS_A_ROUND = 7
 
 
@@ -45,7 +45,7 @@ def arguments(output: Path, workers: int = 0, changes: Mapping[str, object] | No
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """Returns what two run folders differ in: checkpoints bit for bit, metrics byte for byte; times do not count."""
+    """Returns the differences of two run folders: checkpoints bit for bit, metrics byte for byte."""
     names = [{path.name for path in folder.glob("*.pth")} for folder in (first, second)]
     found = [f"{name} is only in one of them" for name in sorted(names[0] ^ names[1])]
     if (first / "metrics.jsonl").read_bytes() != (second / "metrics.jsonl").read_bytes():
@@ -58,7 +58,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns every tensor and plain value below containers by its path; not the configuration, it names the folder."""
+    """Returns every tensor and plain value by its path, except the configuration, which names the folder."""
     if not isinstance(value, dict | list | tuple):
         return {prefix: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -72,23 +72,23 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def lines(folder: Path, word: str = "Train: ") -> int:
-    """Returns how many lines of a run's log have a word in them."""
+    """Returns the number of occurrences of a word in the log of a run."""
     log = folder / "log_rank0.txt"
     return log.read_text().count(word) if log.exists() else 0
 
 
 def kill(folder: Path, alive: Callable[[], bool], pid: int, rng: random.Random, *, lines_before: int) -> str:
-    """Waits until a run trains, then kills it: some updates later, or at the next file that it begins to write.
+    """Waits until a run trains, then kills it some updates later or while it writes the next file.
 
     Args:
         folder: of the run.
-        alive: tells whether the process still runs, and takes its exit status where not.
+        alive: returns whether the process still runs, and collects its exit status if not.
         pid: of the process.
         rng: draws the moment.
-        lines_before: lines of training in the log before this life.
+        lines_before: training lines in the log before this process started.
 
     Returns:
-        What was hit: "saving", "training", or "nothing" where the run came to its end before.
+        What was hit: "saving", "training", or "nothing" if the run had finished before.
     """
     last_line = lines_before + rng.randint(1, 3)
     while alive() and lines(folder) < last_line:
@@ -107,7 +107,7 @@ def kill(folder: Path, alive: Callable[[], bool], pid: int, rng: random.Random, 
 
 
 class Round(NamedTuple):
-    """One run with all its lives: what the kills hit, how long it took, how its end differs from an undisturbed one."""
+    """A run with all its processes: what the kills hit, its duration, and its differences from an uninterrupted run."""
 
     hits: Counter[str]
     seconds: float
@@ -115,7 +115,7 @@ class Round(NamedTuple):
 
 
 def soak(output: Path, reference: Path, kills: int, seed: int) -> Round:
-    """Trains to the end, killed so many times on the way."""
+    """Trains to the end, killed `kills` times on the way."""
     rng, start, hits, folder = random.Random(seed), time.monotonic(), Counter[str](), output / RUN
     while True:
         before = lines(folder)
@@ -138,14 +138,14 @@ def _start(output: Path, workers: int = 0) -> subprocess.Popen[bytes]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs rounds until there were as many kills as asked for; status 1 where a run did not come to the same end."""
+    """Runs rounds up to the requested number of kills; returns status 1 if the result of any run differs."""
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="how many in all")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="new folder for the runs, kept")
+    parser.add_argument("--kills", type=int, default=200, help="number of kills in all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="new folder in which the runs are kept")
     args = parser.parse_args(argv)
     if args.kills < 1:
-        raise ValueError(f"--kills is {args.kills}: at least one is needed to see anything")
+        raise ValueError(f"--kills is {args.kills}: give at least 1")
     with tempfile.TemporaryDirectory() as temporary:
         root = getattr(args, "output", Path(temporary))
         soak(root / "undisturbed", root / "undisturbed" / RUN, 0, 0)

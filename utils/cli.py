@@ -1,4 +1,4 @@
-"""The command line: a parser that knows what was probably meant, and errors that end in one readable line."""
+"""The command line: a parser that suggests the closest known word, and errors printed on one line."""
 
 import argparse
 import difflib
@@ -17,11 +17,11 @@ from .signals import Stopped
 from .text import printable
 
 MAX_SIDE = 16384  # pixels of an image
-USER_ERROR = 2  # the exit status of a mistake that the user can mend, as argparse uses it
+USER_ERROR = 2  # the exit status of a user error, as in argparse
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns `"; did you mean X?"` for the closest of the known words, or nothing where none is close."""
+    """Returns `"; did you mean X?"` for the closest known word, or an empty string if none is close."""
     lookup = {candidate.lower(): candidate for candidate in known}
     lower = word.lower()
     longer = [candidate for candidate in lookup if candidate.startswith(lower)]
@@ -31,12 +31,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def listing(title: str, words: Iterable[str]) -> str:
-    """Returns `title: word, word, ...` in lines for the end of a `--help`."""
+    """Returns `title: word, word, ...`, wrapped, for the end of a `--help`."""
     return textwrap.fill(f"{title}: {', '.join(words)}", 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Names the default of an option only where it has one of its own, and keeps the lines of what is around them."""
+    """Shows the default of an option only if it has one, and keeps the line breaks of description and epilog."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default else action.help
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` without abbreviations, whose error for an unknown flag names the closest known one.
 
     Args:
-        hint: called with an unknown argument and all known ones; returns what to say after it, such as "; did you ...".
+        hint: called with an unknown argument and all known ones; returns a hint such as "; did you ...".
         kwargs: of `ArgumentParser`.
     """
 
@@ -76,7 +76,7 @@ def print_error(message: str) -> None:
 
 
 def _print_last(line: str) -> None:
-    """Prints to stderr; where that has vanished, the exit status alone tells what happened."""
+    """Prints to stderr; if stderr is gone, only the exit status remains."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
@@ -84,11 +84,11 @@ def _print_last(line: str) -> None:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script's `main` and exits with its status; a user's mistake (ValueError, OSError) ends in one line.
+    """Runs a script's `main` and exits with its status; a user error (ValueError, OSError) is printed on one line.
 
-    A run that stopped on a signal exits with 128 + its number, and so does Ctrl-C. Results that could not be printed
-    are an error. Setting `REPMLP_TRACEBACK=1` shows where it was raised. Everything else is a defect and keeps its
-    traceback.
+    A run that was stopped by a signal exits with 128 + its number, and so does Ctrl-C. Results that could not be
+    printed are an error. `REPMLP_TRACEBACK=1` adds the traceback to a user error. Any other exception is a defect and
+    keeps its traceback.
     """
     console.prepare()
     raise_on_interrupt()
@@ -101,7 +101,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def status_of(main: Callable[[], int | None]) -> int:
-    """Runs a script's `main` within this process and returns its exit status; a mistake is printed as `run` does."""
+    """Runs a script's `main` and returns its exit status; prints a user error as `run` does."""
     try:
         return main() or 0
     except SystemExit as stop:  # of the parser
@@ -110,7 +110,7 @@ def status_of(main: Callable[[], int | None]) -> int:
         _print_last(str(stop))
         return stop.status
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one does not wait for what still has to be cleared
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for the cleanup
         _print_last("interrupted")
         return 128 + signal.SIGINT
     except (ValueError, OSError) as error:

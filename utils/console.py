@@ -1,4 +1,4 @@
-"""The console of a process: it may have no character for what is printed, and it may vanish before the process does."""
+"""The console of a process, whose encoding may lack characters and which may close before the process ends."""
 
 import io
 import os
@@ -7,9 +7,9 @@ from typing import TextIO
 
 
 def prepare() -> None:
-    """Lets stdout and stderr escape what their encoding has no character for, instead of raising.
+    """Lets stdout and stderr escape characters that their encoding lacks, instead of raising.
 
-    Where the process was started without a stderr, it gets one that leads nowhere.
+    A process that was started without stderr gets the null device.
     """
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  it stays open as long as the process lives
     for stream in (sys.stdout, sys.stderr):
@@ -18,20 +18,20 @@ def prepare() -> None:
 
 
 def give_up(stream: TextIO) -> None:
-    """Sends what a stream still holds, and all that follows, nowhere, so that nothing fails on it once more."""
+    """Redirects a stream to the null device, so that its buffer and later output cannot fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def stdout_or_nowhere() -> TextIO:
-    """Returns stdout; where the process was started without one, it gets one that leads nowhere."""
+    """Returns stdout, or the null device in a process that was started without stdout."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     return sys.stdout
 
 
 def flush_stdout() -> str:
-    """Prints what stdout still holds; returns why that fails, or nothing where it does not."""
+    """Flushes stdout; returns the reason if that fails, or an empty string."""
     if sys.stdout is None:
         return "it is closed"
     try:

@@ -1,4 +1,4 @@
-"""The process group: who am I, how many are we, which device is mine. All helpers also work without a group."""
+"""The process group: rank, world size and device. All helpers also work without a group."""
 
 import os
 import re
@@ -16,13 +16,13 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# Long enough for the slowest evaluation or checkpoint of one rank while the others wait for it.
+# Covers the slowest evaluation or checkpoint of one rank while the others wait.
 TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process among those of the run."""
+    """The place of this process in the run."""
 
     rank: int
     world_size: int
@@ -36,14 +36,15 @@ class RankInfo:
 
 
 def init(local_rank_flag: int | None = None) -> RankInfo:
-    """Joins the process group that the launcher prepared, or stays alone where there is none.
+    """Joins the process group of the launcher; without a launcher, the process is the only one.
 
     Understands the environment of torchrun and of `torch.distributed.launch` (with its `--local-rank` argument, which
-    `local_rank_flag` hands over; the environment wins), and that of Slurm's srun. Uses NCCL on GPUs and gloo on CPUs.
+    `local_rank_flag` passes on; the environment takes precedence), and that of Slurm's srun. Uses NCCL on GPUs, gloo on
+    CPUs.
 
     Raises:
-        ValueError: the environment is incomplete or makes no sense, the processes don't find each other, or a node has
-            more processes than GPUs that they can see.
+        ValueError: the environment is incomplete or invalid, the processes can't connect, or a node has more processes
+            than visible GPUs.
     """
     if "RANK" not in os.environ:
         os.environ.update(_slurm_environment(os.environ))
@@ -82,17 +83,17 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Adds a tensor up over all processes, in place, and returns it."""
+    """Sums a tensor over all processes, in place, and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_from_rank0(compute: Callable[[], T]) -> T:
-    """Computes something on rank 0 and returns it on all processes.
+    """Computes a value on rank 0 and returns it on all processes.
 
     Raises:
-        ValueError: on all processes alike, for a ValueError or OSError of `compute`.
+        ValueError: on all processes, for a ValueError or OSError of `compute`.
     """
     if not dist.is_initialized():
         return compute()
@@ -109,7 +110,7 @@ def broadcast_from_rank0(compute: Callable[[], T]) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Returns a small plain value of every process, by rank; all must take part."""
+    """Returns a small plain value of every process, by rank; a collective operation."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -141,10 +142,10 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
     if not 0 < port < 2**16:
         raise ValueError(f"the environment variable MASTER_PORT must be a port from 1 to 65535, not {port}")
     try:
-        socket.getaddrinfo(address, port)  # torch itself would try for as long as its timeout is
+        socket.getaddrinfo(address, port)  # torch itself would retry until its timeout
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            **_meeting_place(rank, world_size),
+            **_rendezvous(rank, world_size),
             timeout=TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
@@ -166,7 +167,7 @@ def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
-    # A launcher may also show every process its own GPU alone, whose number is then 0 everywhere.
+    # A launcher may make a single GPU visible to each process, which then has index 0 everywhere.
     index = 0 if visible == 1 else local_rank
     if index >= visible:
         raise ValueError(
@@ -177,21 +178,21 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def _meeting_place(rank: int, world_size: int) -> dict[str, Any]:
-    """Returns where the processes find each other, as arguments of `init_process_group`; nothing for torch's own place.
+def _rendezvous(rank: int, world_size: int) -> dict[str, Any]:
+    """Returns the rendezvous as arguments of `init_process_group`; none for torch's default.
 
-    torchrun's store outlives a restart, and may answer with the addresses of processes that are gone (torch 2.15). The
-    processes that are there now therefore agree on a name of their own in it: rank 0 draws one and hands it to each
-    other process in exchange for a number that only a living one can know to be its own.
+    torchrun's store survives a restart and may return the addresses of dead processes (torch 2.15). The current
+    processes therefore agree on a prefix of their own: rank 0 draws one and sends it to every other process together
+    with the random number that this process has published, so that an answer to a dead process is not accepted.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     store = dist.TCPStore(os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0), timeout=TIMEOUT)
-    name = _hand_out_name(store, world_size) if rank == 0 else _receive_name(store, rank)
+    name = _publish_prefix(store, world_size) if rank == 0 else _receive_prefix(store, rank)
     return {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world_size}
 
 
-def _hand_out_name(store: dist.Store, world_size: int) -> str:
+def _publish_prefix(store: dist.Store, world_size: int) -> str:
     name, waiting = uuid.uuid4().hex, set(range(1, world_size))
     while waiting:
         for rank in sorted(waiting):
@@ -203,7 +204,7 @@ def _hand_out_name(store: dist.Store, world_size: int) -> str:
     return name
 
 
-def _receive_name(store: dist.Store, rank: int) -> str:
+def _receive_prefix(store: dist.Store, rank: int) -> str:
     mine = uuid.uuid4().hex
     store.set(f"number/{rank}", mine)
     while not (answer := _read(store, f"name/{rank}")).startswith(mine):
@@ -214,15 +215,15 @@ def _receive_name(store: dist.Store, rank: int) -> str:
 
 
 def _read(store: dist.Store, key: str) -> str:
-    """Returns what a store has under a key, empty where it has nothing."""
+    """Returns the value of a key in a store, or an empty string."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
 def _slurm_environment(slurm: os._Environ[str]) -> dict[str, str]:
-    """Translates the variables of a task that srun started into torchrun's; nothing where srun did not start it."""
+    """Translates the variables of srun into those of torchrun; returns none if srun did not start this process."""
     if "SLURM_STEP_NUM_TASKS" not in slurm or "SLURM_PROCID" not in slurm:
         return {}
-    # Below the ephemeral ports; two jobs that share a node have different numbers.
+    # Below the ephemeral ports; jobs that share a node have different ids.
     port = 15000 + _number("SLURM_JOB_ID", 0) % 15000
     return {
         "RANK": slurm["SLURM_PROCID"],

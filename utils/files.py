@@ -1,4 +1,4 @@
-"""Writing files: never over what is read, and as a whole or not at all."""
+"""Writing files atomically, and never over an input."""
 
 import errno
 import json
@@ -26,14 +26,14 @@ def user_path(path: str | Path) -> Path:
 
 
 def check_target(target: Path, inputs: Iterable[str | Path]) -> None:
-    """Makes sure, before any work, that a file can be written and that writing it changes nothing that is read.
+    """Checks before any work that a file can be written and is not an input.
 
     Args:
-        target: the file that is going to be written; an older one of that name may be replaced.
-        inputs: files and folders that are read; those that do not exist, such as the word `digits`, do not matter.
+        target: the file to write; an older file of that name may be replaced.
+        inputs: files and folders that are read; paths that do not exist, such as the word `digits`, are ignored.
 
     Raises:
-        ValueError: the target is no file, can't be written, is one of the inputs, also by a link, or lies in one.
+        ValueError: the target is not a file, can't be written, is one of the inputs, also by a link, or lies in one.
     """
     if target.is_dir() or not target.name:
         raise ValueError(f"{target} is a folder: give the name of a file to write")
@@ -59,12 +59,12 @@ def write_json(path: Path, figures: object) -> None:
 
 
 def strict_json(value: object, indent: int | None = None) -> str:
-    """Returns plain values as JSON, which knows no numbers that are not finite: null stands for them."""
+    """Returns plain values as JSON, with null in place of non-finite numbers, which JSON does not have."""
     return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of UTF-8 text; a reader sees, also after a crash, the old one or the whole new one.
+    """Writes UTF-8 text atomically: a reader sees, also after a crash, the old file or the complete new one.
 
     Raises:
         OSError: the disk is full or the folder can't be written; an older file of that name is intact.
@@ -84,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def clear_about_space(path: Path, remedy: str = "make room and start again") -> Iterator[None]:
-    """Names the file or folder and the remedy where the system says only that there is no space left."""
+    """Adds the path and the remedy to an error of the system that says only that there is no space left."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Ctrl-C while a script still imports. This module itself imports nothing that takes time."""
+"""Ctrl-C while a script is still importing. This module itself imports quickly."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ from types import FrameType
 
 
 def end_on_interrupt() -> None:
-    """Lets Ctrl-C end the process at once, without a traceback: there is nothing to save or to clear yet."""
-    # Where SIGINT is ignored, as in a shell's background job, it stays so.
+    """Makes Ctrl-C end the process immediately, without a traceback: there is nothing to save or clean up yet."""
+    # An ignored SIGINT, as in a background job of a shell, stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def raise_on_interrupt() -> None:
-    """Lets Ctrl-C raise KeyboardInterrupt again, as Python does by itself."""
+    """Makes Ctrl-C raise KeyboardInterrupt again, which is the default of Python."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

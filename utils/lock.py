@@ -1,4 +1,4 @@
-"""The output folder of a run: one run at a time in it, and no trace of a start that failed."""
+"""The output folder of a run: locked by one run at a time, and removed again if the start fails."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ LOCK = ".lock"
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Keeps a folder for this process; the system drops the lock with the process, so that none goes stale.
+    """Locks a folder for this process; the system releases the lock with the process, so that none goes stale.
 
     Raises:
         ValueError: another process holds it.
@@ -24,10 +24,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with clear_about_space(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # Without a buffer, which a full disk would keep from being written once more when the file is closed.
+            # Unbuffered: on a full disk, closing the file would try to write the buffer again.
             file = stack.enter_context((folder / LOCK).open("a+b", buffering=0))
             try:
-                # flock would live on in the data loading processes, which outlast a killed run by seconds.
+                # flock would be held by the data workers too, which outlive a killed run by seconds.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 file.seek(0)
@@ -44,19 +44,19 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def first_missing(folder: Path) -> Path | None:
-    """Returns the topmost of a folder and those that it lies in that is not there yet; None where all are."""
+    """Returns the topmost missing folder of a path, or None if the whole path exists."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     return missing[-1] if missing else None
 
 
 @contextmanager
 def without_trace(folder: Path, made: Path | None, locked: bool) -> Iterator[None]:
-    """Removes the folder again where what is done within fails before more than a log lies in it.
+    """Removes the folder again if the body fails while the folder holds nothing but logs.
 
     Args:
         folder: the output folder.
-        made: the topmost folder that this start makes, as `first_missing` told before; None removes nothing.
-        locked: whether this process, or rank 0 for it, holds the lock; it goes with the log.
+        made: the topmost folder that this start creates, from `first_missing`; None removes nothing.
+        locked: whether this process, or rank 0 for it, holds the lock, whose file is then removed as well.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def without_trace(folder: Path, made: Path | None, locked: bool) -> Iterator[Non
 
 
 def _remove(folder: Path, top: Path, removable: str) -> None:
-    with contextlib.suppress(OSError):  # other processes may do the same, or have put something there
+    with contextlib.suppress(OSError):  # other processes may remove it too, or have written files
         names = os.listdir(folder)
         if all(re.fullmatch(removable, name) for name in names):
             for name in names:

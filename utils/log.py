@@ -1,4 +1,4 @@
-"""What a run writes for people and for programs: log files, metrics.jsonl, TensorBoard events."""
+"""The records of a run: log files, metrics.jsonl, TensorBoard events."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ class _ConsoleFormatter(logging.Formatter):
 
 
 class _FileFormatter(logging.Formatter):
-    """Time, level and message on one line; a traceback, where there is one, on the lines that it has."""
+    """Time, level and message on one line, followed by the traceback, if any."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)
@@ -38,9 +38,9 @@ class _FileFormatter(logging.Formatter):
 
 
 class _ConsoleHandler(logging.StreamHandler):
-    """Writes above a progress bar where there is one. A console that vanishes is given up, with one warning elsewhere.
+    """Writes above a progress bar. If the console is closed, it is no longer used, and the log file gets a warning.
 
-    The run continues: a closed pipe or a full disk behind stdout is no reason to lose a training.
+    The run continues: a closed pipe or a full disk behind stdout must not end a training.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -54,7 +54,7 @@ class _ConsoleHandler(logging.StreamHandler):
 
 
 class _FileHandler(logging.FileHandler):
-    """A full disk costs lines of the log, but no messages about each of them on the console."""
+    """Drops lines silently on a full disk, instead of printing an error for each on the console."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -62,7 +62,7 @@ class _FileHandler(logging.FileHandler):
 
 
 def create_logger(folder: Path | None = None, rank: int = 0) -> logging.Logger:
-    """Returns the project's logger: `log_rank<r>.txt` in `folder`, and the console, where other ranks only warn."""
+    """Returns the project's logger: `log_rank<r>.txt` in `folder`, and the console (only warnings on ranks > 0)."""
     logger = logging.getLogger(NAME)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -82,9 +82,9 @@ def create_logger(folder: Path | None = None, rank: int = 0) -> logging.Logger:
 
 
 def log_failure(logger: logging.Logger, error: Exception) -> None:
-    """Writes what ends a run to the log file alone; the console gets it where the process ends.
+    """Writes the error that ends a run to the log file only; `cli.run` prints it on the console.
 
-    A mistake of the user or the system's refusal is one line, everything else comes with its traceback.
+    A user error or a refusal of the system is one line, any other error has its traceback.
     """
     trace = None if isinstance(error, ValueError | OSError) else (type(error), error, error.__traceback__)
     text = f"stopped: {' '.join(str(error).split())}"
@@ -95,15 +95,14 @@ def log_failure(logger: logging.Logger, error: Exception) -> None:
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and to TensorBoard; a no-op everywhere but on rank 0.
+    """Appends records to `metrics.jsonl` and to TensorBoard; does nothing without a folder, as on ranks above 0.
 
-    `metrics.jsonl` holds what a run computed and nothing that a clock says, so that equal runs write equal files.
+    `metrics.jsonl` holds computed values and no times, so that equal runs write equal files.
 
     Args:
         folder: where both go; None writes nothing.
-        start: the updates done so far. A run that resumes drops what an earlier one recorded after that many, because
-            it will record that again.
-        epoch: the one to resume in; its mean and its evaluation are still to come, even where all updates are done.
+        start: the updates done so far. Later records of an earlier run are dropped, because they will be repeated.
+        epoch: the epoch to resume in; its records are dropped too, even if all its updates are done.
     """
 
     def __init__(self, folder: Path | None, start: int = 0, epoch: int | None = None) -> None:
@@ -116,7 +115,7 @@ class MetricsWriter:
             self._board = _Board(folder, start)
 
     def write(self, kind: str, update: int, values: dict[str, Any], clock: dict[str, float] | None = None) -> None:
-        """Records values under `kind` ("train", "eval", ...); those in `clock` go to TensorBoard alone."""
+        """Records values under `kind` ("train", "eval", ...); values in `clock` go to TensorBoard only."""
         if self._file is None or self._board is None:
             return
         self._file.write(strict_json({"kind": kind, "update": update, **values}) + "\n")
@@ -131,7 +130,7 @@ class MetricsWriter:
 
 
 class _Board:
-    """TensorBoard's events. Where they can't be written any more, the run continues without them, with one warning."""
+    """TensorBoard's events. If they can't be written, the run continues without them, after one warning."""
 
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -162,15 +161,15 @@ class _Board:
         logging.getLogger(NAME).warning(f"no more events for TensorBoard, the figures are in metrics.jsonl: {error}")
 
     def _in_a_thread(self, args: Any) -> None:
-        # The thread that writes hands its error over to the next call; a traceback of its own would come on top.
+        # The writing thread raises its error again in the next call; its own traceback would be redundant.
         if not isinstance(args.exc_value, OSError):
             self._previous(args)
 
 
 def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the lines of a file with what each holds; damaged ones are left out with a warning.
+    """Returns the lines of a file with their records; damaged lines are dropped with a warning.
 
-    A last line without an end was cut off in writing, by a run that was killed; that needs no warning.
+    A last line without a line break was cut off when a run was killed; it is dropped without a warning.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     records = [(line, _record(line)) for line in lines]
@@ -182,7 +181,7 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Returns what a line holds, or None where that is no record."""
+    """Returns the record in a line, or None if there is none."""
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -192,7 +191,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_ahead(record: dict[str, Any], start: int, epoch: int | None) -> bool:
-    """Returns whether a record is of what a run that resumes after `start` updates, in `epoch`, will do again."""
+    """Returns whether a run that resumes after `start` updates, in `epoch`, will write this record again."""
     ends_epoch = record["kind"] != "train"
     ahead = ends_epoch and epoch is not None and record.get("epoch", -1) >= epoch
     return ahead or record["update"] > start

@@ -1,4 +1,4 @@
-"""What comes together over many updates: sums that stay on the device, which no step waits for, and the pace."""
+"""Meters over many updates: means whose sums stay on the device, and throughput."""
 
 import math
 import time
@@ -10,34 +10,34 @@ from .distributed import all_reduce_sum, gather_objects, rank, world_size
 
 
 class Mean:
-    """A weighted mean of numbers over all processes: sums on the device, reduced and divided once they are read."""
+    """A weighted mean over all processes: sums on the device, reduced and divided when they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, value: Tensor, weight: int = 1) -> None:
-        """Takes in a scalar that stands for `weight` items; one that is not finite is left out."""
+        """Adds a scalar that is the mean of `weight` items; a non-finite one is skipped."""
         value = value.detach().to(torch.float64)
         finite = value.isfinite()
         self._sums += torch.stack((value.where(finite, 0.0), finite.to(torch.float64))) * weight
 
     def compute(self) -> float:
-        """Returns the mean (nan of nothing); all processes must ask, and it waits for them and for the device."""
+        """Returns the mean (nan if empty); a collective operation, which waits for the device."""
         total, count = all_reduce_sum(self._sums.clone()).tolist()
         return total / count if count else math.nan
 
     def reset(self) -> None:
-        """Starts anew."""
+        """Clears the sums."""
         self._sums.zero_()
 
     def state(self) -> list[list[float]]:
-        """Returns the sums of every process, for a checkpoint; all processes must ask."""
+        """Returns the sums of every process, for a checkpoint; a collective operation."""
         return gather_objects(self._sums.tolist())
 
     def load_state(self, sums: list[list[float]] | list[float]) -> None:
-        """Continues from `state`, or from the sums over all processes alone, as older checkpoints have them.
+        """Restores `state`, or the sums over all processes, which older checkpoints hold instead.
 
-        Each process takes up its own; where their number has changed, one takes up those of all.
+        Each process restores its own sums; if the number of processes has changed, rank 0 restores those of all.
         """
         rows = torch.tensor(sums or [[0.0, 0.0]], dtype=torch.float64).view(-1, 2)
         if len(rows) != world_size():
@@ -46,38 +46,38 @@ class Mean:
 
 
 class Pace:
-    """Updates and images, and the seconds that they took: those between `start` and `stop`, and no others."""
+    """Counts updates and images, and the seconds between `start` and `stop`."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Stops, and forgets everything."""
+        """Stops and clears all counts."""
         self.updates = self.images = 0
         self._seconds = 0.0
         self._since: float | None = None
 
     def add(self, images: int) -> None:
-        """Takes in an update on so many images of all processes."""
+        """Counts an update on this number of images over all processes."""
         self.updates += 1
         self.images += images
 
     def start(self) -> None:
-        """Lets the seconds count from now on, unless they do already."""
+        """Starts the clock, unless it runs already."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def stop(self) -> None:
-        """Lets the seconds count no longer. The device must have finished what was counted."""
+        """Stops the clock. The device must have finished the counted updates."""
         if self._since is not None:
             self._seconds, self._since = self._seconds + time.perf_counter() - self._since, None
 
     @property
     def images_per_second(self) -> float:
-        """The rate until `stop`; nan of nothing."""
+        """The rate until `stop`; nan if empty."""
         return self.images / self._seconds if self._seconds else math.nan
 
     @property
     def seconds_per_update(self) -> float:
-        """The mean until `stop`; nan of nothing."""
+        """The mean until `stop`; nan if empty."""
         return self._seconds / self.updates if self.updates else math.nan

@@ -1,4 +1,4 @@
-"""Random numbers as a function of a key, so that they do not depend on who draws them, or after what."""
+"""Random numbers as a function of a key, independent of the process that draws them and of earlier draws."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 def seed_everything(*key: int) -> None:
     """Seeds Python's, NumPy's and torch's generators (on every device) from a key of non-negative integers.
 
-    Keys that differ in any entry give independent streams, so `(seed, epoch, index)` needs no arithmetic.
+    Keys that differ in any entry give independent streams, so that `(seed, epoch, index)` can be used as it is.
     """
     words = np.random.SeedSequence(key).generate_state(4)
     random.seed(int(words[0]))
@@ -21,10 +21,10 @@ def seed_everything(*key: int) -> None:
 
 @contextmanager
 def keyed_rng(*key: int) -> Iterator[None]:
-    """Inside, the CPU generators are seeded by `key`; afterwards they continue from where they were.
+    """Seeds the CPU generators by `key` within the context and restores their state afterwards.
 
-    This is what makes an augmentation draw depend on (seed, epoch, index) alone: the number of workers, the order of
-    the images and the step at which a run was resumed no longer matter.
+    Augmentation then depends on (seed, epoch, index) alone, and not on the number of workers, the order of the images
+    or the update at which a run was resumed.
     """
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(4)

@@ -1,4 +1,4 @@
-"""Stopping on request: a signal is noted, and acted on between two updates by all processes at the same one."""
+"""Stopping on a signal: all processes stop after the same update."""
 
 import signal
 from types import FrameType
@@ -11,16 +11,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGINT and SIGUSR1; a second one acts at once, as it does by default.
+    """Catches SIGTERM, SIGINT and SIGUSR1; a second signal has its default effect.
 
-    Signals reach processes at different times, or only one of them. After each update the processes therefore agree by
-    a small reduction of their own on the CPU, whose result is looked at one update later, so that no one waits for it.
+    Signals reach the processes at different times, or only one of them. After each update the processes therefore
+    agree by a small asynchronous reduction on the CPU, whose result is read one update later, so that nobody waits.
     """
 
     def __init__(self) -> None:
-        self.number = 0  # the signal that all processes know of
+        self.number = 0  # the signal that all processes have agreed on
         self._received = 0
-        # What is ignored stays so, such as Ctrl-C in a background job of a shell.
+        # Ignored signals stay ignored, such as Ctrl-C in a background job of a shell.
         caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in caught}
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -32,7 +32,7 @@ class StopRequest:
             signal.signal(each, previous or signal.SIG_DFL)
 
     def agreed(self) -> int:
-        """Returns the signal that all processes know of by now, or 0; all must ask equally often."""
+        """Returns the signal that all processes have agreed on, or 0; all must call this equally often."""
         if self._group is None:
             self.number = self._received
             return self.number
@@ -46,7 +46,7 @@ class StopRequest:
 
 
 class Stopped(Exception):
-    """A run that stopped on request, with its state saved; the exit status is 128 + the signal, as shells count."""
+    """A run was stopped by a signal, with its state saved; the exit status is 128 + the signal, as in shells."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")

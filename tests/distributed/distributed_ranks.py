@@ -30,7 +30,7 @@ def in_ranks(function: Callable[..., Any], world_size: int, *arguments: object) 
     port, started = free_port(), []
     for rank in range(world_size):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.RankInfo(target=_enter, args=(theirs, function, rank, world_size, port, arguments))
+        process = context.Process(target=_enter, args=(theirs, function, rank, world_size, port, arguments))
         process.start()
         theirs.close()
         started.append((process, mine))

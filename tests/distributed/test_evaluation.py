@@ -51,9 +51,7 @@ def alone() -> list[ClassificationResult]:
     return [result for result, _ in evaluations(ALONE, 4)]
 
 
-@pytest.mark.parametrize(
-    "world_size", [1, pytest.param(2, marks=pytest.mark.slow), 3, 5, pytest.param(8, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 def test_any_number_of_processes_gives_the_result_of_one(alone, world_size):
     ranks = in_ranks(evaluations, world_size, 3)
     for i, (size, expected) in enumerate(zip(SIZES, alone, strict=True)):

@@ -69,7 +69,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         assert (second[name].double() - tensor.double()).norm() <= 1e-12 * scale, name
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_equal_one_with_all_images(world_size):
     expected_gradients, expected_statistics, kind = backward(ALONE, world_size * B, sync_bn=True)
     assert kind == "NetworkWithLoss", "one process synchronises nothing"

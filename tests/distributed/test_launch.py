@@ -114,6 +114,7 @@ def test_the_old_launcher(launch, by_hand):
     assert soak.differences(by_hand.folder, launch.folder) == []
 
 
+@pytest.mark.slow
 def test_the_local_rank_in_both_spellings(launch, by_hand):
     """As launchers of all ages write it, without LOCAL_RANK in the environment."""
     place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -146,6 +147,7 @@ def two_nodes(launch: Launch, options: str, flags: str = "") -> None:
         )
 
 
+@pytest.mark.slow
 def test_two_nodes_that_meet_by_c10d(launch, by_hand):
     two_nodes(launch, OPTIONS)
     launch.finish()

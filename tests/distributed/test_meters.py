@@ -83,7 +83,7 @@ def straight_and_stopped(process: RankInfo, folder: Path) -> bool:
     return texts[0] == texts[1] and texts[0].count(b"\n") == 2
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_means_after_a_restart_are_the_same_to_the_last_bit(tmp_path, world_size):
     assert all(in_ranks(straight_and_stopped, world_size, tmp_path))
 

@@ -101,7 +101,7 @@ def names(path: Path) -> set[str]:
 def test_an_empty_folder_has_nothing_to_go_on_from(tmp_path):
     assert folder(tmp_path).newest(LOGGER) is None
     assert folder(tmp_path / "absent").newest(LOGGER) is None
-    assert folder(tmp_path).numbered() == []
+    assert folder(tmp_path).periodic() == []
 
 
 def test_what_a_checkpoint_is_called(tmp_path, run_of):
@@ -124,7 +124,7 @@ def test_the_newest_numbered_ones_stay(tmp_path, run_of, keep):
         trainer.progress.epoch = finished + 1
         checkpoints.save(trainer, periodic=True, best=finished == 2)
     expected = [f"ckpt_epoch_{finished}.pth" for finished in (2, 9, 10, 11)[4 - keep :]]
-    assert [path.name for path in checkpoints.numbered()] == expected
+    assert [path.name for path in checkpoints.periodic()] == expected
     assert names(tmp_path) == {"latest.pth", "best_ckpt.pth", *expected}
     assert read_checkpoint(tmp_path / "latest.pth").payload["epoch"] == 11
     assert read_checkpoint(tmp_path / "best_ckpt.pth").payload["epoch"] == 2

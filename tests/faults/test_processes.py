@@ -96,6 +96,7 @@ def test_one_rank_of_two_is_killed(two, run, victim):
     assert soak.differences(two.folder, run.folder) == []
 
 
+@pytest.mark.slow
 def test_torchrun_ends_when_a_rank_is_killed(two, run):
     torchrun = Torchrun(run)
     torchrun.until("Train: ", 4)

@@ -232,6 +232,7 @@ def test_pip_installs_the_package(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     installed = {path.name for path in site.iterdir()}
     assert installed == {"repmlpnet", f"repmlpnet-{models.__version__}.dist-info"}
+    assert (site / "repmlpnet" / "py.typed").is_file()
     check_package(site, tmp_path / "elsewhere")
 
 

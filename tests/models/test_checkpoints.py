@@ -127,6 +127,32 @@ def test_metadata_says_what_the_weights_are(model: RepMLPNet) -> None:
     assert {type(version) for version in versions.values()} == {str}
 
 
+def test_metadata_take_more(model: RepMLPNet) -> None:
+    meta = describe(ARCH, model, (16, 16), "train", task="verification", dataset=None, metric="TAR")
+    assert meta == describe(ARCH, model, (16, 16), "train") | {"task": "verification", "metric": "TAR"}
+
+
+@pytest.mark.parametrize("task", ["classification", "verification"])
+def test_a_task_that_a_classifier_does_is_built_as_any(task: str, model: RepMLPNet, tmp_path: Path) -> None:
+    meta = describe(ARCH, model, (16, 16), "train", task=task)
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", {"model": model.state_dict(), "meta": meta}))
+    assert same(model.state_dict(), build_from(checkpoint).model.state_dict())
+
+
+def test_the_arguments_of_a_segmentation_network_are_none_of_a_classifier(model: RepMLPNet, tmp_path: Path) -> None:
+    meta = describe(ARCH, model, (16, 16), "train") | {"network": {}}
+    checkpoint = read_checkpoint(saved(tmp_path / "a.pth", {"model": model.state_dict(), "meta": meta}))
+    with pytest.raises(ValueError, match=r"a\.pth is of a segmentation network, not of a classifier"):
+        build_from(checkpoint)
+
+
+@pytest.mark.parametrize("key", ["task", "dataset", "metric"])
+def test_metadata_of_a_wrong_type_are_refused(key: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pth", {"model": weights, "meta": {key: 3}})
+    with pytest.raises(ValueError, match=f"damaged or of another program: meta.{key} is 3, not text"):
+        read_checkpoint(path)
+
+
 def test_safetensors_of_another_origin_are_read(weights: dict[str, Tensor], tmp_path: Path) -> None:
     safetensors.torch.save_file(weights, tmp_path / "a.safetensors")
     checkpoint = read_checkpoint(tmp_path / "a.safetensors")
@@ -454,7 +480,7 @@ def test_what_the_file_says_and_the_user_wants_otherwise(tmp_path: Path) -> None
     checkpoint = read_checkpoint(saved(tmp_path / "a.pth", payload))
     assert build_from(checkpoint).image_size == (24, 24)
     assert build_from(checkpoint, img_size=(24, 24), share_sets=(2, 8)).image_size == (24, 24)
-    with pytest.raises(ValueError, match="DATA.IMG_SIZE 24"):
+    with pytest.raises(ValueError, match="DATA.IMG_SIZE to 24"):
         build_from(checkpoint, img_size=(32, 32))
     with pytest.raises(ValueError, match="of another shape"):
         build_from(checkpoint, share_sets=(4, 16))
@@ -535,7 +561,7 @@ def test_containers_in_a_circle_and_names_of_thousands_of_prefixes(weights: dict
 
 def test_two_tensors_of_one_name(weights: dict[str, Tensor], tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pth", weights | {"module.head.bias": weights["head.bias"] + 1})
-    with pytest.raises(ValueError, match="several tensors of one name"):
+    with pytest.raises(ValueError, match="several tensors whose names differ in a prefix only"):
         read_checkpoint(path)
 
 
@@ -574,7 +600,8 @@ WRONG_META: list[dict[str, object]] = [
     {"dataset": ["digits"]},
     {"weights": "raw"},
     {"task": 3},
-    {"task": "segmentation"},
+    {"metric": 3},
+    {"task": "segmentation", "network": {}},
 ]
 
 

@@ -109,6 +109,13 @@ def test_a_checkpoint_tells_all_that_is_needed(case: str, form: str, tmp_path: P
     assert describe_segmentation(found, form)["network"] | {"deploy": None} == meta["network"] | {"deploy": None}
 
 
+def test_metadata_take_more() -> None:
+    model = network("two stages")
+    meta = describe_segmentation(model, "train", dataset="cityscapes", metric="mIoU", task=None)
+    assert meta == describe_segmentation(model, "train") | {"dataset": "cityscapes", "metric": "mIoU"}
+    assert meta["task"] == "segmentation"
+
+
 def test_a_classifier_s_checkpoint_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a.pth", {"model": create_model("RepMLPNet-Digits").state_dict()})
     with pytest.raises(ValueError, match="a.pth is no checkpoint of a segmentation network"):

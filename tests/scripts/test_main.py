@@ -181,8 +181,8 @@ def test_pretrained_weights_of_other_classes_leave_a_fresh_head(weights, images,
 
 
 @pytest.mark.parametrize("name", ["best_ckpt.pth", "latest.pth"])
-def test_evaluating_gives_the_accuracy_of_the_training(trained, script, tmp_path, name):
-    result = script("main_repmlp.py", "--eval", "--resume", trained.folder / name, "--output", tmp_path, *SHORT.split())
+def test_evaluating_gives_the_accuracy_of_the_training(trained, call, tmp_path, name):
+    result = call("main_repmlp.py", "--eval", "--resume", trained.folder / name, "--output", tmp_path, *SHORT.split())
     assert (result.status, result.err) == (0, "")
     last = trained.records("eval")[-1]
     (found,) = figures(result.out)
@@ -190,27 +190,27 @@ def test_evaluating_gives_the_accuracy_of_the_training(trained, script, tmp_path
 
 
 @pytest.mark.parametrize("batch", [1000, 7])
-def test_the_batch_of_an_evaluation_does_not_matter(trained, script, tmp_path, batch):
+def test_the_batch_of_an_evaluation_does_not_matter(trained, call, tmp_path, batch):
     options = f"--eval --resume {trained.folder}/best_ckpt.pth --output {tmp_path} {SHORT} DATA.TEST_BATCH_SIZE {batch}"
-    result = script("main_repmlp.py", *options.split())
+    result = call("main_repmlp.py", *options.split())
     assert [found[0::3] for found in figures(result.out)] == [(figures(trained.result.out)[-1][0], "359")]
 
 
-def test_deploy_weights_evaluate_alike(trained, deployed, script, tmp_path):
-    result = script("main_repmlp.py", "--eval", "--resume", deployed, "--output", tmp_path, *SHORT.split())
+def test_deploy_weights_evaluate_alike(trained, deployed, call, tmp_path):
+    result = call("main_repmlp.py", "--eval", "--resume", deployed, "--output", tmp_path, *SHORT.split())
     assert (result.status, result.err) == (0, "")
     assert [found[:2] for found in figures(result.out)] == [figures(trained.result.out)[-1][:2]]
     assert "deploy weights" in result.out
 
 
-def test_an_evaluation_needs_no_training_images(trained, digits_val, script, tmp_path):
+def test_an_evaluation_needs_no_training_images(trained, digits_val, call, tmp_path):
     command = (
         f"--eval --resume {trained.folder}/best_ckpt.pth --arch {ARCH} --data-path {digits_val} --batch-size 50 "
         f"--output {tmp_path} --opts DATA.NUM_WORKERS 0"
     )
-    result = script("main_repmlp.py", *command.split())
+    result = call("main_repmlp.py", *command.split())
     assert result.status == 0, result.err
-    plain = script("test.py", digits_val, "train", trained.folder / "best_ckpt.pth", "-j", 0)
+    plain = call("test.py", digits_val, "train", trained.folder / "best_ckpt.pth", "-j", 0)
     assert plain.status == 0, plain.err
     (found,) = figures(result.out)
     assert found[3] == "359"
@@ -218,8 +218,8 @@ def test_an_evaluation_needs_no_training_images(trained, digits_val, script, tmp
     assert not (digits_val / "train").exists()
 
 
-def test_an_evaluation_writes_no_checkpoint(trained, script, tmp_path):
-    script(
+def test_an_evaluation_writes_no_checkpoint(trained, call, tmp_path):
+    call(
         "main_repmlp.py",
         "--eval",
         "--resume",
@@ -234,9 +234,9 @@ def test_an_evaluation_writes_no_checkpoint(trained, script, tmp_path):
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_throughput_of_both_structures(script, tmp_path, amp):
+def test_throughput_of_both_structures(call, tmp_path, amp):
     options = f"--throughput --arch {ARCH} --batch-size 4 --output {tmp_path} --amp {amp}"
-    result = script("main_repmlp.py", *options.split())
+    result = call("main_repmlp.py", *options.split())
     assert result.status == 0, result.err
     rates = re.findall(
         r"(training|deploy) structure.*?: ([\d.]+) img/s \(slowest ([\d.]+), fastest ([\d.]+)\)", result.out
@@ -245,33 +245,33 @@ def test_throughput_of_both_structures(script, tmp_path, amp):
     assert all(0 < float(slowest) <= float(median) <= float(fastest) for _, median, slowest, fastest in rates)
 
 
-def test_throughput_of_a_network_with_one_structure(script, tmp_path):
+def test_throughput_of_a_network_with_one_structure(call, tmp_path):
     options = f"--throughput --arch resnet10t --batch-size 2 --output {tmp_path} --opts DATA.IMG_SIZE 32"
-    result = script("main_repmlp.py", *options.split())
+    result = call("main_repmlp.py", *options.split())
     assert result.status == 0, result.err
     assert result.out.count(" img/s (slowest") == 1
 
 
 @pytest.mark.parametrize(("level", "amp"), [("O0", "off"), ("O1", "fp16"), ("O2", "fp16")])
-def test_the_old_precision_flag_is_announced(script, tmp_path, level, amp):
+def test_the_old_precision_flag_is_announced(call, tmp_path, level, amp):
     options = f"--throughput --arch {ARCH} --batch-size 4 --output {tmp_path} --amp-opt-level {level}"
-    result = script("main_repmlp.py", *options.split())
+    result = call("main_repmlp.py", *options.split())
     assert result.status == 0, result.err
     assert f"warning: --amp-opt-level {level} is the old name of --amp {amp}" in result.out
     assert f"amp {amp}" in result.out.split("warning", 1)[1]
 
 
 @pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
-def test_the_flag_of_old_launchers_is_accepted(trained, script, tmp_path, flag):
+def test_the_flag_of_old_launchers_is_accepted(trained, call, tmp_path, flag):
     options = f"{flag} --eval --resume {trained.folder}/best_ckpt.pth --output {tmp_path} {SHORT}"
-    result = script("main_repmlp.py", *options.split())
+    result = call("main_repmlp.py", *options.split())
     assert (result.status, result.err) == (0, "")
     assert figures(result.out) == figures(trained.result.out)[-1:]
 
 
 @pytest.mark.parametrize("name", ["main_repmlp.py", "test.py", "convert.py"])
-def test_help(script, name):
-    result = script(name, "--help")
+def test_help(call, name):
+    result = call(name, "--help")
     assert (result.status, result.err) == (0, "")
     assert result.out.startswith("usage: ")
     words = re.split(r"[\s,]+", result.out)

@@ -54,32 +54,32 @@ CHOICES = ("best_ema.pth", "best_ema.pth --no-ema", "best_ckpt.pth", "best_ckpt.
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_file_that_was_chosen_by_its_average_is_evaluated_by_it(script, averaged, choices, choice, tmp_path):
+def test_a_file_that_was_chosen_by_its_average_is_evaluated_by_it(call, averaged, choices, choice, tmp_path):
     name, *flags = choice.split()
     what, expected = choices[choice]
     path = averaged.folder / name
-    tested = script("test.py", "digits", "train", path, "-j", 0, *flags)
+    tested = call("test.py", "digits", "train", path, "-j", 0, *flags)
     assert f"{ARCH}: {what} from {path}\n" in tested.out
     assert accuracy(tested.out) == expected
     words = ("--cfg", ROOT / "configs/quickstart.yaml", "--eval", "--resume", path, "--output", tmp_path)
-    evaluated = script("main_repmlp.py", *words, *(("--opts", "TEST.EMA", "false") if flags else ()))
+    evaluated = call("main_repmlp.py", *words, *(("--opts", "TEST.EMA", "false") if flags else ()))
     assert f" {what} from {path}, 359 images" in evaluated.out
     assert accuracy(evaluated.out) == expected
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_what_is_converted_exported_and_predicted_with_is_the_same(script, averaged, choices, choice, tmp_path):
+def test_what_is_converted_exported_and_predicted_with_is_the_same(call, averaged, choices, choice, tmp_path):
     name, *flags = choice.split()
     what, expected = choices[choice]
     path, deploy = averaged.folder / name, tmp_path / "deploy.pth"
-    converted = script("convert.py", path, deploy, *flags)
+    converted = call("convert.py", path, deploy, *flags)
     assert f"{ARCH}: {what} from {path} (" in converted.out
-    tested = script("test.py", "digits", "deploy", deploy, "-j", 0)
+    tested = call("test.py", "digits", "deploy", deploy, "-j", 0)
     assert accuracy(tested.out) == expected
-    exported = script("tools/export.py", path, tmp_path / "a.pt2", *flags)
+    exported = call("tools/export.py", path, tmp_path / "a.pt2", *flags)
     assert f"{ARCH}: {what} from {path} -> " in exported.out
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    predicted = script("tools/predict.py", path, tmp_path / "a.png", *flags)
+    predicted = call("tools/predict.py", path, tmp_path / "a.png", *flags)
     assert predicted.err == f"by {what} from {path}\n"
 
 
@@ -113,17 +113,17 @@ def test_a_name_of_timm_brings_the_size_along(train):
 
 
 @pytest.mark.parametrize("form", ["train", "deploy"])
-def test_an_evaluation_needs_the_weights_and_the_data_alone(script, resized, form, tmp_path):
+def test_an_evaluation_needs_the_weights_and_the_data_alone(call, resized, form, tmp_path):
     path = resized.folder / "best_ckpt.pth"
     if form == "deploy":
-        converted = script("convert.py", path, tmp_path / "deploy.pth")
+        converted = call("convert.py", path, tmp_path / "deploy.pth")
         assert converted.status == 0, converted.err
         path = tmp_path / "deploy.pth"
     words = ("--eval", "--resume", path, "--data-path", "digits", "--output", tmp_path, "--opts", "DATA.NUM_WORKERS", 0)
-    result = script("main_repmlp.py", *words)
+    result = call("main_repmlp.py", *words)
     assert result.status == 0, result.err
     assert accuracy(result.out) == best(resized, "eval")
-    assert accuracy(script("test.py", "digits", form, path, "-j", 0).out) == best(resized, "eval")
+    assert accuracy(call("test.py", "digits", form, path, "-j", 0).out) == best(resized, "eval")
     assert (tmp_path / ARCH / "default" / "log_rank0.txt").exists()
 
 
@@ -136,18 +136,18 @@ def test_an_evaluation_needs_the_weights_and_the_data_alone(script, resized, for
         ("--opts MODEL.SHARE_SETS 3,8", ["can't be built"]),
     ],
 )
-def test_a_flag_wins_over_the_checkpoint(script, resized, flags, expected, tmp_path):
+def test_a_flag_wins_over_the_checkpoint(call, resized, flags, expected, tmp_path):
     words = f"--eval --resume {resized.folder}/best_ckpt.pth --data-path digits --output {tmp_path}/new {flags}"
-    result = script("main_repmlp.py", *words.split())
+    result = call("main_repmlp.py", *words.split())
     assert result.status == 2
     assert len(result.err.splitlines()) == 1
     assert all(words in result.err for words in expected), result.err
     assert not (tmp_path / "new").exists()
 
 
-def test_an_evaluation_on_other_classes_is_refused(script, resized, images, tmp_path):
+def test_an_evaluation_on_other_classes_is_refused(call, resized, images, tmp_path):
     words = ("--eval", "--resume", resized.folder / "best_ckpt.pth", "--data-path", images, "--output", tmp_path)
-    result = script("main_repmlp.py", *words, "--opts", "DATA.NUM_WORKERS", 0)
+    result = call("main_repmlp.py", *words, "--opts", "DATA.NUM_WORKERS", 0)
     assert result.status == 2
     assert re.search(rf"best_ckpt\.pth is for 10 classes, {re.escape(str(images))} has 2", result.err)
 
@@ -184,13 +184,13 @@ ANOTHER = {
 
 @pytest.mark.parametrize("options", ANOTHER)
 @pytest.mark.parametrize("how", ["by itself", "--resume"])
-def test_another_experiment_is_refused(script, half, tmp_path, options, how):
+def test_another_experiment_is_refused(call, half, tmp_path, options, how):
     checkpoint, words = half / ARCH / "run" / "latest.pth", SHORT.split()
     before = checkpoint.read_bytes()
     flags = ["--output", half, "--tag", "run"]
     if how == "--resume":
         flags = ["--output", tmp_path / "new", "--resume", checkpoint]
-    result = script("main_repmlp.py", *words[:2], *flags, *words[2:], *options.split())
+    result = call("main_repmlp.py", *words[:2], *flags, *words[2:], *options.split())
     assert result.status == 2
     assert len(result.err.splitlines()) == 1
     assert f"{checkpoint}" in result.err
@@ -207,22 +207,22 @@ def test_a_run_that_is_complete_says_so(trained, train, tmp_path):
     assert (again.folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_pretrained_weights_are_not_replaced_by_the_run_itself(script, trained, tmp_path):
+def test_pretrained_weights_are_not_replaced_by_the_run_itself(call, trained, tmp_path):
     folder = Path(shutil.copytree(trained.folder, tmp_path / ARCH / "run"))
     words = SHORT.split()
     flags = ["--pretrained", folder / "best_ckpt.pth", "--output", tmp_path, "--tag", "run"]
-    result = script("main_repmlp.py", *words[:2], *flags, *words[2:], "TRAIN.AUTO_RESUME", "False")
+    result = call("main_repmlp.py", *words[:2], *flags, *words[2:], "TRAIN.AUTO_RESUME", "False")
     assert result.status == 2
     assert "best_ckpt.pth would be replaced by this run's own: give the run another --tag" in result.err
     assert (folder / "best_ckpt.pth").read_bytes() == (trained.folder / "best_ckpt.pth").read_bytes()
 
 
-def test_labels_of_val_that_train_does_not_have(script, zipped, tmp_path):
+def test_labels_of_val_that_train_does_not_have(call, zipped, tmp_path):
     root = Path(shutil.copytree(zipped, tmp_path / "zipped"))
     lines = (root / "val_map.txt").read_text().splitlines()
     (root / "val_map.txt").write_text("\n".join([*lines[:-1], lines[-1].replace("\t1", "\t7")]) + "\n")
     words = f"--zip --data-path {root} --arch {ARCH} --batch-size 8 --output {tmp_path}/new --opts DATA.NUM_WORKERS 0"
-    result = script("main_repmlp.py", *words.split(), "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0)
+    result = call("main_repmlp.py", *words.split(), "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0)
     assert result.status == 2
     assert result.err == "error: val has 8 classes, train 2: they need the same labels\n"
 
@@ -235,7 +235,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_state_that_does_not_resume_replaces_no_other_file(script, trained, tmp_path, kind):
+def test_a_state_that_does_not_resume_replaces_no_other_file(call, trained, tmp_path, kind):
     """It claims to be the newest, the best and a numbered one."""
     folder = Path(shutil.copytree(trained.folder, tmp_path / ARCH / "run"))
     latest = torch.load(folder / "latest.pth", weights_only=True)
@@ -245,16 +245,16 @@ def test_a_state_that_does_not_resume_replaces_no_other_file(script, trained, tm
     torch.save(BAD[kind](latest), folder / "latest.pth")
     before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}
     words = SHORT.split()
-    result = script("main_repmlp.py", *words[:2], "--output", tmp_path, "--tag", "run", *words[2:])
+    result = call("main_repmlp.py", *words[:2], "--output", tmp_path, "--tag", "run", *words[2:])
     assert result.status == 2
     assert result.err.startswith("error: ")
     assert len(result.err.splitlines()) == 1
     assert {path.name: path.read_bytes() for path in folder.glob("*.pth")} == before
 
 
-def test_a_size_that_the_network_does_not_take_is_found_before_the_training(script, tmp_path):
+def test_a_size_that_the_network_does_not_take_is_found_before_the_training(call, tmp_path):
     words = SHORT.split()
-    result = script("main_repmlp.py", *words[:2], "--output", tmp_path / "new", *words[2:], "DATA.TEST_SIZE", 24)
+    result = call("main_repmlp.py", *words[:2], "--output", tmp_path / "new", *words[2:], "DATA.TEST_SIZE", 24)
     assert result.status == 2
     assert "24x24" in result.err
     assert "Train:" not in result.out
@@ -288,9 +288,9 @@ def poisoned(trained, tmp_path_factory) -> Callable[[str], Path]:
         "main_repmlp.py --cfg {root}/configs/quickstart.yaml --resume {path} --output {out}",
     ],
 )
-def test_weights_that_are_not_finite_are_refused(script, poisoned, command, tmp_path):
+def test_weights_that_are_not_finite_are_refused(call, poisoned, command, tmp_path):
     path, out = poisoned("nan.pth"), tmp_path / "out"
-    result = script(*command.format(path=path, out=out, root=ROOT).split())
+    result = call(*command.format(path=path, out=out, root=ROOT).split())
     assert result.status == 2, result.out
     reason = f"error: {path} can't be used: 1 tensors hold NaN or infinite values (head.bias, ...)"
     assert result.err == f"{reason}{'; nothing was written' * command.startswith('convert')}\n"

@@ -45,7 +45,7 @@ def finished(ablate):
 
 def test_the_table_holds_what_the_runs_recorded(finished):
     output, result = finished
-    assert "0 of 2 trainings are there" in result.out
+    assert "0 of 2 trainings are finished" in result.out
     for name in ("none", "1x1_and_3x3"):
         lines = (output / "RepMLPNet-Shapes" / f"{name}-seed3" / "metrics.jsonl").read_text().splitlines()
         (record,) = [record for record in map(json.loads, lines) if record["kind"] == "eval"]
@@ -70,7 +70,7 @@ def test_what_has_ended_is_not_trained_again(finished, ablate, tmp_path):
     checkpoints = {path: path.stat().st_mtime_ns for path in output.rglob("ckpt_*.pth")}
     again = ablate("--json", str(tmp_path / "figures.json"))[1]
     assert again.status == 0, again.err
-    assert "2 of 2 trainings are there" in again.out
+    assert "2 of 2 trainings are finished" in again.out
     assert again.out.split("\n\n", 1)[1] == first.out.split("\n\n", 1)[1]
     assert {path: path.stat().st_mtime_ns for path in output.rglob("ckpt_*.pth")} == checkpoints
     figures = json.loads((tmp_path / "figures.json").read_text())
