@@ -36,7 +36,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
                     f"another run (process {holder}) is writing to {folder}: wait for it, or give this one another TAG"
                 ) from None
             except OSError as error:
-                raise OSError(f"{folder} can't be locked ({error.strerror}): set OUTPUT to another folder") from error
+                raise OSError(
+                    f"{folder} can't be locked ({error.strerror}): set OUTPUT to a folder elsewhere"
+                ) from error
             file.truncate(0)
             file.write(str(os.getpid()).encode())
         yield

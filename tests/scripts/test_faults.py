@@ -88,7 +88,7 @@ def test_a_folder_in_use_is_left_alone(trained, script, tmp_path):
     assert result.status not in (0, 1)
     (line,) = result.err.splitlines()
     assert line.startswith("error: another run")
-    assert "--tag" in line
+    assert "another TAG" in line
     assert after == before
 
 

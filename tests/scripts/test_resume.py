@@ -195,7 +195,7 @@ def test_another_experiment_is_refused(call, half, tmp_path, options, how):
     assert len(result.err.splitlines()) == 1
     assert f"{checkpoint}" in result.err
     assert ANOTHER[options] in result.err
-    assert "--tag" in result.err or "--pretrained" in result.err
+    assert "another TAG" in result.err or "with MODEL.PRETRAINED" in result.err
     assert checkpoint.read_bytes() == before
 
 
@@ -240,7 +240,7 @@ def test_a_state_that_does_not_resume_replaces_no_other_file(call, trained, tmp_
     folder = Path(shutil.copytree(trained.folder, tmp_path / ARCH / "run"))
     latest = torch.load(folder / "latest.pth", weights_only=True)
     (folder / "latest.pth").unlink()
-    latest["progress"] |= {"update": latest["progress"]["update"] + 1, "best_top1": 99.0}
+    latest["progress"] |= {"update": latest["progress"]["update"] + 1, "best_metric": 99.0}
     latest["saved_as"] = {"numbered": True, "best": True, "best_ema": True}
     torch.save(BAD[kind](latest), folder / "latest.pth")
     before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}

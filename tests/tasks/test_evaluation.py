@@ -10,7 +10,6 @@ from task_recipes import recipe_of
 import tasks.inference
 from models.reparam import Reparameterizable
 
-
 ONE_BY_ONE = "DATA.TEST_BATCH_SIZE 1"  # so that rounding does not depend on the process that an image is in
 
 

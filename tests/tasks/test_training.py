@@ -59,7 +59,7 @@ def test_a_run_leaves_its_files(finished):
 
 def test_the_written_configuration_is_the_one_that_ran(task, finished):
     cfg = configs.load_config(finished.folder / "config.yaml")
-    assert (cfg.TASK, cfg.TRAIN.EMA_ALPHA, cfg.DATA.DATA_PATH) == (task.kind.name, 0.05, str(task.images))
+    assert (task.kind.name, 0.05, str(task.images)) == (cfg.TASK, cfg.TRAIN.EMA_ALPHA, cfg.DATA.DATA_PATH)
 
 
 def test_the_records_are_json_and_hold_the_figures_of_the_task(task, finished):

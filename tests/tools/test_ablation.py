@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_parts import ALONE
 
-from tasks.classification import Classification
+from tasks import TASKS
 from tools import ablation
 from tools.ablation import VARIANTS, Row, Variant, run_of
 
@@ -104,7 +104,7 @@ def test_a_variant_is_built_as_its_row_says(variant, monkeypatch):
     cfg = run_of(variant, 1, Path("output"), []).cfg
     assert cfg.SEED == 1
     with torch.device("meta"):
-        model = Classification(cfg, ALONE).build_network(10)
+        model = TASKS[cfg.TASK](cfg, ALONE).build_network(10)
         assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
     branches = {"none": (), "1x1": (1,), "3x3": (3,)}.get(variant.name, (1, 3))
     assert tuple(model.spec.branches) == branches
