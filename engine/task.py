@@ -19,6 +19,10 @@ from utils.seed import seed_everything
 from .metrics import Metric
 
 Size = tuple[int, int]  # height, width in pixels
+# What mixes images and their labels, for the tasks that leave both apart.
+MIXING = tuple(
+    f"AUG.{key}" for key in ("MIXUP", "CUTMIX", "CUTMIX_MINMAX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
+)
 
 
 class Task(ABC):
@@ -57,12 +61,17 @@ class Task(ABC):
     @cached_property
     def train_source(self) -> Any:
         """The images to train on."""
-        return self._open("train")
+        return self.open_source("train")
 
     @cached_property
     def val_source(self) -> Any:
         """The images to evaluate on."""
-        return self._open("val")
+        return self.open_source("val")
+
+    def open_source(self, split: str) -> Any:
+        """Opens the images of a split, `train` or `val`."""
+        assert self.dataset_name  # the labels are of the right kind
+        return data.open_source(self.cfg.DATA, split, rank=self.rank_info.rank, world_size=self.rank_info.world_size)
 
     @property
     def dataset_name(self) -> str:
@@ -131,10 +140,6 @@ class Task(ABC):
     def batch_augmentation(self) -> data.BatchAugmentation | None:
         """Builds what is done to a whole training batch; None for nothing."""
         return None
-
-    def _open(self, split: str) -> Any:
-        assert self.dataset_name  # the labels are of the right kind
-        return data.open_source(self.cfg.DATA, split, rank=self.rank_info.rank, world_size=self.rank_info.world_size)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Network

@@ -37,7 +37,7 @@ def train(run: Run) -> None:
     """Trains in a folder that no other run writes to; a run that finds its own checkpoint there resumes."""
     with open_log(run, run.task.arch, lock=True) as logger:
         cfg, task, folder = run.cfg, run.task, run_folder(run.cfg, run.task.arch)
-        loader, eval_loader = task.train_loader(), task.eval_loader(task.train_size)
+        loader, eval_loader = build_loaders(run, logger)
         network = build_network(run, logger)
         stop = StopRequest()
         form = "train" if is_reparameterizable(network) else None
@@ -53,6 +53,13 @@ def train(run: Run) -> None:
         log_end(run, trainer, folder)
 
 
+def build_loaders(run: Run, logger: logging.Logger) -> tuple[BatchLoader, BatchLoader]:
+    """Opens the images and shards them over the processes, those to train on and those to evaluate on."""
+    task, images, test_images = run.task, run.task.train_source, run.task.val_source
+    logger.info(f"{len(images)} training and {len(test_images)} validation images of {len(images.classes)} classes")
+    return task.train_loader(), task.eval_loader(task.train_size)
+
+
 def build_network(run: Run, logger: logging.Logger) -> nn.Module:
     """Builds the network on the device, with fresh or with pretrained weights.
 
@@ -63,8 +70,6 @@ def build_network(run: Run, logger: logging.Logger) -> nn.Module:
     num_outputs = task.num_outputs()
     task.build_metric(num_outputs)  # fails now, and not after an epoch, where the test images can't be evaluated
     network = run.place(task.build_network(num_outputs))
-    images, test_images = task.train_source, task.val_source
-    logger.info(f"{len(images)} training and {len(test_images)} validation images of {len(images.classes)} classes")
     test_size = task.test_size(task.train_size)
     if test_size and test_size != task.train_size:
         _check_size(network, test_size, run.rank_info.device)

@@ -11,7 +11,7 @@ from torch import nn
 
 import data
 from engine.metrics import VerificationMetric
-from engine.task import Task
+from engine.task import MIXING, Task
 
 
 class MarginSoftmax(NamedTuple):
@@ -34,14 +34,7 @@ class Verification(Task):
     metric, metric_label = "accuracy", "accuracy"
     labels, default_dataset = "identities", "faces"
     section = "FACE"
-    unused = (
-        "MODEL.NUM_CLASSES",
-        "MODEL.LABEL_SMOOTHING",
-        *(
-            f"AUG.{key}"
-            for key in ("MIXUP", "CUTMIX", "CUTMIX_MINMAX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
-        ),
-    )
+    unused = ("MODEL.NUM_CLASSES", "MODEL.LABEL_SMOOTHING", *MIXING)
 
     def num_outputs(self) -> int:
         """Returns the size of an embedding."""

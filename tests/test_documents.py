@@ -1,11 +1,16 @@
-"""The examples of the documents run as they stand, and files for other programs say what the project says."""
+"""The documents: examples run, and links, files, keys and tests that they name exist."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+
+from configs.command_line import parse
+from configs.schema import FIELD_TYPES, SECTIONS
+from tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -13,6 +18,14 @@ EXAMPLES = {
     f"{path.stem} {number}": code
     for path in sorted(DOCS.glob("*.md"))
     for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL), 1)
+}
+TESTS = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py")))
+DOCUMENTS = {str(path.relative_to(ROOT)): path for path in sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])}
+# Files that a document may name without their being there: what was removed, what the example adds, what a run writes.
+ABSENT = {
+    "CHANGELOG.md": {"tools/train_segmentation.py", "tools/train_face.py"},
+    "docs/extending.md": {"tasks/multilabel.py", "configs/digits_multilabel.yaml"},
+    "README.md": {"config.yaml"},
 }
 
 
@@ -22,7 +35,68 @@ def test_an_example_runs(name):
 
 
 def test_the_examples_are_found():
-    assert "add_local_branches(model" in EXAMPLES["extending 2"]
+    assert any("add_local_branches(model" in code for code in EXAMPLES.values())
+
+
+def slug(heading: str) -> str:
+    """Returns the anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    path = DOCUMENTS[name]
+    targets = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file) if file else path
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), target
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_that_are_named_exist(name: str) -> None:
+    text = re.sub(r"\]\([^)]*\)", "]", DOCUMENTS[name].read_text())
+    named = set(re.findall(r"(?<![\w./-])[\w./-]*\w\.(?:py|ya?ml|md|npz|toml)\b(?![\w/])", text))
+    found = {file for file in named if (ROOT / file).exists() or (ROOT / "configs" / file).exists()}
+    assert named - found == ABSENT.get(name, set())
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_programs_keys_and_tests_that_are_named_exist(name: str) -> None:
+    text = DOCUMENTS[name].read_text()
+    for module in re.findall(r"\b((?:tools|benchmarks|tests)(?:\.[a-z_]+)+)\b(?!\.?\w)", text):
+        file = f"{module.removesuffix('.py').replace('.', '/')}.py"
+        assert (ROOT / file).exists() or file in ABSENT.get(name, set()), module
+    for key in re.findall(r"\b((?:DATA|MODEL|SEG|FACE|TRAIN|AUG|TEST)\.[A-Z_.]*[A-Z_])\b", text):
+        assert key in FIELD_TYPES or key in SECTIONS, key
+    for test in re.findall(r"`(test_\w+\*?)`", text):
+        assert re.search(f"def {test}\\(".replace("*", "\\w*"), TESTS), test
+
+
+def commands_of(text: str) -> list[str]:
+    """Returns the arguments of `main_repmlp.py` in the complete commands of a document."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    found = re.findall(r"main_repmlp\.py +(--[^`|#\n]*)", joined)
+    return [arguments.strip() for arguments in found if "..." not in arguments]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for arguments in commands_of(DOCUMENTS[name].read_text()):
+        if not any(file in arguments for file in ABSENT.get(name, ())):
+            parse(shlex.split(arguments))
+
+
+def test_the_commands_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    tasks = {parse(shlex.split(arguments)).config.TASK for arguments in commands_of(DOCUMENTS["README.md"].read_text())}
+    assert tasks == {*TASKS}
 
 
 def read_yaml(name):

@@ -1,6 +1,7 @@
 """Imports go one way: scripts -> configs -> tasks -> engine -> data, models -> utils, and in no circle."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -121,6 +122,23 @@ def test_no_circles() -> None:
     except CycleError as error:
         pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
     assert order.index("models.reparam") < order.index("models.repmlpnet") < order.index("main_repmlp")
+
+
+def path_of_a_run() -> list[str]:
+    """Returns the modules on the path of a run that docs/design.md draws, from top to bottom."""
+    section = (ROOT / "docs/design.md").read_text().split("## The path of a training run")[1]
+    drawing = section.split("```")[1]
+    return [name.replace("/", ".") for name in re.findall(r"^ *(\S+)\.py ", drawing, re.MULTILINE)]
+
+
+def test_the_path_of_a_run_is_short_and_reads_from_top_to_bottom() -> None:
+    path = path_of_a_run()
+    assert path[0] == "main_repmlp"
+    assert "engine.trainer" in path
+    assert len(set(path)) == len(path) <= 10
+    assert set(path) <= FILES.keys()
+    for position, name in enumerate(path):
+        assert {i.target for i in imports_of(name) if i.at_top} & {*path[:position]} == set(), name
 
 
 @pytest.mark.parametrize(

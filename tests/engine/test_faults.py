@@ -265,6 +265,6 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
     with folder_lock(folder):
         second = locking(folder)
         assert second.returncode != 0
-        assert f"is writing to {folder}: wait for it, or give this one another --tag" in second.stderr
+        assert f"is writing to {folder}: wait for it, or give this one another TAG" in second.stderr
         assert locking(tmp_path / "other").returncode == 0
     assert locking(folder).returncode == 0

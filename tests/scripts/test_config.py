@@ -43,7 +43,7 @@ FLAGS = {
 }
 
 
-# What works by the configuration; in a builder, `cfg` is the section that describes what it builds.
+# What works by the configuration, and names in it: a whole one or, in a builder, the section that it describes.
 READERS = [
     *ROOT.glob("*.py"),
     *(path for folder in ("engine", "tasks", "data") for path in (ROOT / folder).rglob("*.py")),

@@ -1,4 +1,4 @@
-"""What is special about classification: the loss that belongs to the labels, against the definition."""
+"""What is special about classification: the loss that belongs to the labels, by the definition of cross-entropy."""
 
 import pytest
 import torch

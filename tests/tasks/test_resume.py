@@ -1,4 +1,4 @@
-"""A run of every task that is killed or asked to stop, and goes on exactly where it was; and runs that may not."""
+"""A run of every task that is ended, by SIGKILL or a signal, and resumes exactly; and runs that may not resume."""
 
 import shutil
 
