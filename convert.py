@@ -58,7 +58,8 @@ def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> 
             f"the conversion is wrong, and nothing was written: with random BatchNorm statistics the logits differ by "
             f"{randomised:.1e}, more than {ALGEBRA_TOLERANCE:.0e}"
         )
-    difference = relative_difference(in_float64(model)(images), in_float64(deploy)(images))
+    exact, injected = (deepcopy(network).double().eval() for network in (model, deploy))
+    difference = relative_difference(exact(images), injected(images))
     tolerance = ROUNDING_TOLERANCE * torch.finfo(weight.dtype).eps
     if not difference <= tolerance:
         raise ValueError(
@@ -66,12 +67,6 @@ def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> 
             f"by {difference:.1e}, more than {tolerance:.1e} ({weight.dtype})"
         )
     return difference
-
-
-def in_float64(model: nn.Module) -> nn.Module:
-    """Returns a float64 copy."""
-    copy = deepcopy(model)
-    return copy.double().eval()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,11 +1,11 @@
 """Evaluation: one network, or two side by side, on every image of every process, counted by the metric of the task."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data import Batch
 from models.checkpoints import read_checkpoint
@@ -64,29 +64,16 @@ def evaluate(
     Raises:
         ValueError: an image could not be read, so that the figures would be wrong, or there are none.
     """
-    unreadable: list[str] = []
-    for outputs, batch in predict_batches(network, batches, normalize, device, precision):
-        metric.update(outputs, batch)
-        unreadable += batch.unreadable
-    _refuse_unreadable(unreadable, device)
-    return metric.compute()
-
-
-def predict_batches(
-    network: nn.Module,
-    batches: Iterable[Batch],
-    normalize: nn.Module,
-    device: torch.device,
-    precision: AbstractContextManager,
-) -> Iterator[tuple[Tensor, Batch]]:
-    """Yields the outputs of a network in evaluation mode for each batch, with the batch; arguments as of `evaluate`."""
-    was_training = network.training
+    was_training, unreadable = network.training, list[str]()
     network.eval()
     for batch in batches:
         with precision:
             outputs = network(normalize(batch.images.to(device, non_blocking=True)))
-        yield outputs, batch
+        metric.update(outputs, batch)
+        unreadable += batch.unreadable
     network.train(was_training)
+    _refuse_unreadable(unreadable, device)
+    return metric.compute()
 
 
 def refuse_nonfinite(result: Result) -> None:

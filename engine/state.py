@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from models import schema
 from models.checkpoints import Checkpoint, load_weights, read_checkpoint, take_weights, unusable_values
+from utils.distributed import gather_rows
 
 from .optimizer import match_layout, state_mismatch
 from .statistics import RunningStatistics
@@ -98,7 +98,7 @@ def mean_statistics(trainer: Trainer) -> Iterator[list[Tensor]]:
     """
     statistics = RunningStatistics(*trainer.networks)
     own = statistics.read()
-    of_ranks = _gather(own)
+    of_ranks = gather_rows(own, trainer.rank_info.device)
     try:
         if trainer.progress.consumed:
             statistics.write(torch.stack(of_ranks).mean(0))
@@ -138,15 +138,6 @@ def _run(trainer: Trainer) -> dict[str, int]:
         "global_batch": trainer.plan.global_batch,
         "updates_per_epoch": trainer.plan.updates_per_epoch,
     }
-
-
-def _gather(tensor: Tensor) -> list[Tensor]:
-    """Returns a tensor (n,) of every process, on the CPU; within an epoch, each has statistics of its own."""
-    if not dist.is_initialized():
-        return [tensor.cpu()]
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return [t.cpu() for t in gathered]
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> int:
