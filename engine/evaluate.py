@@ -1,4 +1,4 @@
-"""Evaluation: one network, or two side by side, on every image of every process, counted by the metric of the task."""
+"""Evaluation of one network, or of two side by side, by the metric of the task, exact over all processes."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -18,9 +18,9 @@ from .run import Run, open_log
 
 
 def evaluate_checkpoint(run: Run) -> None:
-    """Evaluates the checkpoint MODEL.RESUME, in whichever form it is; the training set is not touched.
+    """Evaluates the checkpoint MODEL.RESUME, in either form; the training set is not read.
 
-    Architecture, image size, classes and form are those of the checkpoint, where the user gives no others.
+    Architecture, image size and classes are those of the checkpoint unless the configuration sets them.
     """
     cfg, task, device = run.cfg, run.task, run.rank_info.device
     checkpoint = read_checkpoint(cfg.MODEL.RESUME, ema=cfg.TEST.EMA)
@@ -51,18 +51,18 @@ def evaluate(
     device: torch.device,
     precision: AbstractContextManager,
 ) -> Result:
-    """Evaluates a network; it is left in the mode that it was in.
+    """Evaluates a network in evaluation mode, and restores the mode that it was in.
 
     Args:
         network: on the device.
-        batches: every image of the set once, over all processes together; they may differ in number between them.
-        metric: a fresh one, for the network's outputs.
-        normalize: turns uint8 images (N, C, H, W) on the device into the network's input.
-        device: where the network is.
-        precision: of the forward pass.
+        batches: over all processes, every image once; their number may differ between processes.
+        metric: a new one.
+        normalize: maps uint8 images (N, C, H, W) on the device to the input of the network.
+        device: of the network.
+        precision: context of the forward pass.
 
     Raises:
-        ValueError: an image could not be read, so that the figures would be wrong, or there are none.
+        ValueError: an image can't be read, or there are none.
     """
     was_training, unreadable = network.training, list[str]()
     network.eval()
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def refuse_nonfinite(result: Result) -> None:
-    """Raises ValueError where a network had no finite answers to some images, so that its figures mean nothing."""
+    """Raises ValueError if outputs of the network were not finite, so that the figures mean nothing."""
     if result.nonfinite:
         raise ValueError(
             f"the network's answers to {result.nonfinite} of {result.images} images are not finite numbers: its "
@@ -86,7 +86,7 @@ def refuse_nonfinite(result: Result) -> None:
 
 
 def _refuse_unreadable(unreadable: list[str], device: torch.device) -> None:
-    """Raises ValueError on all processes where images of any would be missing in the figures."""
+    """Raises ValueError on all processes if any of them could not read an image."""
     count = int(distributed.all_reduce_sum(torch.tensor(len(unreadable), device=device)))
     if count:
         example = unreadable[0] if unreadable else "another process has their names"
@@ -100,9 +100,9 @@ class Comparison:
     Attributes:
         first: the figures of one.
         second: the figures of the other.
-        agreement: percent of the images, or pixels, to which both give the same class, in finite logits; None where
-            the outputs are no logits.
-        difference: max |second - first| / max |first| over all outputs, infinite where one of them is not finite.
+        agreement: percent of the images, or pixels, that both assign to the same class, with finite logits; None if the
+            outputs are not logits.
+        difference: max |second - first| / max |first| over all outputs, infinite if one is not finite.
     """
 
     first: Result
@@ -121,7 +121,7 @@ def compare(
     device: torch.device,
     precision: AbstractContextManager,
 ) -> Comparison:
-    """Evaluates two networks, both in evaluation mode, side by side in one process; otherwise as `evaluate`."""
+    """Evaluates two networks in evaluation mode side by side, in one process; otherwise as `evaluate`."""
     largest, scale, same, answered = torch.zeros(4, dtype=torch.float64, device=device)
     unreadable: list[str] = []
     for batch in batches:
