@@ -36,18 +36,18 @@ def parser() -> cli.Parser:
 
 @torch.no_grad()
 def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> float:
-    """Compares both networks on random images, and the conversion once more under randomised BatchNorm statistics.
+    """Compares both networks on random images, and the conversion under random BatchNorm statistics as well.
 
     Args:
         model: the training structure.
-        deploy: what is going to be written.
+        deploy: the converted network.
         image_size: (height, width).
 
     Returns:
-        The largest relative logit difference between the two, computed in float64.
+        The largest relative logit difference, computed in float64.
 
     Raises:
-        ValueError: a difference beyond `ALGEBRA_TOLERANCE` or `ROUNDING_TOLERANCE`.
+        ValueError: a difference exceeds `ALGEBRA_TOLERANCE` or `ROUNDING_TOLERANCE`.
     """
     weight = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
