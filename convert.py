@@ -63,8 +63,8 @@ def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> 
     tolerance = ROUNDING_TOLERANCE * torch.finfo(weight.dtype).eps
     if not difference <= tolerance:
         raise ValueError(
-            f"the deploy weights do not answer as the training weights do, and nothing was written: the logits differ "
-            f"by {difference:.1e}, more than {tolerance:.1e} ({weight.dtype})"
+            f"the deploy weights are not equivalent to the training weights, and nothing was written: the logits "
+            f"differ by {difference:.1e}, more than {tolerance:.1e} ({weight.dtype})"
         )
     return difference
 

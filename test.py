@@ -102,7 +102,7 @@ def check(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> tu
         The figures, and the exit status: 1 if the outputs differ by more than the tolerance, else 0.
     """
     if args.fuse and args.amp != "off":
-        raise ValueError("mode check compares in full precision what --fuse makes: leave --amp away")
+        raise ValueError("mode check compares the network of --fuse in full precision: leave --amp out")
     device, dtype = task.rank_info.device, PRECISIONS[args.amp]
     converted = prepare(network, device, fuse=True) if args.fuse else to_deploy(network)
     metrics = task.build_metric(loaded.network.num_classes), task.build_metric(loaded.network.num_classes)

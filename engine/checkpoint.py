@@ -131,8 +131,8 @@ class CheckpointFolder:
                 return checkpoint
         if found:
             raise ValueError(
-                f"none of the {len(found)} checkpoints in {self.folder} can be read: move them away to start anew, or "
-                "give this run another TAG"
+                f"none of the {len(found)} checkpoints in {self.folder} can be read: move them away to start from "
+                "scratch, or give this run another TAG"
             )
         return None
 

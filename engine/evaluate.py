@@ -89,7 +89,7 @@ def _refuse_unreadable(unreadable: list[str], device: torch.device) -> None:
     """Raises ValueError on all processes if any of them could not read an image."""
     count = int(distributed.all_reduce_sum(torch.tensor(len(unreadable), device=device)))
     if count:
-        example = unreadable[0] if unreadable else "another process has their names"
+        example = unreadable[0] if unreadable else "see the error of another process"
         raise ValueError(f"{count} images can't be read, so the figures would be wrong: {example}")
 
 

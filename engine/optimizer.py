@@ -73,7 +73,7 @@ def state_mismatch(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> s
     if own != saved:
         return f"groups of {saved} parameters, not of {own}"
     if len({*numbers}) != len(numbers) or not state["state"].keys() <= {*numbers}:
-        return "its parameters are not numbered one by one"
+        return "its parameter numbers are not valid"
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for number, parameter in zip(numbers, parameters, strict=True):
         problem = _moments_mismatch(STATE[type(optimizer)], state["state"].get(number), parameter)

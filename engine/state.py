@@ -85,7 +85,7 @@ def read_state(path: str | Path) -> Checkpoint:
             finished = payload["progress"]["epoch"] - 1
             schema.expect(payload["epoch"] == finished, "epoch", payload["epoch"], f"{finished}, as in progress")
     except ValueError as error:
-        raise ValueError(f"{path} holds no state that a run could have saved: {error}") from None
+        raise ValueError(f"{path} is not a valid checkpoint of a run: {error}") from None
     return checkpoint
 
 
@@ -171,7 +171,7 @@ def _load_criterion(trainer: Trainer, state: dict[str, Any], path: Path) -> None
         raise ValueError(f"{path} is of a run with another loss or other classes: give this run another TAG")
     problems = unusable_values(trainer.criterion.state_dict(), state)
     if problems:
-        raise ValueError(f"what the loss has learned in {path} can't be used: {problems}")
+        raise ValueError(f"the parameters of the loss in {path} can't be used: {problems}")
     trainer.criterion.load_state_dict(state)
 
 
@@ -212,8 +212,8 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int
     for key in ("seed", "images"):
         if progress.consumed and key in changed:
             raise ValueError(
-                f"{path} stands in the middle of an epoch, whose order of images is another one with {key} "
-                f"{changed[key][1]} instead of {changed[key][0]}: resume with the old value"
+                f"{path} is from the middle of an epoch, whose order of images changes with {key} {changed[key][1]} "
+                f"instead of {changed[key][0]}: resume with the old value"
             )
     recorded = progress.update
     if changed or not run:
@@ -224,7 +224,7 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int
         what = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
         trainer.logger.warning(
             f"this run has changed ({what}); it resumes after image {progress.consumed} of epoch {progress.epoch}, "
-            f"which is update {progress.update} by the new count"
+            f"which is now update {progress.update}"
         )
     trainer.progress = progress
     return recorded

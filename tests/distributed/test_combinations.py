@@ -201,7 +201,10 @@ def test_compiled(tmp_path_factory, name):
     ("keys", "said"),
     [
         ("CHANNELS_LAST True", "COMPILE computes wrong gradients with CHANNELS_LAST on CPUs"),
-        ("TRAIN.SYNC_BN True TRAIN.USE_CHECKPOINT True", "COMPILE can't compute again what TRAIN.SYNC_BN interrupts"),
+        (
+            "TRAIN.SYNC_BN True TRAIN.USE_CHECKPOINT True",
+            "COMPILE does not work with both TRAIN.SYNC_BN and TRAIN.USE_CHECKPOINT",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(keys, said):
