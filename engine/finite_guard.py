@@ -41,24 +41,21 @@ class FiniteGuard:
         self._infinite_loss = torch.zeros(cfg.PRINT_FREQ, dtype=torch.bool, device=device)
         self._updates: list[tuple[int, float, list[Tensor]]] = []
 
-    def before_update(self) -> Tensor:
-        """Returns a copy of all running statistics, for `after_update`."""
-        return self._statistics.read()
+    def before_update(self) -> None:
+        """Copies the running statistics."""
+        self._before = self._statistics.read()
 
-    def after_update(
-        self, update: int, skipped: Tensor, loss: Tensor, statistics: Tensor, lr: float, images: list[Tensor]
-    ) -> None:
+    def after_update(self, update: int, skipped: Tensor, loss: Tensor, lr: float, images: list[Tensor]) -> None:
         """Records an update, and restores the running statistics if it was skipped.
 
         Args:
             update: its number.
             skipped: whether the optimizer skipped it, a bool scalar on the device, equal on all processes.
             loss: of this process, a scalar on the device.
-            statistics: what `before_update` returned.
             lr: the learning rate.
             images: indices (N,) of the images of each batch.
         """
-        self._statistics.write(self._statistics.read().where(~skipped, statistics))
+        self._statistics.write(self._statistics.read().where(~skipped, self._before))
         place = len(self._updates)
         self._skipped[place], self._infinite_loss[place] = skipped, ~loss.isfinite()
         self._updates.append((update, lr, images))

@@ -49,7 +49,6 @@ def plan_training(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Tra
         ValueError: the training images do not fill one batch, the batches do not fill one update, or the moving
             average of the weights would be a mere copy.
     """
-    assert world_size >= 1
     if steps_per_epoch < 1:
         raise ValueError(
             f"DATA.BATCH_SIZE = {cfg.DATA.BATCH_SIZE}: the training images do not fill one batch in each of "

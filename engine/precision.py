@@ -9,13 +9,6 @@ PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO = "auto"  # bf16 on a GPU, off on a CPU
 
 
-def resolve_amp(amp: str, device: torch.device) -> str:
-    """Returns a key of `PRECISIONS` for one of these keys or `AUTO`."""
-    if amp == AUTO:
-        return "bf16" if device.type == "cuda" else "off"
-    return amp
-
-
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     """Returns the context of a forward pass: autocast to `dtype`, or none for None."""
     return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()

@@ -16,7 +16,7 @@ from utils.files import clear_about_space
 from utils.lock import first_missing, folder_lock, without_trace
 from utils.log import create_logger
 
-from .precision import PRECISIONS, resolve_amp
+from .precision import AUTO, PRECISIONS
 from .task import Task
 
 ROOM = "make room and start again, the run resumes from its latest checkpoint"
@@ -51,7 +51,9 @@ class Run:
     @property
     def amp(self) -> str:
         """The precision of the forward pass, a key of `PRECISIONS`."""
-        return resolve_amp(self.cfg.AMP, self.rank_info.device)
+        if self.cfg.AMP == AUTO:
+            return "bf16" if self.rank_info.device.type == "cuda" else "off"
+        return str(self.cfg.AMP)
 
     @property
     def dtype(self) -> torch.dtype | None:

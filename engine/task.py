@@ -45,15 +45,12 @@ class Task(ABC):
     # Whether test images keep their size unless DATA.TEST_SIZE is set.
     whole_images: ClassVar[bool] = False
     least_batch_size: ClassVar[int] = 1  # in training
+    dataset_type: ClassVar[type[data.TransformedDataset]] = data.TransformedDataset  # applies the transforms
 
     def __init__(self, cfg: CfgNode, rank_info: RankInfo) -> None:
         self.cfg, self.rank_info = cfg, rank_info
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Images
-    # ------------------------------------------------------------------------------------------------------------------
-    dataset_type: ClassVar[type[data.TransformedDataset]] = data.TransformedDataset
-
     @cached_property
     def train_source(self) -> Any:
         """The images to train on."""
@@ -66,7 +63,7 @@ class Task(ABC):
 
     def open_source(self, split: str) -> Any:
         """Opens the images of a split, `train` or `val`."""
-        assert self.dataset_name  # raises ValueError for labels of another kind
+        _ = self.dataset_name  # raises ValueError for labels of another kind
         return data.open_source(self.cfg.DATA, split, rank=self.rank_info.rank, world_size=self.rank_info.world_size)
 
     @property
@@ -137,9 +134,7 @@ class Task(ABC):
         """Builds the batch augmentation; None for none."""
         return None
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Network
-    # ------------------------------------------------------------------------------------------------------------------
     @property
     def arch(self) -> str:
         """The name of the architecture."""
@@ -217,9 +212,7 @@ class Task(ABC):
         if classes != num_outputs and num_outputs != self.cfg.MODEL.NUM_CLASSES:
             raise ValueError(f"{path} is for {num_outputs} classes, {self.cfg.DATA.DATA_PATH} has {classes}")
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Loss and evaluation
-    # ------------------------------------------------------------------------------------------------------------------
     @abstractmethod
     def build_criterion(self, num_outputs: int) -> nn.Module:
         """Builds the mean loss of outputs (N, ...) and targets; it may have parameters."""

@@ -132,7 +132,7 @@ class Trainer:
         progress = self.progress
         # Drop path is a function of the position in the run, so that a resumed run draws the same.
         seed_everything(self.cfg.SEED, progress.epoch, progress.update, self.rank_info.rank, 2)
-        statistics = self._guard.before_update()
+        self._guard.before_update()
         loss = torch.stack([self._backward(batch, i, len(group)) for i, batch in enumerate(group)]).mean()
         self.schedule.step_update(progress.update)
         grad_norm = self._clip_gradients()
@@ -145,7 +145,7 @@ class Trainer:
             vars(self.optimizer).update(found_inf=skipped.float(), grad_scale=None)
             self.optimizer.step()
         lr = self.optimizer.param_groups[0]["lr"]
-        self._guard.after_update(progress.update, skipped, loss, statistics, lr, [batch.indices for batch in group])
+        self._guard.after_update(progress.update, skipped, loss, lr, [batch.indices for batch in group])
         self.optimizer.zero_grad(set_to_none=True)
         progress.update += 1
         if self.ema is not None:
