@@ -22,11 +22,7 @@ class ModelEma:
         self._period = cfg.EMA_UPDATE_PERIOD
         self.decay = 1 - min(1.0, cfg.EMA_ALPHA * plan.global_batch / cfg.EPOCHS * self._period)
         self._average = ModelEmaV3(network, decay=self.decay, update_after_step=plan.warmup_updates, foreach=True)
-
-    @property
-    def module(self) -> nn.Module:
-        """The averaged network, in evaluation mode."""
-        return self._average.module
+        self.module: nn.Module = self._average.module  # in evaluation mode
 
     def update(self, network: nn.Module, update: int) -> None:
         """Averages in the weights that `network` has after update number `update`."""

@@ -37,7 +37,9 @@ def train(run: Run) -> None:
     """Trains in the folder of the run, which is locked meanwhile; resumes from a checkpoint found there."""
     with open_log(run, run.task.arch, lock=True) as logger:
         cfg, task, folder = run.cfg, run.task, run_folder(run.cfg, run.task.arch)
-        loader, eval_loader = build_loaders(run, logger)
+        images, test_images = task.train_source, task.val_source
+        logger.info(f"{len(images)} training and {len(test_images)} validation images of {len(images.classes)} classes")
+        loader, eval_loader = task.train_loader(), task.eval_loader(task.train_size)
         network = build_network(run, logger)
         stop = StopRequest()
         form = "train" if is_reparameterizable(network) else None
@@ -51,13 +53,6 @@ def train(run: Run) -> None:
         with closing(trainer.metrics):
             run_epochs(run, trainer, checkpoints, loader, eval_loader, stop)
         log_end(run, trainer, folder)
-
-
-def build_loaders(run: Run, logger: logging.Logger) -> tuple[BatchLoader, BatchLoader]:
-    """Builds the loaders of the training and the validation images, sharded over the processes."""
-    task, images, test_images = run.task, run.task.train_source, run.task.val_source
-    logger.info(f"{len(images)} training and {len(test_images)} validation images of {len(images.classes)} classes")
-    return task.train_loader(), task.eval_loader(task.train_size)
 
 
 def build_network(run: Run, logger: logging.Logger) -> nn.Module:
