@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
-# The formats that are decoded, whatever a file is called, and the endings by which an image folder knows its images.
+# The formats that are decoded, by content, and the extensions of the images in an image folder.
 # Pillow knows many more, among them EPS, for which it starts another program.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg"),  # and several in one file, MPO

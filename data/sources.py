@@ -18,7 +18,7 @@ from .folders import class_names, image_files
 
 SPLITS = ("train", "val")
 IGNORED = 255  # in a mask, a pixel without a class
-# The words that stand for a data set without files of the user, wherever a data path is taken.
+# Data paths that are words: data sets that come with the project.
 DIGITS, SHAPES = "digits", "shapes"
 
 

@@ -122,7 +122,7 @@ def compare(
     precision: AbstractContextManager,
 ) -> Comparison:
     """Evaluates two networks in evaluation mode side by side, in one process; otherwise as `evaluate`."""
-    largest, scale, same, answered = torch.zeros(4, dtype=torch.float64, device=device)
+    largest, scale, same, compared = torch.zeros(4, dtype=torch.float64, device=device)
     unreadable: list[str] = []
     for batch in batches:
         images = normalize(batch.images.to(device, non_blocking=True))
@@ -134,11 +134,11 @@ def compare(
         expected, actual = (output.double() for output in outputs)
         largest = largest.maximum((actual - expected).abs().max())
         scale = scale.maximum(expected.abs().max())
-        answers = [metric.answers(output) for metric, output in zip(metrics, outputs, strict=True)]
-        if answers[0] is not None:
+        predictions = [metric.predictions(output) for metric, output in zip(metrics, outputs, strict=True)]
+        if predictions[0] is not None:
             finite = (expected.isfinite() & actual.isfinite()).all(1)
-            same += ((answers[0] == answers[1]) & finite).sum()
-            answered += finite.numel()
+            same += ((predictions[0] == predictions[1]) & finite).sum()
+            compared += finite.numel()
     _refuse_unreadable(unreadable, device)
-    agreement = 100 * float(same / answered) if answered else None
+    agreement = 100 * float(same / compared) if compared else None
     return Comparison(metrics[0].compute(), metrics[1].compute(), agreement, relative(largest, scale))

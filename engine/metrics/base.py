@@ -41,7 +41,7 @@ class Metric(ABC):
             ValueError: there is nothing to evaluate.
         """
 
-    def answers(self, outputs: Tensor) -> Tensor | None:
+    def predictions(self, outputs: Tensor) -> Tensor | None:
         """Returns the predicted classes, (N,) or (N, H, W); None if the outputs are not logits (N, K, ...)."""
         return outputs.argmax(1)
 

@@ -40,16 +40,16 @@ class SegmentationResult(Result):
         return f"{figures} {on_images(self.images, self.nonfinite)}"
 
 
-def confusion_matrix(labels: Tensor, answers: Tensor, classes: int) -> Tensor:
+def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tensor:
     """Counts pixels, except `IGNORED` ones: (K, K + 1) int64, rows are labels, columns are predictions.
 
     Args:
         labels: int64, any shape, each 0 to K - 1 or `IGNORED`.
-        answers: int64, the same shape, each 0 to K - 1, or K for no class.
+        predictions: int64, the same shape, each 0 to K - 1, or K for no class.
         classes: K.
     """
     counted = labels != IGNORED
-    cells = labels[counted] * (classes + 1) + answers[counted]
+    cells = labels[counted] * (classes + 1) + predictions[counted]
     return cells.bincount(minlength=classes * (classes + 1)).view(classes, classes + 1)
 
 
@@ -91,8 +91,8 @@ class SegmentationMetric(Metric):
         """Accumulates logits (N, K, H, W)."""
         labels = batch.labels.to(outputs.device, non_blocking=True)
         finite = outputs.isfinite().all(1)
-        answers = outputs.argmax(1).where(finite, self._classes)
-        self._confusion += confusion_matrix(labels, answers, self._classes)
+        predictions = outputs.argmax(1).where(finite, self._classes)
+        self._confusion += confusion_matrix(labels, predictions, self._classes)
         self._nonfinite += (~finite).flatten(1).any(1).sum()
         self._images += len(labels)
 

@@ -62,7 +62,7 @@ class VerificationMetric(Metric):
         self._indices.append(batch.indices)
         self._embeddings.append(outputs.double().cpu())
 
-    def answers(self, outputs: Tensor) -> None:
+    def predictions(self, outputs: Tensor) -> None:
         """Returns None: embeddings are not logits."""
 
     def compute(self) -> VerificationResult:
