@@ -36,18 +36,18 @@ def parser() -> cli.Parser:
 
 @torch.no_grad()
 def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> float:
-    """Compares both networks on random images, and the conversion once more under randomised BatchNorm statistics.
+    """Compares both networks on random images, and the conversion under random BatchNorm statistics as well.
 
     Args:
         model: the training structure.
-        deploy: what is going to be written.
+        deploy: the converted network.
         image_size: (height, width).
 
     Returns:
-        The largest relative logit difference between the two, computed in float64.
+        The largest relative logit difference, computed in float64.
 
     Raises:
-        ValueError: a difference beyond `ALGEBRA_TOLERANCE` or `ROUNDING_TOLERANCE`.
+        ValueError: a difference exceeds `ALGEBRA_TOLERANCE` or `ROUNDING_TOLERANCE`.
     """
     weight = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -58,20 +58,15 @@ def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> 
             f"the conversion is wrong, and nothing was written: with random BatchNorm statistics the logits differ by "
             f"{randomised:.1e}, more than {ALGEBRA_TOLERANCE:.0e}"
         )
-    difference = relative_difference(in_float64(model)(images), in_float64(deploy)(images))
+    exact, injected = (deepcopy(network).double().eval() for network in (model, deploy))
+    difference = relative_difference(exact(images), injected(images))
     tolerance = ROUNDING_TOLERANCE * torch.finfo(weight.dtype).eps
     if not difference <= tolerance:
         raise ValueError(
-            f"the deploy weights do not answer as the training weights do, and nothing was written: the logits differ "
-            f"by {difference:.1e}, more than {tolerance:.1e} ({weight.dtype})"
+            f"the deploy weights are not equivalent to the training weights, and nothing was written: the logits "
+            f"differ by {difference:.1e}, more than {tolerance:.1e} ({weight.dtype})"
         )
     return difference
-
-
-def in_float64(model: nn.Module) -> nn.Module:
-    """Returns a float64 copy."""
-    copy = deepcopy(model)
-    return copy.double().eval()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

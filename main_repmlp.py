@@ -1,4 +1,4 @@
-"""Trains, evaluates (`--eval`) or times (`--throughput`) a network; alone, or in many processes by torchrun or srun."""
+"""Trains, evaluates (`--eval`) or times (`--throughput`) a network, in one process or by torchrun or srun in many."""
 
 if __name__ == "__main__":  # the imports below take seconds
     from utils.interrupt import end_on_interrupt

@@ -1,7 +1,7 @@
 """Evaluates weights on one CPU or GPU, or checks that a conversion keeps every answer.
 
-Modes: `train` evaluates training weights, `deploy` evaluates converted ones, `check` takes training weights, converts
-them in memory and compares both forms on every image. The checkpoint tells the task.
+Modes: `train` evaluates training weights, `deploy` evaluates converted ones, `check` converts training weights in
+memory and compares both forms on every image. The task is that of the checkpoint.
 """
 
 if __name__ == "__main__":  # the imports below take seconds
@@ -62,10 +62,10 @@ def parser() -> cli.Parser:
 
 
 def load(args: Namespace) -> Loaded:
-    """Builds the network, loads the weights and prints which they are.
+    """Loads the checkpoint and prints its description.
 
     Raises:
-        ValueError: no readable checkpoint, weights of another network, or weights in the other form.
+        ValueError: the file can't be read, the weights do not fit, or they have the other form.
     """
     loaded = load_checkpoint(args.weights, args.arch, args.ema)
     wanted, form = "deploy" if args.mode == "deploy" else "train", loaded.checkpoint.form
@@ -78,7 +78,7 @@ def load(args: Namespace) -> Loaded:
 
 
 def build_task(args: Namespace, task: type[Task], device: torch.device) -> Task:
-    """Sets up the task of the checkpoint with the settings that the command line asks for."""
+    """Builds the task of the checkpoint with the settings of the command line."""
     given = {
         ("WEIGHTS", "TASK"): task.name,
         ("WEIGHTS", "EVAL_MODE"): True,
@@ -96,13 +96,13 @@ def build_task(args: Namespace, task: type[Task], device: torch.device) -> Task:
 
 
 def check(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> tuple[dict[str, Any], int]:
-    """Compares the training structure with the converted one, and prints both.
+    """Compares the training structure with the converted one.
 
     Returns:
-        The figures, and 1 where the outputs differ by more than the tolerance, else 0.
+        The figures, and the exit status: 1 if the outputs differ by more than the tolerance, else 0.
     """
     if args.fuse and args.amp != "off":
-        raise ValueError("mode check compares in full precision what --fuse makes: leave --amp away")
+        raise ValueError("mode check compares the network of --fuse in full precision: leave --amp out")
     device, dtype = task.rank_info.device, PRECISIONS[args.amp]
     converted = prepare(network, device, fuse=True) if args.fuse else to_deploy(network)
     metrics = task.build_metric(loaded.network.num_classes), task.build_metric(loaded.network.num_classes)
@@ -124,7 +124,7 @@ def report(result: Comparison, task: Task, tolerance: float) -> tuple[dict[str, 
 
 
 def measure(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> dict[str, Any]:
-    """Evaluates one network, prints and returns the figures."""
+    """Evaluates one network; prints and returns the figures."""
     device, dtype = task.rank_info.device, PRECISIONS[args.amp]
     if args.fuse:  # a fused network computes in the dtype of its weights
         network, dtype = prepare(network, device, fuse=True, dtype=dtype or torch.float32), None
@@ -139,7 +139,7 @@ def measure(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates or compares; returns 1 where `check` finds a difference beyond the tolerance."""
+    """Evaluates or compares; returns 1 if `check` finds a difference beyond the tolerance."""
     args = parser().parse_args(argv)
     if not args.tolerance > 0:
         raise ValueError("--tolerance must be above 0")

@@ -2,13 +2,12 @@
 
 from .compare import changed_settings
 from .defaults import defaults
-from .load import Override, dump_config, flatten, load_config, parse_opts
+from .load import Override, flatten, load_config, parse_opts
 
 __all__ = [
     "Override",
     "changed_settings",
     "defaults",
-    "dump_config",
     "flatten",
     "load_config",
     "parse_opts",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
-from utils.files import user_path, write_text
+from utils.files import user_path
 from utils.text import shortened
 
 from . import constraints
@@ -17,7 +17,7 @@ from .defaults import defaults
 from .files import read_yaml
 from .schema import DEFAULTS, FIELD_TYPES, SECTIONS, Setting, flatten, read_setting
 
-__all__ = ["Override", "dump_config", "flatten", "load_config", "parse_opts"]
+__all__ = ["Override", "flatten", "load_config", "parse_opts"]
 
 MAX_DEPTH = 20  # of nested BASE
 
@@ -66,11 +66,6 @@ def load(cfg_file: str | Path | None = None, overrides: Sequence[Override] = ())
     settings = {key: Setting(DEFAULTS[key], "default") for key in FIELD_TYPES} | given
     constraints.check(settings)
     return Loaded(_build(settings), frozenset(given))
-
-
-def dump_config(cfg: CfgNode, path: str | Path) -> None:
-    """Writes a YAML file from which `load_config` loads an equal configuration."""
-    write_text(Path(path), cfg.dump(sort_keys=False))
 
 
 class _Files:

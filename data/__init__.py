@@ -4,8 +4,7 @@
 uint8 tensor, `segmentation_train_transform` and `segmentation_eval_transform` together with its mask (`MaskedDataset`);
 `build_train_loader` and `build_eval_loader` shard them over the processes in batches; `Normalize` and
 `build_batch_augmentation` finish a batch on the device. The builders take the frozen section of the configuration that
-describes what they build, DATA or AUG; what its keys may be stands beside what they choose (`PRESETS`,
-`INTERPOLATIONS`, ...).
+describes what they build, DATA or AUG.
 
 Every random number is a function of the seed, the epoch and the image (or the step), so that workers, processes and a
 resumed run do not change it.

@@ -1,4 +1,4 @@
-"""What is done to a training batch on the device, after normalisation: random erasing, Mixup, CutMix."""
+"""Batch augmentation on the device, after normalisation: random erasing, Mixup, CutMix."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ from utils.seed import keyed_rng
 
 MIXUP_MODES = ("batch", "pair", "elem")
 ERASING_MODES = ("const", "rand", "pixel")
-_STREAM = 1  # sets the keys apart from those of single images, (seed, epoch, index)
+_STREAM = 1  # makes the keys differ from those of single images, (seed, epoch, index)
 
 
 class BatchAugmentation:
-    """Random erasing, then Mixup or CutMix of each image with the one as far from the other end of the batch.
+    """Random erasing, then Mixup or CutMix of the batch with itself in reverse order.
 
-    All random numbers are a function of (seed, epoch, step, rank), so that a resumed run goes on with the same ones.
-    `soft_targets` tells whether the targets are distributions over the classes or the labels as they came.
+    All random numbers are a function of (seed, epoch, step, rank), so that a resumed run draws the same ones.
+    `soft_targets` says whether the targets are distributions over the classes or class numbers.
     """
 
     def __init__(self, mixup: Mixup | None, *, reprob: float, remode: str, recount: int, seed: int, rank: int) -> None:
@@ -47,7 +47,7 @@ class BatchAugmentation:
 
 
 def _check_box(minmax: Sequence[float], images: Tensor) -> None:
-    """Raises ValueError where both bounds of CutMix's box are the same number of pixels."""
+    """Raises ValueError if both bounds of CutMix's box are the same number of pixels."""
     for side in images.shape[-2:]:
         low, high = (int(side * share) for share in minmax)
         if low == high:
@@ -59,25 +59,25 @@ def _check_box(minmax: Sequence[float], images: Tensor) -> None:
 
 @contextmanager
 def _device_rng(device: torch.device, *key: int) -> Iterator[None]:
-    """`keyed_rng` that also covers the generator of a CUDA device; none of it makes the host wait for the device."""
+    """`keyed_rng` that also seeds the generator of a CUDA device, without making the host wait for it."""
     with keyed_rng(*key):
         if device.type != "cuda":
             yield
             return
         with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
-            torch.cuda.manual_seed(torch.initial_seed())  # the CPU generator has just been given the key
+            torch.cuda.manual_seed(torch.initial_seed())  # the CPU generator has just been seeded
             yield
 
 
 def build_batch_augmentation(
     cfg: CfgNode, *, num_classes: int, batch_size: int, label_smoothing: float, seed: int, rank: int = 0
 ) -> BatchAugmentation | None:
-    """Returns what the section AUG of a configuration does to a batch, or None where it does nothing.
+    """Returns the batch augmentation of the section AUG, or None for none.
 
-    Mixup and CutMix are on where MIXUP, CUTMIX or CUTMIX_MINMAX is set, random erasing where REPROB is and no PRESET:
-    the presets were published without it. `batch_size` is that of one process.
+    MIXUP, CUTMIX or CUTMIX_MINMAX turn on mixing; REPROB turns on random erasing, except with a PRESET: the presets
+    were published without it. `batch_size` is that of one process.
 
-    Raises ValueError for an odd batch where images would be mixed.
+    Raises ValueError for an odd batch with mixing.
     """
     reprob = 0.0 if cfg.PRESET is not None else cfg.REPROB
     mixup = _build_mixup(cfg, num_classes, batch_size, label_smoothing)
@@ -87,7 +87,7 @@ def build_batch_augmentation(
 
 
 def _build_mixup(cfg: CfgNode, num_classes: int, batch_size: int, label_smoothing: float) -> Mixup | None:
-    """Returns timm's Mixup and CutMix, None where both are off; raises ValueError for an odd batch."""
+    """Returns timm's Mixup and CutMix, None if both are off; raises ValueError for an odd batch."""
     if cfg.MIXUP == 0 and cfg.CUTMIX == 0 and cfg.CUTMIX_MINMAX is None:
         return None
     if batch_size % 2:

@@ -1,4 +1,4 @@
-"""Cityscapes: street scenes with a class for each pixel, as its folders hold them."""
+"""Cityscapes: street scenes with a class for each pixel."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ IMAGE_SUFFIX, MASK_SUFFIX = "_leftImg8bit.png", "_gtFine_labelIds.png"
 class CityscapesSource(Source):
     """The images in `root/leftImg8bit/<split>/<city>/` with their masks in `root/gtFine/<split>/<city>/`.
 
-    Label ids become training ids, those that are not evaluated `IGNORED`.
+    Label ids become training ids; classes that are not evaluated become `IGNORED`.
 
     Raises ValueError for a missing or empty folder, and for an image without a mask.
     """

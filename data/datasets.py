@@ -1,6 +1,6 @@
-"""The data sets by name: how each is opened, and the statistics that its pixels are normalised with.
+"""The data sets by name: how each is opened, and the statistics of its pixels.
 
-A data set is one entry in `DATASETS`, with a source of images behind it if none of the present ones fits.
+A data set is one entry in `DATASETS`, and a new `Source` if no existing one fits.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,15 @@ Channels = tuple[float, float, float]  # red, green, blue
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What is known about a data set without opening it.
+    """A data set.
 
     Attributes:
         open: `open(cfg, split, rank=..., world_size=...)` returns its images, as `open_source` does.
-        mean: of its training pixels, on a scale of 0 to 1.
-        std: theirs, on the same scale.
-        image_size: the side in pixels of its images; None where it varies.
-        labels: what the labels are, which decides the task that the data set is for: `classes` (one for each image),
-            `masks` (a class for each pixel), `identities` (a class for each image, a person, say; `train` and `val`
-            may have different ones).
+        mean: of the training pixels, on a scale of 0 to 1.
+        std: likewise.
+        image_size: the side of the images in pixels; None if it varies.
+        labels: the kind of labels, which the task must need: `classes` (one per image), `masks` (a class per pixel) or
+            `identities` (a class per image, such as a person; `train` and `val` may have different ones).
     """
 
     open: Callable[..., Source]
@@ -81,21 +80,21 @@ DATASETS: dict[str, DatasetSpec] = {
     SHAPES: DatasetSpec(
         _open_shapes, mean=(0.500748, 0.501421, 0.502679), std=(0.290556, 0.293015, 0.292761), image_size=32
     ),
-    # The statistics of these two are the customary ones and not their own.
+    # The usual statistics for these two, not those of their own pixels.
     "cityscapes": DatasetSpec(_open_cityscapes, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, labels="masks"),
     "faces": DatasetSpec(_open_faces, mean=(0.5,) * 3, std=(0.5,) * 3, labels="identities"),
 }
 WITHOUT_PATH = (DIGITS, SHAPES)
-# What stands for no data path, nothing and what the configuration has by default; and for no data set, its default.
+# The values of DATA.DATA_PATH and DATA.DATASET that mean: not set.
 NO_PATH = ("", "/path/to/imgnet/")
 DEFAULT = "imagenet"
 
 
 def resolve_name(dataset: str, data_path: str | Path) -> str:
-    """Returns the key in `DATASETS`: that of `dataset`, or of a data path that is a word and names one.
+    """Returns the key in `DATASETS`: `dataset`, or the data path if it is a word such as `digits`.
 
-    Raises ValueError for an unknown data set, and where the two contradict each other: a word wins over the default
-    alone, and a data set without files has no folder to read.
+    Raises ValueError for an unknown data set and if the two contradict each other: a word overrides only the default
+    data set, and a data set without files takes no folder.
     """
     path = str(data_path)
     if dataset not in DATASETS:

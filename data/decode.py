@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB pixels: which formats are read, and what becomes of bytes that are none."""
+"""Decodes image files into RGB: which formats are read, and the errors for other bytes."""
 
 import warnings
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
-# The formats that are decoded, whatever a file is called, and the endings by which an image folder knows its images.
+# The formats that are decoded, by content, and the extensions of the images in an image folder.
 # Pillow knows many more, among them EPS, for which it starts another program.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg"),  # and several in one file, MPO
@@ -34,21 +34,21 @@ def image_file(file: BinaryIO) -> Iterator[Image.Image]:
     """Opens an image, of an animation the first one; its pixels are to be decoded within the `with`.
 
     Raises:
-        OSError, ValueError: whatever the decoder dislikes.
+        OSError, ValueError: the image can't be decoded.
     """
     try:
         with Image.open(file, formats=list(FORMATS)) as image:
             yield image
-    except UnidentifiedImageError:  # its text is another one each time
+    except UnidentifiedImageError:  # its text is not reproducible
         raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from None
     except (OSError, ValueError):
         raise
-    except Exception as error:  # a decoder may raise anything for bytes that it was not written for
+    except Exception as error:  # a decoder may raise anything for damaged bytes
         raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
 
 
 def decode_rgb(file: BinaryIO) -> Image.Image:
-    """Decodes an image file into RGB; raises as `image_file`, and ValueError for pixels whose range is not known."""
+    """Decodes an image file into RGB; raises as `image_file`, and ValueError for pixels of unknown range."""
     with image_file(file) as image:
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             return _to_8_bits(image).convert("RGB")
@@ -61,7 +61,7 @@ def decode_rgb(file: BinaryIO) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Returns grey pixels of up to 16 bits in 8, rounded, as a viewer shows them."""
+    """Converts grey pixels of up to 16 bits to 8 bits, rounded."""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     values: np.ndarray = np.asarray(image).astype(np.uint16)
     if tags.get(BITS_PER_SAMPLE) == (12,):

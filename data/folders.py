@@ -1,4 +1,4 @@
-"""The image files of a folder with a folder for each class, in the order of torchvision's ImageFolder."""
+"""The image files of a folder with one folder per class, in the order of torchvision's ImageFolder."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ Identity = tuple[int, int]  # of a folder, by whichever path it is reached: devi
 
 
 def class_names(folder: Path) -> list[str]:
-    """Returns the sorted names of the folders in `folder`, hidden ones apart; none where it does not exist."""
+    """Returns the sorted names of the folders in `folder`, except hidden ones; none if it does not exist."""
     if not folder.is_dir():
         return []
     return sorted(entry.name for entry in os.scandir(folder) if not _is_hidden(entry) and _is_folder(entry))
@@ -53,7 +53,7 @@ def _walk(folder: Path, name: str, seen: dict[Identity, Path]) -> Iterator[tuple
 
 
 def _enter(path: Path, seen: dict[Identity, Path]) -> None:
-    """Notes that a folder is being read; ValueError where it has been before, or holds all of them."""
+    """Records that a folder is read; raises ValueError if it was reached before, through a symbolic link."""
     other = seen.setdefault(_identity(path), path)
     if other is not path:
         raise ValueError(
@@ -78,7 +78,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Tells a file, or a link that leads nowhere, from a pipe or a socket, which would keep a reader waiting."""
+    """Returns whether an entry is a file or a broken link, and not a pipe or a socket, which would block a reader."""
     with suppress(OSError):
         return entry.is_file() or not os.path.exists(entry.path)
     return True

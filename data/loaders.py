@@ -1,4 +1,4 @@
-"""Batches of transformed images, the same ones whatever the number of workers."""
+"""Batches of transformed images, independent of the number of workers."""
 
 import multiprocessing
 import os
@@ -22,21 +22,21 @@ from .samplers import EvalSampler, SampleKey, TrainSampler
 from .sources import Source
 from .transport import REFUSALS, SHARED_MEMORY, Failure, Parcel, check_room, with_remedy
 
-MAX_TRIES = 16  # more unreadable images in a row than this mean that the storage is gone
-DEATH_S = 2.0  # a worker that dies has ended so long after its connections
+MAX_TRIES = 16  # this many unreadable images in a row mean that the storage is gone
+DEATH_S = 2.0  # seconds until a dying worker, whose connections are closed, has exited
 
 
 class Sample(NamedTuple):
     """One transformed image."""
 
     image: Tensor  # uint8 (C, H, W)
-    label: int | Tensor  # the image's, or int64 (H, W), a class for each pixel
-    index: int  # type: ignore[assignment]  # of the image delivered, in its source
-    unreadable: list[str]  # `path: reason` of the images that it stands in for
+    label: int | Tensor  # of the image, or int64 (H, W) of its pixels
+    index: int  # type: ignore[assignment]  # in the source
+    unreadable: list[str]  # `path: reason` of the images that it replaces
 
 
 class Batch(NamedTuple):
-    """Samples, stacked; `unreadable` joins theirs, and it is for the consumer to decide how many are too many."""
+    """Samples, stacked; the consumer decides how many unreadable images are too many."""
 
     images: Tensor  # uint8 (N, C, H, W)
     labels: Tensor  # int64 (N,), or (N, H, W)
@@ -61,16 +61,16 @@ class TransformedDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """Returns the image of a sample key, or the next readable one in its place, reported as such.
+        """Returns the image of a sample key, or the next readable one.
 
-        Raises OSError where `MAX_TRIES` images in a row cannot be read.
+        Raises OSError if `MAX_TRIES` images in a row cannot be read.
         """
         image, label, index, unreadable = self._load_readable(key.index)
         with keyed_rng(self.seed, key.epoch, key.index):
             return Sample(*self.transformed(image, label), index, unreadable)
 
     def __getitems__(self, keys: list[SampleKey]) -> Batch | Parcel | Failure:
-        """Returns the batch of these keys; in a data loading process it is packed, or says why there is none."""
+        """Returns the batch of these keys; in a data loading process, packed, or a `Failure`."""
         if get_worker_info() is None:
             return self._batch(keys)
         try:
@@ -94,7 +94,7 @@ class TransformedDataset(Dataset[Sample]):
                 image, label = self.source.load(index)
             except (OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno in REFUSALS:
-                    raise  # no fault of the image
+                    raise  # not the fault of the image
                 unreadable.append(printable(f"{self.source.locate(index)}: {error}"))
             else:
                 return image, label, index, unreadable
@@ -112,7 +112,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class BatchLoader(DataLoader[Sample]):
-    """A loader whose workers' failures reach the run as they were raised, with the remedy, their deaths included."""
+    """A loader that raises the errors of its workers as they were raised, and an OSError if one is killed."""
 
     _workers: Sequence[multiprocessing.process.BaseProcess] = ()  # they stay for all epochs
 
@@ -122,7 +122,7 @@ class BatchLoader(DataLoader[Sample]):
         self.sampler.set_position(epoch, consumed)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Yields the batches; raises OSError where the system refuses something, or kills one of the workers."""
+        """Yields the batches; raises OSError if the system refuses a resource or kills a worker."""
         for item in self._items():
             if isinstance(item, Failure):
                 raise item.kind(item.text)
@@ -136,13 +136,13 @@ class BatchLoader(DataLoader[Sample]):
             batches = super().__iter__()
             self._workers = self._workers or [p for p in multiprocessing.active_children() if p not in others]
             if threading.current_thread() is threading.main_thread():
-                # torch's handler would raise wherever the run happens to be, in the middle of an update too; without
-                # it the loader finds a death out by itself, within seconds, when it waits for a batch.
+                # torch's handler would raise at any point, even within an update; without it, the loader notices a
+                # dead worker within seconds when it waits for a batch.
                 signal.signal(signal.SIGCHLD, at_death or signal.SIG_DFL)
             for item in batches:
                 yield item.open() if isinstance(item, Parcel) else item
         except (RuntimeError, ConnectionError, EOFError) as error:
-            # torch reports the processes that have ended; one that is about to has closed its connections before.
+            # torch reports the workers that have exited; one that is exiting has already closed its connections.
             reported = str(error).startswith("DataLoader worker (pid")
             if not reported and not connection.wait([worker.sentinel for worker in self._workers], timeout=DEATH_S):
                 raise
@@ -159,9 +159,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_run(_worker: int) -> None:
-    """Keeps a worker at work when a signal goes to every process of a job: the run wants batches until it has saved.
+    """Makes a worker ignore signals to all processes of a job: the run needs batches until it has saved.
 
-    Only the run itself ends its workers by a signal.
+    Only signals of the run itself end a worker.
     """
     run = multiprocessing.parent_process()
     assert run is not None
@@ -171,7 +171,7 @@ def _leave_signals_to_the_run(_worker: int) -> None:
             pass
         os._exit(0)
 
-    signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch's handler would print lines of its own
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch's handler would print
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=wait, daemon=True).start()
 
@@ -188,8 +188,8 @@ def build_train_loader(
 ) -> BatchLoader:
     """Returns a loader of this rank's `Batch`es, all of exactly BATCH_SIZE images; `cfg` is the section DATA.
 
-    `dataset` applies the transform. Call `set_position` before each epoch. Raises ValueError where the images do not
-    fill a step.
+    `dataset` applies the transform. Call `set_position` before each epoch. Raises ValueError if the images do not fill
+    a step.
     """
     sampler = TrainSampler(
         len(source),
@@ -211,7 +211,7 @@ def build_eval_loader(
     world_size: int = 1,
     dataset: type[TransformedDataset] = TransformedDataset,
 ) -> BatchLoader:
-    """Returns a loader of this rank's `Batch`es: over all ranks each image exactly once, the last batch smaller.
+    """Returns a loader of this rank's `Batch`es: each image once over all ranks; the last batch may be smaller.
 
     `cfg` is the section DATA; `dataset` applies the transform.
     """
@@ -222,7 +222,7 @@ def build_eval_loader(
 def _build_loader(
     dataset: TransformedDataset, sampler: TrainSampler | EvalSampler, batch_size: int, cfg: CfgNode
 ) -> BatchLoader:
-    num_workers = min(cfg.NUM_WORKERS, len(os.sched_getaffinity(0)))  # more than there are cores would be in the way
+    num_workers = min(cfg.NUM_WORKERS, len(os.sched_getaffinity(0)))  # more than one per core would compete
     return BatchLoader(
         dataset,
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""Pairs of images of which a verification asks whether they show the same class: a person, say."""
+"""Pairs of images for verification: do both show the same class, such as a person?"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,11 +8,11 @@ import numpy as np
 from .sources import FolderSource
 
 WORDS = {"same": True, "different": False}
-MAX_TRIES = 100  # draws for each pair that is wanted, after which there seem to be no more
+MAX_TRIES = 100  # draws per requested pair
 
 
 class Pairs(NamedTuple):
-    """Positions of two images each in a source, and whether both are of one class; all three of shape (P,)."""
+    """Indices of both images in a source, and whether they are of one class; each (P,)."""
 
     first: np.ndarray
     second: np.ndarray
@@ -22,11 +22,11 @@ class Pairs(NamedTuple):
 def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
     """Reads lines `path path same` or `path path different`, of paths below the folder of a source.
 
-    Words are separated by tabs, or by blanks where no path holds any; empty lines and those that begin with # say
-    nothing.
+    Fields are separated by tabs, or by spaces if the line has no tab. Empty lines and lines that start with # are
+    skipped.
 
     Raises:
-        ValueError: no such file, a line of another form, an image that the source does not hold, or no pair at all.
+        ValueError: the file is missing or has no pairs, a line has another form, or an image is not in the source.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,15 +50,15 @@ def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
 
 
 def draw_pairs(labels: np.ndarray, count: int, seed: int = 0) -> Pairs:
-    """Draws pairs of different images, half of them of one class; no pair comes twice.
+    """Draws distinct pairs of different images, half of them of one class.
 
     Args:
         labels: int (N,) of the images.
-        count: pairs to draw, an even number; fewer come back where there are no more, as many of each kind.
+        count: pairs to draw; fewer if there are no more, always equally many of each kind.
         seed: the same seed draws the same pairs.
 
     Raises:
-        ValueError: fewer than two classes, or none of two images.
+        ValueError: fewer than two classes, or no class with two images.
     """
     if count < 2:
         raise ValueError(f"{count} pairs can't be drawn: one of a kind and one of two are the least")

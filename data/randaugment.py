@@ -35,7 +35,7 @@ def cutout(image: Image.Image, side: int, **_: Any) -> Image.Image:
 
 
 def _cutout_side(magnitude: float, _hparams: dict[str, Any]) -> tuple[int]:
-    """Returns the side in pixels, at least 2, of the square that a magnitude stands for."""
+    """Returns the side in pixels, at least 2, of the square at a magnitude."""
     return (max(2, int(magnitude / FULL_SCALE * CUTOUT_PIXELS)),)
 
 
@@ -50,7 +50,7 @@ def published_rand_augment(magnitude: int) -> RandAugment:
 
     Each is drawn uniformly from sixteen (with replacement), as is its magnitude from 0 to `magnitude` - 1, where 10
     is full scale and nothing is clipped at it. Pixels from outside the image are grey; geometric operations
-    interpolate bilinearly or bicubically at random, whatever the crop does.
+    interpolate bilinearly or bicubically at random, independently of the crop.
 
     It differs from the published policy in these points. Magnitudes are real numbers where the published ones are
     integers (same range, same mean). SolarizeAdd adds at most 128; the published one adds 11 per magnitude without a

@@ -11,7 +11,7 @@ class SampleKey(NamedTuple):
     """An image to load, and the epoch it is loaded for: workers need no other state to augment it."""
 
     epoch: int
-    index: int  # type: ignore[assignment]  # in place of tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # replaces tuple.index
 
 
 class TrainSampler(Sampler[SampleKey]):
@@ -24,7 +24,7 @@ class TrainSampler(Sampler[SampleKey]):
     With `fixed_shards` a rank is assigned the images with `index % world_size == rank` alone, those that it holds in
     memory; a run can then only resume in the middle of an epoch with the number of processes that it began with.
 
-    Raises ValueError where the images do not fill one step.
+    Raises ValueError if the images do not fill one step.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class TrainSampler(Sampler[SampleKey]):
 
     @property
     def steps(self) -> int:
-        """The number of steps that are left of the epoch."""
+        """The number of steps left in the epoch."""
         if self.fixed_shards:  # the smallest shard decides, or some ranks would wait for others
             return (self.length // self.world_size - self.consumed // self.world_size) // self.batch_size
         return (self.length - self.consumed) // (self.batch_size * self.world_size)
 
     def __len__(self) -> int:
-        """Returns the number of images that are left of the epoch for this rank."""
+        """Returns the number of images left in the epoch for this rank."""
         return self.steps * self.batch_size
 
     def __iter__(self) -> Iterator[SampleKey]:
@@ -86,7 +86,7 @@ class TrainSampler(Sampler[SampleKey]):
             yield SampleKey(epoch, index)
 
     def _order(self) -> np.ndarray:
-        """Returns the indices (len(self),) of this rank's images in the order of their use."""
+        """Returns the indices (len(self),) of this rank's images, in order of use."""
         everything = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         if self.fixed_shards:
             shard = everything[everything % self.world_size == self.rank]

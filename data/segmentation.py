@@ -42,9 +42,9 @@ class RandomScale:
 
 
 def segmentation_train_transform(size: Size, scale: tuple[float, float] = (0.5, 2.0)) -> JointTransform:
-    """Scales at random, cuts out a part of `size` at random, and flips half of the time.
+    """Scales at random, crops `size` at random, and flips half of the time.
 
-    What lies outside of the image is the mean colour, and `IGNORED` in the mask.
+    Padding has the mean colour, and `IGNORED` in the mask.
     """
     colour = [round(255 * channel) for channel in IMAGENET_DEFAULT_MEAN]
     fill: dict = {tv_tensors.Image: colour, tv_tensors.Mask: IGNORED}
@@ -58,7 +58,7 @@ def segmentation_eval_transform(size: Size | None = None) -> JointTransform:
 
 
 def _joint(transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> JointTransform:
-    """Applies a transform of torchvision's tensors to an image and a mask as a source gives them."""
+    """Applies a transform of torchvision's tensors to an image and a mask as a source returns them."""
 
     def apply(image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
         pixels, labels = transform(to_image(image), tv_tensors.Mask(torch.from_numpy(mask)))

@@ -1,4 +1,4 @@
-"""Ten geometric shapes, rendered when they are needed: a data set without files, in which local structure decides."""
+"""Ten geometric shapes, rendered on demand: a data set without files, classified by local structure."""
 
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ CLASSES = {
 
 
 def coverage(shape: Shape, centre: np.ndarray, radius: float, angle: float) -> np.ndarray:
-    """Returns which share of each pixel a shape covers, (SIDE, SIDE), 0 to 1; centre (x, y) and radius in pixels."""
+    """Returns the fraction of each pixel that a shape covers, (SIDE, SIDE); centre (x, y) and radius in pixels."""
     mask = Image.new("L", (SIDE * SUPERSAMPLING,) * 2)
     draw = ImageDraw.Draw(mask)
     for size, fill in ((1.0, 255), (shape.hole, 0)):
@@ -70,7 +70,7 @@ def render(shape: Shape, rng: np.random.Generator) -> np.ndarray:
 
 
 class ShapesSource(ImageSource):
-    """4,000 images of 32x32 pixels, of each of ten shapes equally many; `val` has 2,000.
+    """4,000 images of 32x32 pixels, equally many of each of ten shapes; `val` has 2,000.
 
     An image depends on its split and its number alone, so that the data set is the same wherever it is rendered. All
     images of a split are rendered at once when it is opened, within a second or two: less than a cache would be worth.

@@ -1,4 +1,4 @@
-"""Raw images with their labels as they are stored: an image folder, CIFAR-100's files, the embedded digits."""
+"""Stored images with their labels: an image folder, CIFAR-100's files, the embedded digits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -17,8 +17,8 @@ from .decode import EXTENSIONS, decode_rgb
 from .folders import class_names, image_files
 
 SPLITS = ("train", "val")
-IGNORED = 255  # in a mask, a pixel that neither trains nor counts
-# The words that stand for a data set without files of the user, wherever a data path is taken.
+IGNORED = 255  # in a mask, a pixel without a class
+# Data paths that are words: data sets that come with the project.
 DIGITS, SHAPES = "digits", "shapes"
 
 
@@ -139,7 +139,7 @@ def _check_same_classes(folder: Path, other: Path) -> None:
 class CifarSource(ImageSource):
     """CIFAR-100 in its python version (`cifar-100-python/`), 32x32 pixels, 100 classes; `val` is its test part.
 
-    With `download` it is fetched where it is missing; let one process do so before the others look.
+    With `download` missing files are downloaded; let one process do so before the others.
     """
 
     def __init__(self, root: str | Path, split: str, *, download: bool = False) -> None:
@@ -147,7 +147,7 @@ class CifarSource(ImageSource):
         root = user_path(root)
         try:
             cifar = CIFAR100(root, train=split == "train", download=download)
-        except RuntimeError as error:  # torchvision's answer to missing and to damaged files
+        except RuntimeError as error:  # torchvision raises it for missing and damaged files
             raise ValueError(
                 f"CIFAR-100 is missing or damaged in {root / CIFAR100.base_folder}: "
                 "set DATA.DATA_PATH to the folder that holds it, or DATA.DOWNLOAD True to fetch it"
@@ -166,7 +166,7 @@ class CifarSource(ImageSource):
 
 
 class DigitsSource(ImageSource):
-    """The 1,797 scanned digits of 8x8 pixels that travel with the project; every fifth one is held out as `val`.
+    """The 1,797 scanned digits of 8x8 pixels that come with the project; every fifth one is in `val`.
 
     They are the test part of the UCI data set "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak;
     CC BY 4.0) as scikit-learn ships it; `digits.npz` carries its origin and licence along.

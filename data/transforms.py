@@ -1,4 +1,4 @@
-"""From a PIL image to a uint8 tensor, with or without augmentation, and from there to normalised pixels.
+"""From a PIL image to a uint8 tensor, with or without augmentation, and on to normalised pixels.
 
 Batches travel as uint8, which is a quarter of the memory traffic of float32; `Normalize` runs on the device.
 """
@@ -60,12 +60,12 @@ def raug(size: Size, interpolation: str, *, magnitude: int) -> Transform:
 
 
 def none(size: Size, interpolation: str) -> Transform:
-    """No augmentation: what evaluation sees."""
+    """No augmentation, as in evaluation."""
     return eval_transform(size, interpolation=interpolation)
 
 
 def flip(size: Size, interpolation: str) -> Transform:
-    """Flips horizontally half of the time and does nothing else."""
+    """Flips horizontally half of the time, nothing else."""
     return Compose([eval_transform(size, interpolation=interpolation), RandomHorizontalFlip()])
 
 
@@ -75,7 +75,7 @@ def shift(size: Size, interpolation: str) -> Transform:
 
 
 def crop(size: Size, interpolation: str) -> Transform:
-    """Shifts by up to an eighth of the size and flips half of the time: the custom for CIFAR (4 of 32 pixels)."""
+    """Shifts by up to an eighth of the size and flips half of the time, as usual for CIFAR (4 of 32 pixels)."""
     return Compose([*_shift(size, interpolation), RandomHorizontalFlip(), PILToTensor()])
 
 
@@ -120,7 +120,7 @@ def train_transform(size: Size, cfg: CfgNode, *, interpolation: str = "bilinear"
 
 
 def is_auto_augment_policy(text: str) -> bool:
-    """Says whether `text` has the form of a policy in timm's notation, or is `none`.
+    """Returns whether `text` has the form of a policy of timm, or is `none`.
 
     timm's parsers refuse some of what they do not know, and ignore the rest of it silently.
     """
@@ -133,7 +133,7 @@ def _timm_transform(size: Size, interpolation: str, color_jitter: float, auto_au
         pipeline = create_transform(
             size,
             is_training=True,
-            use_prefetcher=True,  # timm's word for: stop at uint8, erase and normalise on the device
+            use_prefetcher=True,  # in timm: stop at uint8; erasing and normalisation are done on the device
             color_jitter=color_jitter,
             auto_augment=None if auto_augment == "none" else auto_augment,
             interpolation=interpolation,
@@ -162,7 +162,7 @@ def eval_transform(size: Size, *, crop: bool = False, interpolation: str = "bili
 
 
 class Normalize(nn.Module):
-    """uint8 pixels (N, C, H, W) to `(x / 255 - mean) / std` in `dtype`, wherever the module lives.
+    """uint8 pixels (N, C, H, W) to `(x / 255 - mean) / std` in `dtype`, on the device of the module.
 
     Its buffers are not persistent: they belong to the data, not to a checkpoint.
     """

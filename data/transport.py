@@ -32,7 +32,7 @@ SEMAPHORES_OF_A_WORKER = 8  # each takes a page of shared memory
 
 @contextmanager
 def with_remedy() -> Iterator[None]:
-    """Turns the refusal of memory or files into an OSError of one line with the remedy."""
+    """Turns a refusal of memory or files into an OSError of one line with the remedy."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -43,7 +43,7 @@ def with_remedy() -> Iterator[None]:
 
 
 def _refused(error: Exception) -> int | None:
-    """Returns which of the `REFUSALS` an error is, if any."""
+    """Returns the entry of `REFUSALS` that an error is, if any."""
     if isinstance(error, OSError):
         return error.errno if error.errno in REFUSALS else None
     if "ancdata" in str(error):  # a file that was sent could not be opened here
@@ -52,28 +52,28 @@ def _refused(error: Exception) -> int | None:
 
 
 class Failure(NamedTuple):
-    """What has ended the loading of a batch, a mistake or a refusal: which of the two, and its one line."""
+    """An error that ended the loading of a batch: its type and its line."""
 
     kind: type[OSError] | type[ValueError]
     text: str
 
     @classmethod
     def of(cls, error: OSError | ValueError) -> "Failure":
-        """Keeps of an error what a user is to see."""
+        """Keeps the type and the text of an error."""
         return cls(OSError if isinstance(error, OSError) else ValueError, str(error))
 
 
 class Parcel:
-    """A packed batch: tensors in shared memory, known by open files, and all the rest as bytes."""
+    """A packed batch: tensors in shared memory, passed as open files, and everything else as bytes."""
 
     def __init__(self, batch: object) -> None:
-        """Packs a batch; raises OSError, with the remedy, where the system refuses shared memory or files."""
+        """Packs a batch; raises OSError with the remedy if the system refuses shared memory or files."""
         with with_remedy():
             _check_files(SPARE_FILES)
             self._content = bytes(ForkingPickler.dumps(batch))
 
     def open(self) -> Any:
-        """Returns the batch, once; raises as `__init__`, and other errors where the sender has died."""
+        """Returns the batch, once; raises as `__init__`, and other errors if the sender has died."""
         with with_remedy():
             return ForkingPickler.loads(self._content)
 
@@ -81,14 +81,14 @@ class Parcel:
         """Returns the batch in page-locked memory, or why not; a thread of torch calls this for each batch."""
         try:
             return self.open().pin_memory()
-        except ConnectionError:  # the death of the sender is found out by the run
+        except ConnectionError:  # the run notices that the sender has died
             raise
         except OSError as error:
             return Failure.of(error)
 
 
 def check_room(num_workers: int) -> None:
-    """Raises OSError, with the remedy, where so many data loading processes can't even be started."""
+    """Raises OSError with the remedy if this number of data loading processes can't be started."""
     with with_remedy():
         _check_files(SPARE_FILES + FILES_OF_A_WORKER * num_workers)
         space = os.statvfs("/dev/shm")
@@ -97,9 +97,9 @@ def check_room(num_workers: int) -> None:
 
 
 def _check_files(count: int) -> None:
-    """Raises OSError where this process can't open so many more files.
+    """Raises OSError if this process can't open this number of files.
 
-    Other threads need some at any time: a batch's files are handed over by one that would try again for ever.
+    Other threads need files at any time; the one that passes on those of a batch would retry forever.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= limit < len(os.listdir("/proc/self/fd")) + count:  # below 0: none

@@ -53,7 +53,7 @@ class ZipSource(ImageSource):
         self._cache = self._read_all(_cached_indices(cache_mode, len(labels), rank, world_size))
 
     def _read_all(self, indices: Iterable[int]) -> dict[int, bytes]:
-        """Returns the bytes of these images, leaving out unreadable ones: `load` reports those when they are due."""
+        """Returns the bytes of these images without unreadable ones, which `load` reports."""
         cache = {}
         for index in indices:
             with contextlib.suppress(OSError, ValueError):
@@ -99,7 +99,7 @@ def _read_map(path: Path, known: set[str]) -> tuple[list[str], list[int]]:
 
 
 def _check_largest(path: Path, labels: list[int], lines: list[int]) -> None:
-    """Raises ValueError for a largest label that must be a mistake, as it would leave most classes without images."""
+    """Raises ValueError for an implausible largest label, which would leave most classes without images."""
     largest, used = max(labels), len(set(labels))
     if largest >= max(FEW_CLASSES, LABELS_A_CLASS * used):
         raise ValueError(
@@ -127,7 +127,7 @@ def _shown(text: str) -> str:
 
 
 class _Archive:
-    """A zip file that each process opens for itself when it first reads: a shared handle would share its position."""
+    """A zip file that each process opens on its first read: a shared handle would share its position."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -143,7 +143,7 @@ class _Archive:
                 self._zip = ZipFile(self.path)
             except OSError:
                 raise
-            except Exception as error:  # bytes that are no zip file may raise anything
+            except Exception as error:  # a file that is not a zip may raise anything
                 raise ValueError(f"{self.path} is not a readable zip file ({error}): copy or pack it again") from error
             self._opened_by = os.getpid()
         return self._zip
@@ -157,7 +157,7 @@ class _Archive:
         try:
             archive = self._open()
             info = archive.getinfo(entry)
-            if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):  # others unpack all that there is at once
+            if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):  # others unpack the whole entry at once
                 raise ValueError(f"compression method {info.compress_type}: pack the images stored or deflated")
             if info.file_size > MAX_BYTES:
                 raise ValueError(f"{info.file_size} bytes unpacked are no image, {MAX_BYTES} are the limit")

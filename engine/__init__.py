@@ -1,1 +1,1 @@
-"""Training and evaluation: loss, optimizer, schedule, moving average, loops, checkpoints. Knows no configuration."""
+"""Training and evaluation: loops, metrics, optimizer, schedule, moving average, checkpoints."""

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which files there are, in which of them a state goes, and which one a run resumes from."""
+"""The checkpoint files of a run: which ones a state is written to, and which one the run resumes from."""
 
 import errno
 import logging
@@ -19,21 +19,21 @@ from .state import mean_statistics, read_state, training_state
 from .trainer import Trainer
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best_ckpt.pth", "best_ema.pth"
-# Metadata that do not make another experiment of a run.
+# Metadata that may differ within a run.
 INCIDENTAL = {"versions", "form", "weights"}
 
 
 class CheckpointFolder:
     """The checkpoints in a run's folder.
 
-    `latest.pth` is the newest, `ckpt_epoch_<n>.pth` those that are kept by number, `best_ckpt.pth` the one with the
-    best figure, `best_ema.pth` that with the best figure of the averaged weights. Each is a whole state.
+    `latest.pth` is the newest, `ckpt_epoch_<n>.pth` are the numbered ones, `best_ckpt.pth` has the best figure,
+    `best_ema.pth` the best figure of the averaged weights. Each is a whole state.
 
     Args:
         folder: of the run.
-        cfg: the configuration; goes into every file as text, and says how many numbered ones stay.
-        meta: goes into every file.
-        metric: the name of the figure that the best one is chosen by; goes into every file.
+        cfg: the configuration; saved as text in every file.
+        meta: saved in every file.
+        metric: the figure that selects the best checkpoint; saved in every file.
     """
 
     def __init__(self, folder: Path, cfg: CfgNode, meta: dict[str, Any], metric: str) -> None:
@@ -41,10 +41,10 @@ class CheckpointFolder:
         self._extra = {"meta": meta, "metric": metric, "config": cfg.dump()}
 
     def save(self, trainer: Trainer, *, periodic: bool = False, best: bool = False, best_ema: bool = False) -> None:
-        """Writes the state of a run under every name that it deserves; all processes take part, rank 0 writes.
+        """Writes the state of a run to its files; a collective operation, rank 0 writes.
 
         Raises:
-            OSError: it could not be written; what had been written before is intact.
+            OSError: a file could not be written; earlier checkpoints are intact.
         """
         kinds = {"numbered": periodic, "best": best, "best_ema": best_ema}
         trainer.check_skipped()
@@ -55,20 +55,16 @@ class CheckpointFolder:
                 self._write(payload)
 
     def complete(self, checkpoint: Checkpoint) -> None:
-        """Writes a state under the rest of its names, where the run was killed when it had written only some.
-
-        All processes may call this; rank 0 writes.
-        """
+        """Writes the files of a state that are missing because the run was killed while it saved; rank 0 writes."""
         payload = checkpoint.payload
         if "saved_as" in payload and rank() == 0:
             update = payload["progress"]["update"]
             self._write(payload, [path for path in self._paths(payload) if path.is_file() and _updates(path) == update])
 
     def _write(self, payload: dict[str, Any], done: Sequence[Path] = ()) -> None:
-        """Writes a state under every name that it deserves, once, as far as the file system lets it have several.
+        """Writes a state to its files: once, with hard links where the file system has them.
 
-        The file with the best average differs from the others in its metadata, which say that the average is what it
-        was chosen by.
+        `best_ema.pth` is a file of its own: its metadata say that it was selected by the averaged weights.
         """
         first = next((path for path in done if path.name != BEST_EMA), None)
         for path in self._paths(payload):
@@ -80,34 +76,31 @@ class CheckpointFolder:
                 meta |= {"weights": "ema"} if averaged else {}
                 write_checkpoint(path, payload | {"meta": meta})
             first = path if first is None and not averaged else first
-        self._delete_outdated()
+        numbered = self.periodic()
+        for outdated in numbered[: max(0, len(numbered) - self._keep)]:
+            outdated.unlink()
 
     def _paths(self, payload: dict[str, Any]) -> list[Path]:
-        """Returns the files that a state belongs into."""
+        """Returns the files that a state is written to."""
         kinds, number = payload["saved_as"], f"ckpt_epoch_{payload['epoch']}.pth"
         names = [LATEST] + [BEST] * kinds["best"] + [BEST_EMA] * kinds["best_ema"] + [number] * kinds["numbered"]
         return [self.folder / name for name in names]
 
-    def _delete_outdated(self) -> None:
-        outdated = self.periodic()
-        for path in outdated[: max(0, len(outdated) - self._keep)]:
-            path.unlink()
-
     def periodic(self) -> list[Path]:
         """Returns the numbered checkpoints, oldest first."""
-        numbers = {p: re.fullmatch(r"ckpt_epoch_(\d+)\.pth", p.name) for p in self.folder.glob("ckpt_epoch_*.pth")}
-        return sorted((p for p, m in numbers.items() if m), key=lambda p: int(p.stem.rsplit("_", 1)[1]))
+        names = {path: re.fullmatch(r"ckpt_epoch_(\d+)\.pth", path.name) for path in self.folder.glob("*.pth")}
+        return [path for _, path in sorted((int(name[1]), path) for path, name in names.items() if name)]
 
     def clear_leftovers(self) -> None:
-        """Deletes the temporary files of a run that was killed while it wrote."""
+        """Deletes the temporary files of a run that was killed while it saved."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
 
     def start(self, logger: logging.Logger) -> Checkpoint | None:
-        """Clears what a killed run has left behind, and reads what `newest` does; all processes take part.
+        """Deletes the leftovers of a killed run and returns the newest checkpoint; a collective operation.
 
-        Rank 0 chooses, so that all resume from one file: the folder must be one that all of them see. Once the state
-        is restored, and so known to be sound, `complete` writes the names that it lacks.
+        Rank 0 chooses the file for all processes, which must share the folder. Once the state is restored, and so known
+        to be sound, `complete` writes its missing files.
         """
         found: Checkpoint | None = None
 
@@ -121,12 +114,10 @@ class CheckpointFolder:
         return found if found is not None or path is None else read_state(path)
 
     def newest(self, logger: logging.Logger) -> Checkpoint | None:
-        """Reads the newest whole state, judged by the updates that it names; None in a fresh folder.
-
-        A damaged file is passed over with a warning, in favour of the next newest.
+        """Reads the checkpoint with the most updates; None without checkpoints. Skips damaged files with a warning.
 
         Raises:
-            ValueError: there are checkpoints, but none of them can be read, or they are of another experiment.
+            ValueError: no checkpoint can be read, or the newest is of another experiment.
         """
         names = [self.folder / LATEST, *reversed(self.periodic()), self.folder / BEST, self.folder / BEST_EMA]
         found = [path for path in names if path.is_file()]
@@ -140,13 +131,13 @@ class CheckpointFolder:
                 return checkpoint
         if found:
             raise ValueError(
-                f"none of the {len(found)} checkpoints in {self.folder} can be read: move them away to start anew, or "
-                "give this run another TAG"
+                f"none of the {len(found)} checkpoints in {self.folder} can be read: move them away to start from "
+                "scratch, or give this run another TAG"
             )
         return None
 
     def check_experiment(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError where a checkpoint is of another architecture, data set, image size or class count."""
+        """Raises ValueError if a checkpoint has another architecture, data set, image size or number of classes."""
         known = self._meta.keys() & checkpoint.meta.keys() - INCIDENTAL
         other = [key for key in self._meta if key in known and checkpoint.meta[key] != self._meta[key]]
         if other:
@@ -158,7 +149,7 @@ class CheckpointFolder:
 
 
 def _link(existing: Path, path: Path) -> bool:
-    """Gives a file a second name; returns whether the file system can do that."""
+    """Makes a hard link; returns False if the file system has none."""
     try:
         link_checkpoint(existing, path)
     except OSError as error:
@@ -169,13 +160,13 @@ def _link(existing: Path, path: Path) -> bool:
 
 
 def _updates(path: Path) -> int:
-    """Returns how many updates a checkpoint had seen, without reading its tensors; the most for one that is damaged.
+    """Returns the number of updates of a checkpoint without reading its tensors.
 
-    A damaged file sorts first so that it is tried, and named in a warning, like the newest one that it may have been.
+    A damaged file, which may have been the newest, sorts first, so that the run tries it and warns.
     """
     try:
         update = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]["update"]
         schema.integer()("update", update)
-    except Exception:  # a damaged file makes the reader raise nearly anything; reading it in full says what is wrong
+    except Exception:  # torch.load raises nearly anything for a damaged file; reading it in full says what is wrong
         return 2**63
     return update

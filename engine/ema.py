@@ -8,9 +8,9 @@ from .plan import TrainingPlan
 
 
 class ModelEma:
-    """An average of all weights and BatchNorm statistics, taken every few updates; during the warm-up it is a copy.
+    """An average of all weights and BatchNorm statistics, updated every few updates; a copy during the warm-up.
 
-    As published, the newest values have the weight EMA_ALPHA x global batch / EPOCHS x EMA_UPDATE_PERIOD, at most 1.
+    As published, 1 - decay is EMA_ALPHA x global batch / EPOCHS x EMA_UPDATE_PERIOD, at most 1.
 
     Args:
         network: not wrapped.
@@ -22,13 +22,9 @@ class ModelEma:
         self._period = cfg.EMA_UPDATE_PERIOD
         self.decay = 1 - min(1.0, cfg.EMA_ALPHA * plan.global_batch / cfg.EPOCHS * self._period)
         self._average = ModelEmaV3(network, decay=self.decay, update_after_step=plan.warmup_updates, foreach=True)
-
-    @property
-    def module(self) -> nn.Module:
-        """The averaged network, in evaluation mode."""
-        return self._average.module
+        self.module: nn.Module = self._average.module  # in evaluation mode
 
     def update(self, network: nn.Module, update: int) -> None:
-        """Takes in the weights that `network` has after update number `update`."""
+        """Averages in the weights that `network` has after update number `update`."""
         if update % self._period == 0:
             self._average.update(network, step=update)

@@ -1,11 +1,11 @@
-"""Evaluation: one network, or two side by side, on every image of every process, counted by the metric of the task."""
+"""Evaluation of one network, or of two side by side, by the metric of the task, exact over all processes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data import Batch
 from models.checkpoints import read_checkpoint
@@ -18,9 +18,9 @@ from .run import Run, open_log
 
 
 def evaluate_checkpoint(run: Run) -> None:
-    """Evaluates the checkpoint MODEL.RESUME, in whichever form it is; the training set is not touched.
+    """Evaluates the checkpoint MODEL.RESUME, in either form; the training set is not read.
 
-    Architecture, image size, classes and form are those of the checkpoint, where the user gives no others.
+    Architecture, image size and classes are those of the checkpoint unless the configuration sets them.
     """
     cfg, task, device = run.cfg, run.task, run.rank_info.device
     checkpoint = read_checkpoint(cfg.MODEL.RESUME, ema=cfg.TEST.EMA)
@@ -51,46 +51,33 @@ def evaluate(
     device: torch.device,
     precision: AbstractContextManager,
 ) -> Result:
-    """Evaluates a network; it is left in the mode that it was in.
+    """Evaluates a network in evaluation mode, and restores the mode that it was in.
 
     Args:
         network: on the device.
-        batches: every image of the set once, over all processes together; they may differ in number between them.
-        metric: a fresh one, for the network's outputs.
-        normalize: turns uint8 images (N, C, H, W) on the device into the network's input.
-        device: where the network is.
-        precision: of the forward pass.
+        batches: over all processes, every image once; their number may differ between processes.
+        metric: a new one.
+        normalize: maps uint8 images (N, C, H, W) on the device to the input of the network.
+        device: of the network.
+        precision: context of the forward pass.
 
     Raises:
-        ValueError: an image could not be read, so that the figures would be wrong, or there are none.
+        ValueError: an image can't be read, or there are none.
     """
-    unreadable: list[str] = []
-    for outputs, batch in predict_batches(network, batches, normalize, device, precision):
-        metric.update(outputs, batch)
-        unreadable += batch.unreadable
-    _refuse_unreadable(unreadable, device)
-    return metric.compute()
-
-
-def predict_batches(
-    network: nn.Module,
-    batches: Iterable[Batch],
-    normalize: nn.Module,
-    device: torch.device,
-    precision: AbstractContextManager,
-) -> Iterator[tuple[Tensor, Batch]]:
-    """Yields the outputs of a network in evaluation mode for each batch, with the batch; arguments as of `evaluate`."""
-    was_training = network.training
+    was_training, unreadable = network.training, list[str]()
     network.eval()
     for batch in batches:
         with precision:
             outputs = network(normalize(batch.images.to(device, non_blocking=True)))
-        yield outputs, batch
+        metric.update(outputs, batch)
+        unreadable += batch.unreadable
     network.train(was_training)
+    _refuse_unreadable(unreadable, device)
+    return metric.compute()
 
 
 def refuse_nonfinite(result: Result) -> None:
-    """Raises ValueError where a network had no finite answers to some images, so that its figures mean nothing."""
+    """Raises ValueError if outputs of the network were not finite, so that the figures mean nothing."""
     if result.nonfinite:
         raise ValueError(
             f"the network's answers to {result.nonfinite} of {result.images} images are not finite numbers: its "
@@ -99,10 +86,10 @@ def refuse_nonfinite(result: Result) -> None:
 
 
 def _refuse_unreadable(unreadable: list[str], device: torch.device) -> None:
-    """Raises ValueError on all processes where images of any would be missing in the figures."""
+    """Raises ValueError on all processes if any of them could not read an image."""
     count = int(distributed.all_reduce_sum(torch.tensor(len(unreadable), device=device)))
     if count:
-        example = unreadable[0] if unreadable else "another process has their names"
+        example = unreadable[0] if unreadable else "see the error of another process"
         raise ValueError(f"{count} images can't be read, so the figures would be wrong: {example}")
 
 
@@ -113,9 +100,9 @@ class Comparison:
     Attributes:
         first: the figures of one.
         second: the figures of the other.
-        agreement: percent of the images, or pixels, to which both give the same class, in finite logits; None where
-            the outputs are no logits.
-        difference: max |second - first| / max |first| over all outputs, infinite where one of them is not finite.
+        agreement: percent of the images, or pixels, that both assign to the same class, with finite logits; None if the
+            outputs are not logits.
+        difference: max |second - first| / max |first| over all outputs, infinite if one is not finite.
     """
 
     first: Result
@@ -134,8 +121,8 @@ def compare(
     device: torch.device,
     precision: AbstractContextManager,
 ) -> Comparison:
-    """Evaluates two networks, both in evaluation mode, side by side in one process; otherwise as `evaluate`."""
-    largest, scale, same, answered = torch.zeros(4, dtype=torch.float64, device=device)
+    """Evaluates two networks in evaluation mode side by side, in one process; otherwise as `evaluate`."""
+    largest, scale, same, compared = torch.zeros(4, dtype=torch.float64, device=device)
     unreadable: list[str] = []
     for batch in batches:
         images = normalize(batch.images.to(device, non_blocking=True))
@@ -147,11 +134,11 @@ def compare(
         expected, actual = (output.double() for output in outputs)
         largest = largest.maximum((actual - expected).abs().max())
         scale = scale.maximum(expected.abs().max())
-        answers = [metric.answers(output) for metric, output in zip(metrics, outputs, strict=True)]
-        if answers[0] is not None:
+        predictions = [metric.predictions(output) for metric, output in zip(metrics, outputs, strict=True)]
+        if predictions[0] is not None:
             finite = (expected.isfinite() & actual.isfinite()).all(1)
-            same += ((answers[0] == answers[1]) & finite).sum()
-            answered += finite.numel()
+            same += ((predictions[0] == predictions[1]) & finite).sum()
+            compared += finite.numel()
     _refuse_unreadable(unreadable, device)
-    agreement = 100 * float(same / answered) if answered else None
+    agreement = 100 * float(same / compared) if compared else None
     return Comparison(metrics[0].compute(), metrics[1].compute(), agreement, relative(largest, scale))

@@ -1,4 +1,4 @@
-"""Updates whose loss or gradients are not finite: skipped, logged and counted, without waiting for the device."""
+"""Updates with a non-finite loss or gradient: skipped, logged and counted, without waiting for the device."""
 
 import logging
 from collections.abc import Callable
@@ -13,16 +13,16 @@ MIN_LOSS_SCALE = 2.0**-10
 
 
 class FiniteGuard:
-    """Undoes and counts the updates that the optimizer has skipped because a number was not finite.
+    """Counts the updates that the optimizer skipped, and restores the running statistics after each.
 
-    Whether one was is known to the device alone until the host asks, in `check_skipped`. With a loss scale, gradients
-    that overflow are its normal work, and only a loss that is not finite counts.
+    Which ones were skipped is known to the device alone until `check_skipped` reads it. With a loss scale, gradients
+    overflow in normal operation, and only a non-finite loss counts.
 
     Args:
-        network: whose running statistics are protected.
+        network: its running statistics are restored.
         cfg: the configuration.
         scaler: the loss scale.
-        locate: returns where an image of the training set lies.
+        locate: returns the path of an image of the training set.
         logger: gets a warning for each skipped update.
     """
 
@@ -41,40 +41,36 @@ class FiniteGuard:
         self._infinite_loss = torch.zeros(cfg.PRINT_FREQ, dtype=torch.bool, device=device)
         self._updates: list[tuple[int, float, list[Tensor]]] = []
 
-    def before_update(self) -> Tensor:
-        """Returns a copy of all running statistics, for `after_update`."""
-        return self._statistics.read()
+    def before_update(self) -> None:
+        """Copies the running statistics."""
+        self._before = self._statistics.read()
 
-    def after_update(
-        self, update: int, skipped: Tensor, loss: Tensor, statistics: Tensor, lr: float, images: list[Tensor]
-    ) -> None:
-        """Notes an update, and puts back the running statistics where it was skipped.
+    def after_update(self, update: int, skipped: Tensor, loss: Tensor, lr: float, images: list[Tensor]) -> None:
+        """Records an update, and restores the running statistics if it was skipped.
 
         Args:
             update: its number.
-            skipped: whether the optimizer has left it out, a bool scalar on the device, the same on all processes.
-            loss: of this process's images, a scalar on the device.
-            statistics: what `before_update` returned.
+            skipped: whether the optimizer skipped it, a bool scalar on the device, equal on all processes.
+            loss: of this process, a scalar on the device.
             lr: the learning rate.
             images: indices (N,) of the images of each batch.
         """
-        self._statistics.write(self._statistics.read().where(~skipped, statistics))
+        self._statistics.write(self._statistics.read().where(~skipped, self._before))
         place = len(self._updates)
         self._skipped[place], self._infinite_loss[place] = skipped, ~loss.isfinite()
         self._updates.append((update, lr, images))
 
     def check_skipped(self, skipped_before: int) -> int:
-        """Logs the updates since the last check that were skipped; waits for the device.
+        """Logs the updates skipped since the last check; waits for the device.
 
         Args:
-            skipped_before: how many the run had skipped by the last check.
+            skipped_before: updates that the run had skipped by the last check.
 
         Returns:
-            How many it has skipped by now.
+            Updates that it has skipped by now.
 
         Raises:
-            ValueError: more than TRAIN.MAX_SKIPPED, or a loss scale so small that half precision can't train this
-                network.
+            ValueError: more than TRAIN.MAX_SKIPPED, or the loss scale has collapsed.
         """
         updates, self._updates = self._updates, []
         skipped, infinite_loss = self._skipped.tolist(), self._infinite_loss.tolist()

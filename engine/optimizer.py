@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-# What each optimizer keeps for a parameter, all of it in the parameter's shape but the count of its steps.
+# The state of each optimizer for a parameter, in the parameter's shape except for `step`, a scalar.
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
 
 
 def parameter_groups(*modules: nn.Module, weight_decay: float) -> list[dict]:
-    """Splits the trainable parameters: kernels decay; biases and everything of one dimension (norms) do not.
+    """Splits the trainable parameters: kernels decay; biases, 1-d parameters and `no_weight_decay()` names do not.
 
-    Names that a module's own `no_weight_decay()` gives do not decay either. The order within a group is that of
-    `named_parameters()`, as in the published code, so that its optimizer states load.
+    The order within a group is that of `named_parameters()`, as in the published code, so that its optimizer states
+    load.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -35,10 +35,10 @@ def build_optimizer(
     """Builds one of `OPTIMIZERS` in its fused form.
 
     Args:
-        network: whose parameters are trained.
+        network: to train.
         cfg: the section TRAIN.
-        lr: learning rate of one update.
-        criterion: whose parameters, if it has some, are trained as well.
+        lr: learning rate.
+        criterion: its parameters are trained as well.
     """
     modules = [network] if criterion is None else [network, criterion]
     groups = parameter_groups(*modules, weight_decay=cfg.WEIGHT_DECAY)
@@ -53,7 +53,7 @@ def _sgd(groups: list[dict], cfg: CfgNode, lr: float) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum."""
     sgd = torch.optim.SGD(groups, lr=lr, momentum=cfg.MOMENTUM, nesterov=cfg.MOMENTUM > 0, fused=True)
     if cfg.MOMENTUM > 0:
-        # Zero is what a first step starts from; left to itself, a first step that is skipped leaves noise here.
+        # A first step starts from zero, but torch leaves uninitialised memory here if that step is skipped.
         for parameter in (p for group in groups for p in group["params"]):
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
@@ -63,9 +63,9 @@ OPTIMIZERS: dict[str, Callable[[list[dict], CfgNode, float], torch.optim.Optimiz
 
 
 def state_mismatch(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> str:
-    """Returns how a state, as of `state_dict()`, does not fit an optimizer; empty where it does.
+    """Returns why a `state_dict()` does not fit an optimizer; empty if it does.
 
-    torch itself compares the lengths of the groups alone, and would fail, or compute nonsense, at the first update.
+    torch itself only compares the lengths of the groups, and would fail or compute nonsense at the first update.
     """
     own = [len(group["params"]) for group in optimizer.param_groups]
     saved = [len(group["params"]) for group in state["param_groups"]]
@@ -73,7 +73,7 @@ def state_mismatch(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> s
     if own != saved:
         return f"groups of {saved} parameters, not of {own}"
     if len({*numbers}) != len(numbers) or not state["state"].keys() <= {*numbers}:
-        return "its parameters are not numbered one by one"
+        return "its parameter numbers are not valid"
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for number, parameter in zip(numbers, parameters, strict=True):
         problem = _moments_mismatch(STATE[type(optimizer)], state["state"].get(number), parameter)
@@ -83,11 +83,10 @@ def state_mismatch(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> s
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Gives each moment the layout in memory of its parameter.
+    """Gives each moment the memory layout of its parameter; moments from a file have that of the run that wrote it.
 
-    The fused optimizers go through memory, not through indices: of tensors that lie differently they take elements
-    that do not belong together, on a CPU without a word, on a GPU with an error. Moments from a file have the layout of
-    the run that wrote it.
+    The fused optimizers iterate over memory, not over indices: with differing layouts they combine the wrong elements,
+    silently on a CPU, with an error on a GPU.
     """
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():

@@ -1,4 +1,4 @@
-"""The network as it is trained: with its loss, compiled, and with gradients synchronised over the processes."""
+"""The network as it is trained: with its loss, compiled and distributed."""
 
 import warnings
 from typing import cast
@@ -10,22 +10,21 @@ from yacs.config import CfgNode
 
 from utils.distributed import RankInfo
 
-# What torch.compile strives for.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class NetworkWithLoss(nn.Module):
-    """A network and its criterion as one module, so that what the criterion learns is synchronised as well."""
+    """A network and its criterion as one module, so that the criterion's parameters are synchronised as well."""
 
     def __init__(self, network: nn.Module, criterion: nn.Module) -> None:
         super().__init__()
         self.network, self.criterion = network, criterion
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Returns the loss, a scalar, which is computed in single precision at least.
+        """Returns the loss, a scalar, computed in float32 at least.
 
-        Not every criterion sees to that itself under autocast; a margin softmax would even turn what it learns into
-        half precision.
+        Autocast does not ensure that for every criterion; a margin softmax would even cast its parameters to half
+        precision.
         """
         outputs = self.network(images)
         with torch.autocast(outputs.device.type, enabled=False):
@@ -34,16 +33,10 @@ class NetworkWithLoss(nn.Module):
 
 
 def wrap(network: nn.Module, criterion: nn.Module, cfg: CfgNode, rank_info: RankInfo) -> nn.Module:
-    """Joins a network with its criterion, compiles it where asked, and synchronises gradients between processes.
-
-    Args:
-        network: on the device.
-        criterion: on the device.
-        cfg: the configuration.
-        rank_info: of this process.
+    """Joins a network and its criterion, both on the device; compiles the network, synchronises gradients.
 
     Raises:
-        ValueError: settings that compilation does not go with.
+        ValueError: COMPILE does not work with another setting.
     """
     _check_compilation(cfg, rank_info)
     forward = NetworkWithLoss(compile_network(network, cfg), criterion)
@@ -55,26 +48,25 @@ def wrap(network: nn.Module, criterion: nn.Module, cfg: CfgNode, rank_info: Rank
         return DistributedDataParallel(
             forward,
             device_ids=[rank_info.device.index] if rank_info.device.type == "cuda" else None,
-            broadcast_buffers=False,  # the statistics are averaged once, before they are used
+            broadcast_buffers=False,  # running statistics are averaged before they are used
             gradient_as_bucket_view=True,
-            # A static graph does not go with steps that leave the gradients alone.
+            # A static graph does not allow no_sync().
             static_graph=cfg.TRAIN.ACCUMULATION_STEPS <= 1,
         )
 
 
 def compile_network(network: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Compiles a network where COMPILE asks for it."""
+    """Compiles a network if COMPILE is on."""
     return cast(nn.Module, torch.compile(network, mode=cfg.COMPILE_MODE)) if cfg.COMPILE else network
 
 
 def _check_compilation(cfg: CfgNode, rank_info: RankInfo) -> None:
-    """Raises ValueError for what a compiled training does not go with on CPUs."""
+    """Raises ValueError for settings that do not work with COMPILE on CPUs."""
     if not cfg.COMPILE or rank_info.device.type != "cpu":
         return
-    if cfg.CHANNELS_LAST:  # seen with torch 2.15: layouts that its compiler takes for others than they are
-        raise ValueError("COMPILE computes wrong gradients with CHANNELS_LAST on CPUs: leave one of them away")
+    if cfg.CHANNELS_LAST:  # seen with torch 2.15: the compiler assumes other strides
+        raise ValueError("COMPILE computes wrong gradients with CHANNELS_LAST on CPUs: turn one of them off")
     if cfg.TRAIN.SYNC_BN and cfg.TRAIN.USE_CHECKPOINT and rank_info.world_size > 1:
         raise ValueError(
-            "COMPILE can't compute again what TRAIN.SYNC_BN interrupts on CPUs: leave it, TRAIN.SYNC_BN or "
-            "TRAIN.USE_CHECKPOINT away"
+            "COMPILE does not work with both TRAIN.SYNC_BN and TRAIN.USE_CHECKPOINT on CPUs: turn one of the three off"
         )

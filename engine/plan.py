@@ -1,21 +1,21 @@
-"""The training plan: the numbers that follow from the settings, the number of processes and the length of an epoch."""
+"""The training plan: the numbers that follow from the settings, the number of processes and the data set."""
 
 from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-REFERENCE_BATCH = 256  # images of global batch that the configured learning rates are meant for
+REFERENCE_BATCH = 256  # the global batch that the configured learning rates are for
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training uses; `str()` of it is one line for the log.
+    """The numbers of a training; `str()` is one line for the log.
 
     Attributes:
-        global_batch: images behind one optimizer update, over all processes and accumulated steps.
+        global_batch: images of one update, over all processes and accumulated batches.
         lr, warmup_lr, min_lr: TRAIN.BASE_LR, WARMUP_LR and MIN_LR x global_batch / 256.
-        updates_per_epoch: optimizer updates in one epoch; batches that fill no update are left out.
-        total_updates: optimizer updates of the whole training, the warm-up included.
+        updates_per_epoch: optimizer updates in one epoch; remaining batches are dropped.
+        total_updates: optimizer updates of the whole training, including the warm-up.
         warmup_updates: optimizer updates of the warm-up.
         decay_updates: optimizer updates between two decays of the schedule `step`.
     """
@@ -46,10 +46,9 @@ def plan_training(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Tra
         steps_per_epoch: batches that each process sees in one epoch.
 
     Raises:
-        ValueError: the training images do not fill one batch, or the batches not one update, or the moving average of
-            the weights would be a mere copy of them.
+        ValueError: the training images do not fill one batch, the batches do not fill one update, or the moving
+            average of the weights would be a mere copy.
     """
-    assert world_size >= 1
     if steps_per_epoch < 1:
         raise ValueError(
             f"DATA.BATCH_SIZE = {cfg.DATA.BATCH_SIZE}: the training images do not fill one batch in each of "

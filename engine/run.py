@@ -1,4 +1,4 @@
-"""One start of the program: what it was asked for, and the folder and the log that it writes to."""
+"""One start of the program: its task and settings, its folder and its log."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from utils.files import clear_about_space
 from utils.lock import first_missing, folder_lock, without_trace
 from utils.log import create_logger
 
-from .precision import PRECISIONS, resolve_amp
+from .precision import AUTO, PRECISIONS
 from .task import Task
 
 ROOM = "make room and start again, the run resumes from its latest checkpoint"
@@ -24,13 +24,13 @@ ROOM = "make room and start again, the run resumes from its latest checkpoint"
 
 @dataclass(frozen=True)
 class Run:
-    """What a start of the program was asked for.
+    """One start of the program.
 
     Attributes:
-        task: with the configuration and the rank of this process.
-        given: the keys that a file or the command line gives a value.
+        task: holds the configuration and the rank of this process.
+        given: the keys set by a file or the command line.
         notices: warnings about the command line, for the log.
-        changed_settings: returns `KEY before -> after` for what differs from a configuration that was dumped as text.
+        changed_settings: lists `KEY before -> after` for the differences from a dumped configuration.
     """
 
     task: Task
@@ -51,34 +51,33 @@ class Run:
     @property
     def amp(self) -> str:
         """The precision of the forward pass, a key of `PRECISIONS`."""
-        return resolve_amp(self.cfg.AMP, self.rank_info.device)
+        if self.cfg.AMP == AUTO:
+            return "bf16" if self.rank_info.device.type == "cuda" else "off"
+        return str(self.cfg.AMP)
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of autocast; None for the precision of the weights."""
+        """The dtype of autocast; None for no autocast."""
         return PRECISIONS[self.amp]
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Moves a network to the device, in the memory format that is asked for."""
+        """Moves a network to the device, in the configured memory format."""
         network = network.to(self.rank_info.device)
         return network.to(memory_format=torch.channels_last) if self.cfg.CHANNELS_LAST else network
 
 
 def run_folder(cfg: CfgNode, arch: str) -> Path:
-    """Returns where a run with an architecture writes to."""
+    """Returns the output folder of a run."""
     return Path(cfg.OUTPUT, arch, cfg.TAG)
 
 
 @contextmanager
 def open_log(run: Run, arch: str, *, lock: bool = False) -> Iterator[logging.Logger]:
-    """Opens the log in the folder of a run with an architecture.
-
-    With `lock` no other run writes to the folder meanwhile. A start that fails leaves no folder behind.
-    """
+    """Opens the log in the folder of a run; `lock` keeps other runs out. A failed start leaves no new folder behind."""
     cfg, rank_info, folder = run.cfg, run.rank_info, run_folder(run.cfg, arch)
     with ExitStack() as stack:
         made = distributed.broadcast_from_rank0(lambda: first_missing(folder))
-        if lock:  # before anything is written, so that a run that is under way stays undisturbed
+        if lock:  # before anything is written, so that a run in progress is not disturbed
             distributed.broadcast_from_rank0(lambda: stack.enter_context(folder_lock(folder)))
         stack.enter_context(without_trace(folder, made, locked=lock))
         stack.enter_context(clear_about_space(folder, ROOM))

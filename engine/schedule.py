@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from .plan import TrainingPlan
 
-LINEAR_FINAL_SHARE = 0.01  # of the base learning rate, where the published linear schedule ends
+LINEAR_FINAL_SHARE = 0.01  # of the base learning rate, at the end of the published linear schedule
 
 
 class LinearLRScheduler(Scheduler):
@@ -39,21 +39,17 @@ class LinearLRScheduler(Scheduler):
 
 
 def build_schedule(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan) -> Scheduler:
-    """Builds one of `SCHEDULES`, which `step_update(t)` sets to the learning rate of update t = 0, 1, ...
+    """Builds one of `SCHEDULES`; `step_update(t)` sets the learning rate of update t = 0, 1, ...
 
-    With WARMUP_PREFIX the schedule starts after the warm-up. Without it, as published, it runs beneath the warm-up: at
-    its end the learning rate drops from the base to what the schedule has come to by then.
+    With WARMUP_PREFIX the schedule starts after the warm-up. Without it, as published, it starts with the warm-up, so
+    that the learning rate drops from the base to the schedule's value when the warm-up ends.
 
     Args:
-        optimizer: its learning rates at this moment are the base.
+        optimizer: its present learning rates are the base.
         cfg: the section TRAIN.LR_SCHEDULER.
         plan: of the training.
     """
-    warmup = {
-        "warmup_t": plan.warmup_updates,
-        "warmup_lr_init": plan.warmup_lr,
-        "warmup_prefix": cfg.WARMUP_PREFIX,
-    }
+    warmup = {"warmup_t": plan.warmup_updates, "warmup_lr_init": plan.warmup_lr, "warmup_prefix": cfg.WARMUP_PREFIX}
     return SCHEDULES[cfg.NAME](optimizer, cfg, plan, warmup)
 
 

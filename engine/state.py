@@ -1,4 +1,4 @@
-"""The state of a run: what is saved of it, what a file may hold, and how a run is put back to where it was."""
+"""The state of a run: what a checkpoint holds, how it is checked and how it is restored."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from models import schema
 from models.checkpoints import Checkpoint, load_weights, read_checkpoint, take_weights, unusable_values
+from utils.distributed import gather_rows
 
 from .optimizer import match_layout, state_mismatch
 from .statistics import RunningStatistics
@@ -29,7 +29,7 @@ _SCALER = {
     "_growth_tracker": _COUNT,
 }
 _SUMS = schema.sequence(schema.number, length=2)
-# What a file of this project always has of a state; `training_state` adds to it where a run has more.
+# What every checkpoint of a run holds; `training_state` adds SOMETIMES.
 ALWAYS = {
     "model": TENSORS,
     "optimizer": schema.record(
@@ -55,17 +55,16 @@ ALWAYS = {
     "config": schema.text,
     "saved_as": schema.record(dict.fromkeys(("numbered", "best", "best_ema"), schema.boolean), required=True),
 }
-# Fields of `Progress` by the names that they had in older files.
+# Old names of the fields of `Progress`.
 RENAMED = {"best_top1": "best_metric", "best_ema_top1": "best_ema_metric"}
 SOMETIMES = {"ema": TENSORS, "criterion": TENSORS, "metric": schema.text}
 
 
 def read_state(path: str | Path) -> Checkpoint:
-    """Reads the checkpoint of a run, whole or published; what it says of the run has been checked then.
+    """Reads and checks the checkpoint of a run, ours or published.
 
     Raises:
-        ValueError: as `read_checkpoint`, or the file holds no training state, or a part of it is not of the type or in
-            the range that it must be.
+        ValueError: as `read_checkpoint`; the file holds no training state, or a part of it has a wrong type or value.
     """
     checkpoint = read_checkpoint(path, ema=False)
     payload = checkpoint.payload
@@ -77,7 +76,7 @@ def read_state(path: str | Path) -> Checkpoint:
         )
     if isinstance(payload.get("progress"), dict):
         payload["progress"] = {RENAMED.get(name, name): value for name, value in payload["progress"].items()}
-    own = "saved_as" in payload  # which published checkpoints have not, and their `config` is no text
+    own = "saved_as" in payload  # published checkpoints lack it, and their `config` is not text
     always = ALWAYS if own else {key: check for key, check in ALWAYS.items() if key != "config"}
     try:
         schema.record(always, required=own)("", payload)
@@ -86,19 +85,19 @@ def read_state(path: str | Path) -> Checkpoint:
             finished = payload["progress"]["epoch"] - 1
             schema.expect(payload["epoch"] == finished, "epoch", payload["epoch"], f"{finished}, as in progress")
     except ValueError as error:
-        raise ValueError(f"{path} holds no state that a run could have saved: {error}") from None
+        raise ValueError(f"{path} is not a valid checkpoint of a run: {error}") from None
     return checkpoint
 
 
 @contextmanager
 def mean_statistics(trainer: Trainer) -> Iterator[list[Tensor]]:
-    """Gives the running statistics of each process; inside, those of the networks are their mean.
+    """Yields the running statistics of each process; inside the context, the networks have their mean.
 
-    They differ in the middle of an epoch, and a file of that moment is to hold weights that are fit for use, too.
+    Within an epoch they differ between processes, and a checkpoint must hold usable weights then, too.
     """
     statistics = RunningStatistics(*trainer.networks)
     own = statistics.read()
-    of_ranks = _gather(own)
+    of_ranks = gather_rows(own, trainer.rank_info.device)
     try:
         if trainer.progress.consumed:
             statistics.write(torch.stack(of_ranks).mean(0))
@@ -108,10 +107,10 @@ def mean_statistics(trainer: Trainer) -> Iterator[list[Tensor]]:
 
 
 def training_state(trainer: Trainer) -> dict[str, Any]:
-    """Returns the state of a run by name, plain tensors and plain values; all processes must ask.
+    """Returns the state of a run, plain tensors and plain values; a collective operation.
 
-    Learning rate, data order, augmentation and drop path are functions of the progress and the seed, so that
-    no generator has a state of its own to keep.
+    Learning rate, data order, augmentation and drop path are functions of progress and seed, so that no state of a
+    random number generator is saved.
     """
     state = {
         "model": trainer.network.state_dict(),
@@ -124,13 +123,13 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         "run": _run(trainer),
         "unreadable": sorted(trainer.unreadable),
     }
-    learned = trainer.criterion.state_dict()  # what a margin loss knows of the classes
+    learned = trainer.criterion.state_dict()  # such as the class centres of a margin loss
     state |= {"criterion": learned} if learned else {}
     return state | ({"ema": trainer.ema.module.state_dict()} if trainer.ema is not None else {})
 
 
 def _run(trainer: Trainer) -> dict[str, int]:
-    """Returns what the counts of `Progress` and the order of the images depend on."""
+    """Returns the entries of `RUN`."""
     return {
         "seed": trainer.cfg.SEED,
         "images": trainer.images,
@@ -140,27 +139,14 @@ def _run(trainer: Trainer) -> dict[str, int]:
     }
 
 
-def _gather(tensor: Tensor) -> list[Tensor]:
-    """Returns a tensor (n,) of every process, on the CPU; within an epoch, each has statistics of its own."""
-    if not dist.is_initialized():
-        return [tensor.cpu()]
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return [t.cpu() for t in gathered]
-
-
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> int:
-    """Puts a run where a checkpoint left it: one of ours, or a published training checkpoint (after a whole epoch).
-
-    Args:
-        trainer: of the run.
-        checkpoint: from `read_state`.
+    """Restores the state of a run from `read_state`: ours, or a published one, which is of a whole epoch.
 
     Returns:
-        The updates done so far as the earlier run counted and recorded them, which other processes or batches change.
+        The updates done, as the earlier run counted them; another global batch changes the count.
 
     Raises:
-        ValueError: the state of another network, optimizer or order of images.
+        ValueError: the state is of another network, optimizer or order of images.
     """
     path, payload = checkpoint.path, checkpoint.payload
     load_weights(trainer.network, checkpoint)
@@ -179,18 +165,18 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> int:
 
 
 def _load_criterion(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
-    """Loads what the loss learns, if it does."""
+    """Loads the parameters of the loss, if it has some."""
     own = {name: value.shape for name, value in trainer.criterion.state_dict().items()}
     if own != {name: value.shape for name, value in state.items()}:
         raise ValueError(f"{path} is of a run with another loss or other classes: give this run another TAG")
     problems = unusable_values(trainer.criterion.state_dict(), state)
     if problems:
-        raise ValueError(f"what the loss has learned in {path} can't be used: {problems}")
+        raise ValueError(f"the parameters of the loss in {path} can't be used: {problems}")
     trainer.criterion.load_state_dict(state)
 
 
 def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
-    """Takes the moments from the file; the hyper-parameters stay those of the configuration."""
+    """Loads the moments; the hyper-parameters stay those of the configuration."""
     optimizer = trainer.optimizer
     problem = state_mismatch(optimizer, state)
     if problem:
@@ -207,7 +193,7 @@ def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None
 
 
 def _load_statistics(trainer: Trainer, of_ranks: list[Tensor], path: Path) -> None:
-    """Gives each process its own running statistics back, or, where their number changed, the mean of all."""
+    """Restores the running statistics of each process, or their mean if the number of processes has changed."""
     statistics, rank_info = RunningStatistics(*trainer.networks), trainer.rank_info
     own = statistics.read()
     if any(t.shape != own.shape or not t.is_floating_point() or not t.isfinite().all() for t in of_ranks):
@@ -226,8 +212,8 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int
     for key in ("seed", "images"):
         if progress.consumed and key in changed:
             raise ValueError(
-                f"{path} stands in the middle of an epoch, whose order of images is another one with {key} "
-                f"{changed[key][1]} instead of {changed[key][0]}: resume with the old value"
+                f"{path} is from the middle of an epoch, whose order of images changes with {key} {changed[key][1]} "
+                f"instead of {changed[key][0]}: resume with the old value"
             )
     recorded = progress.update
     if changed or not run:
@@ -238,7 +224,7 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int
         what = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changed.items())
         trainer.logger.warning(
             f"this run has changed ({what}); it resumes after image {progress.consumed} of epoch {progress.epoch}, "
-            f"which is update {progress.update} by the new count"
+            f"which is now update {progress.update}"
         )
     trainer.progress = progress
     return recorded

@@ -1,4 +1,4 @@
-"""The running statistics of a network as one flat tensor: to keep a copy, to put it back, to pass it around."""
+"""The running statistics of networks as one flat tensor, to copy, restore and gather."""
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ class RunningStatistics:
         self._tensors = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
 
     def read(self) -> Tensor:
-        """Returns a copy of all of them, (n,), n = 0 where there are none."""
+        """Returns a copy of all of them, (n,); n is 0 if there are none."""
         return torch.cat([t.reshape(-1) for t in self._tensors]) if self._tensors else torch.empty(0)
 
     def write(self, flat: Tensor) -> None:
-        """Puts back what `read` gave."""
+        """Restores the values that `read` returned."""
         if self._tensors:
             pieces = flat.to(self._tensors[0].device).split([t.numel() for t in self._tensors])
             torch._foreach_copy_(self._tensors, [p.view_as(t) for p, t in zip(pieces, self._tensors, strict=True)])

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes, and of its gradient on the way back."""
+    """All-reduce of a tensor, and of its gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class _CpuSyncBatchNorm(_BatchNorm):
-    """What torch's SyncBatchNorm does on GPUs alone, for CPUs: two sums over all processes, differentiated through."""
+    """SyncBatchNorm for CPUs, which torch has for GPUs only: two differentiable sums over all processes."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape and dtype; N may differ between processes.
@@ -37,7 +37,7 @@ class _CpuSyncBatchNorm(_BatchNorm):
         if not self.training or not dist.is_initialized():
             return super().forward(input)
         self._check_input_dim(input)
-        # As torch's BatchNorm does, it adds up half precision in single precision.
+        # Half precision is summed in float32, as in torch's BatchNorm.
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         others = [dim for dim in range(x.dim()) if dim != 1]
         per_channel = [-1 if dim == 1 else 1 for dim in range(x.dim())]
@@ -56,7 +56,7 @@ class _CpuSyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Takes a batch's mean and unbiased variance (C,) into the running statistics, where there are some."""
+        """Updates the running statistics, if there are any, by a batch's mean and unbiased variance (C,)."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -84,13 +84,13 @@ def _over_processes(tensor: Tensor) -> Tensor:
 
 
 def synchronise_batch_norms(model: nn.Module) -> nn.Module:
-    """Returns the network with every BatchNorm computing over all processes; names and values stay as they are.
+    """Returns the network with every BatchNorm synchronised over all processes, under its old name and values.
 
     Raises:
-        ValueError: on a CPU, a BatchNorm that is none of `ON_CPUS`.
+        ValueError: on a CPU, a BatchNorm that is not in `ON_CPUS`.
     """
     if next(model.parameters()).device.type != "cpu":
-        return convert_sync_batchnorm(model)  # timm's, which knows its norms with an activation within, too
+        return convert_sync_batchnorm(model)  # timm's also converts BatchNormAct2d
     for module in model.modules():
         if type(module) in ON_CPUS:
             module.__class__ = ON_CPUS[type(module)]

@@ -1,4 +1,4 @@
-"""What a task answers: which images and which network, what is minimised, and what is evaluated."""
+"""The base class of the tasks: images, network, loss and metric."""
 
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -19,45 +19,38 @@ from utils.seed import seed_everything
 from .metrics import Metric
 
 Size = tuple[int, int]  # height, width in pixels
-# What mixes images and their labels, for the tasks that leave both apart.
+# The keys of Mixup and CutMix, for the tasks that do not use them.
 MIXING = tuple(
     f"AUG.{key}" for key in ("MIXUP", "CUTMIX", "CUTMIX_MINMAX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
 )
 
 
 class Task(ABC):
-    """A kind of problem. A subclass in tasks/, registered in `tasks.TASKS`, says what is special about it.
+    """What a network is trained for; each task is a subclass in tasks/, registered in `tasks.TASKS`.
 
-    What is here is for networks of the registry and of timm, on images with one label each.
-
-    Args:
-        cfg: the configuration.
-        rank_info: of this process.
+    The defaults here are for networks of the registry and of timm, on images with one label each.
     """
 
     name: ClassVar[str]
-    # The figure of a `Result` that selects the best checkpoint, the higher the better, and what the log calls it.
+    # The figure of a `Result` that selects the best checkpoint, higher is better, and its name in the log.
     metric: ClassVar[str]
     metric_label: ClassVar[str]
     agreement_label: ClassVar[str] = "top-1 agreement"  # of two networks
-    # The kind of labels that it needs, as in `data.DatasetSpec`, and a data set that has them.
+    # The kind of labels, as in `data.DatasetSpec`, and a data set that has them.
     labels: ClassVar[str] = "classes"
     default_dataset: ClassVar[str] = "imagenet"
-    # The section of the configuration that no other task reads, and what of the common ones this task ignores.
+    # The task's own section of the configuration, and the keys and sections of others that it does not use.
     section: ClassVar[str | None] = None
     unused: ClassVar[tuple[str, ...]] = ()
-    # Whether test images keep their own size where DATA.TEST_SIZE does not give one.
+    # Whether test images keep their size unless DATA.TEST_SIZE is set.
     whole_images: ClassVar[bool] = False
     least_batch_size: ClassVar[int] = 1  # in training
+    dataset_type: ClassVar[type[data.TransformedDataset]] = data.TransformedDataset  # applies the transforms
 
     def __init__(self, cfg: CfgNode, rank_info: RankInfo) -> None:
         self.cfg, self.rank_info = cfg, rank_info
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Images
-    # ------------------------------------------------------------------------------------------------------------------
-    dataset_type: ClassVar[type[data.TransformedDataset]] = data.TransformedDataset
-
     @cached_property
     def train_source(self) -> Any:
         """The images to train on."""
@@ -70,7 +63,7 @@ class Task(ABC):
 
     def open_source(self, split: str) -> Any:
         """Opens the images of a split, `train` or `val`."""
-        assert self.dataset_name  # the labels are of the right kind
+        _ = self.dataset_name  # raises ValueError for labels of another kind
         return data.open_source(self.cfg.DATA, split, rank=self.rank_info.rank, world_size=self.rank_info.world_size)
 
     @property
@@ -78,7 +71,7 @@ class Task(ABC):
         """The data set, a key of `data.DATASETS`.
 
         Raises:
-            ValueError: its labels are of another kind than this task needs.
+            ValueError: its labels are of another kind.
         """
         name = data.resolve_name(self.cfg.DATA.DATASET, self.cfg.DATA.DATA_PATH)
         spec = data.DATASETS[name]
@@ -96,7 +89,7 @@ class Task(ABC):
         return to_2tuple(self.cfg.DATA.IMG_SIZE or default_image_size(self.arch))
 
     def test_size(self, image_size: Size) -> Size | None:
-        """Returns the size of test images for a network that is made for a size; None leaves each as it is."""
+        """Returns the size of test images for a network of this image size; None keeps that of each image."""
         size = self.cfg.DATA.TEST_SIZE or (None if self.whole_images else image_size)
         return to_2tuple(size) if size else None
 
@@ -128,22 +121,20 @@ class Task(ABC):
         return data.train_transform(self.train_size, self.cfg.AUG, interpolation=self.cfg.DATA.INTERPOLATION)
 
     def eval_transform(self, size: Size | None) -> Any:
-        """Returns the transform of a test image to a size."""
+        """Returns the transform of a test image to this size."""
         assert size is not None
         return data.eval_transform(size, crop=self.cfg.TEST.CROP, interpolation=self.cfg.DATA.INTERPOLATION)
 
     def normalize(self, dtype: torch.dtype = torch.float32) -> data.Normalize:
-        """Builds what turns uint8 images into the network's input, on the device."""
+        """Builds the module that maps uint8 images to the input of the network, on the device."""
         spec = data.DATASETS[self.dataset_name]
         return data.Normalize(spec.mean, spec.std, dtype=dtype).to(self.rank_info.device)
 
     def batch_augmentation(self) -> data.BatchAugmentation | None:
-        """Builds what is done to a whole training batch; None for nothing."""
+        """Builds the batch augmentation; None for none."""
         return None
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Network
-    # ------------------------------------------------------------------------------------------------------------------
     @property
     def arch(self) -> str:
         """The name of the architecture."""
@@ -151,7 +142,7 @@ class Task(ABC):
 
     @property
     def structure(self) -> dict[str, Any]:
-        """The parts of the network's structure that the configuration does not leave to the architecture."""
+        """The parts of the network's structure that the configuration sets."""
         model = self.cfg.MODEL
         parts = {
             "channels": model.CHANNELS,
@@ -164,13 +155,13 @@ class Task(ABC):
 
     @abstractmethod
     def num_outputs(self) -> int:
-        """Returns how many numbers the network gives for an image, or a pixel; may open the images to count classes."""
+        """Returns the number of outputs of the network per image, or pixel; may open the images to count classes."""
 
     def build_network(self, num_outputs: int) -> nn.Module:
         """Builds the network with fresh weights, the same on every process.
 
         Raises:
-            ValueError: the architecture has no part of its structure that is to be changed.
+            ValueError: the architecture does not have a part of the structure that is set.
         """
         check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in self.structure})
         options = self.structure | {"img_size": self.train_size}
@@ -180,7 +171,7 @@ class Task(ABC):
         return create_model(self.arch, num_outputs, **options)
 
     def load_pretrained(self, network: nn.Module) -> str:
-        """Starts from the weights MODEL.PRETRAINED; returns in words what they are, and what stays as it was."""
+        """Loads the weights MODEL.PRETRAINED; describes them, and the tensors that stay fresh, for the log."""
         checkpoint = read_checkpoint(self.cfg.MODEL.PRETRAINED)
         fresh = load_pretrained(self.arch, network, checkpoint)
         new = f" but for {len(fresh)} tensors, which are new ({fresh[0]} ... {fresh[-1]})" if fresh else ""
@@ -190,44 +181,42 @@ class Task(ABC):
     def metadata(
         cls, arch: str, network: nn.Module, image_size: Size, form: str | None, dataset: str | None
     ) -> dict[str, Any]:
-        """Returns what a checkpoint says of a network: all that `network_from` needs, and the data set it has seen.
+        """Returns the metadata of a checkpoint: all that `network_from` needs, and the data set.
 
-        `form` is train or deploy, or None where nothing was re-parameterised.
+        `form` is train or deploy, or None for a network that is not re-parameterizable.
         """
         return describe(arch, network, image_size, form, dataset=dataset, task=cls.name)
 
     @classmethod
     def network_from(cls, checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:
-        """Builds the network of a checkpoint with its weights, in the form that they have.
+        """Builds the network of a checkpoint with its weights, in their form.
 
         Args:
             checkpoint: of this task.
-            arch: the architecture; None takes that of the checkpoint.
-            **changes: `img_size` and parts of the structure, in place of those of the checkpoint.
+            arch: the architecture; None for that of the checkpoint.
+            **changes: `img_size` and parts of the structure that replace those of the checkpoint.
 
         Raises:
-            ValueError: the weights are of another network.
+            ValueError: the weights do not fit.
         """
         return build_from(checkpoint, arch, **changes)
 
     def network_to_evaluate(self, checkpoint: Checkpoint, arch: str | None) -> Network:
-        """Builds the network of a checkpoint; what the configuration gives replaces what the checkpoint says."""
+        """Builds the network of a checkpoint; the configuration takes precedence over the metadata."""
         size = {"img_size": to_2tuple(self.cfg.DATA.IMG_SIZE)} if self.cfg.DATA.IMG_SIZE else {}
         return self.network_from(checkpoint, arch, **size, **self.structure)
 
     def check_classes(self, path: object, num_outputs: int) -> None:
-        """Raises ValueError where a network, whose weights are at a path, has not the classes of the test images."""
+        """Raises ValueError if the network of the checkpoint at `path` and the test images differ in their classes."""
         classes = len(self.val_source.classes)
         if classes != num_outputs and num_outputs != self.cfg.MODEL.NUM_CLASSES:
             raise ValueError(f"{path} is for {num_outputs} classes, {self.cfg.DATA.DATA_PATH} has {classes}")
 
-    # ------------------------------------------------------------------------------------------------------------------
     # Loss and evaluation
-    # ------------------------------------------------------------------------------------------------------------------
     @abstractmethod
     def build_criterion(self, num_outputs: int) -> nn.Module:
-        """Builds the mean loss of outputs (N, ...) and targets; it may learn."""
+        """Builds the mean loss of outputs (N, ...) and targets; it may have parameters."""
 
     @abstractmethod
     def build_metric(self, num_outputs: int) -> Metric:
-        """Builds a fresh metric for an evaluation; raises ValueError where the test images can't be evaluated."""
+        """Builds the metric of one evaluation; raises ValueError if the test images can't be evaluated."""

@@ -1,4 +1,4 @@
-"""How many images a second a network answers."""
+"""Images per second of a forward pass."""
 
 import statistics
 import time
@@ -18,7 +18,7 @@ from .run import Run, open_log
 
 
 def measure_throughput(run: Run) -> None:
-    """Times a network with fresh weights: its training structure, its deploy structure, and fused for inference."""
+    """Times a network with fresh weights: in training structure, in deploy structure, and fused for inference."""
     cfg, task, device = run.cfg, run.task, run.rank_info.device
     with open_log(run, task.arch) as logger:
         network = run.place(task.build_network(task.num_outputs())).eval()
@@ -52,14 +52,14 @@ class Throughput:
 def throughput(
     model: nn.Module, images: Tensor, autocast: AbstractContextManager, warmup: int = 3, repeats: int = 10
 ) -> Throughput:
-    """Times forward passes one by one.
+    """Times single forward passes.
 
     Args:
         model: in evaluation mode, on the device of `images`.
         images: (N, C, H, W).
         autocast: precision of the forward pass.
-        warmup: passes that are not timed, for caches, autotuning and compilation.
-        repeats: passes that are timed.
+        warmup: untimed passes, for caches, autotuning and compilation.
+        repeats: timed passes.
     """
 
     def seconds() -> float:

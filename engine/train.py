@@ -1,4 +1,4 @@
-"""Training, from the images to the last checkpoint: train, evaluate, save and log, epoch by epoch."""
+"""A training run: builds its parts; then, epoch by epoch, trains, evaluates, saves and logs."""
 
 import logging
 import math
@@ -34,10 +34,12 @@ from .trainer import Trainer
 
 
 def train(run: Run) -> None:
-    """Trains in a folder that no other run writes to; a run that finds its own checkpoint there resumes."""
+    """Trains in the folder of the run, which is locked meanwhile; resumes from a checkpoint found there."""
     with open_log(run, run.task.arch, lock=True) as logger:
         cfg, task, folder = run.cfg, run.task, run_folder(run.cfg, run.task.arch)
-        loader, eval_loader = build_loaders(run, logger)
+        images, test_images = task.train_source, task.val_source
+        logger.info(f"{len(images)} training and {len(test_images)} validation images of {len(images.classes)} classes")
+        loader, eval_loader = task.train_loader(), task.eval_loader(task.train_size)
         network = build_network(run, logger)
         stop = StopRequest()
         form = "train" if is_reparameterizable(network) else None
@@ -53,22 +55,15 @@ def train(run: Run) -> None:
         log_end(run, trainer, folder)
 
 
-def build_loaders(run: Run, logger: logging.Logger) -> tuple[BatchLoader, BatchLoader]:
-    """Opens the images and shards them over the processes, those to train on and those to evaluate on."""
-    task, images, test_images = run.task, run.task.train_source, run.task.val_source
-    logger.info(f"{len(images)} training and {len(test_images)} validation images of {len(images.classes)} classes")
-    return task.train_loader(), task.eval_loader(task.train_size)
-
-
 def build_network(run: Run, logger: logging.Logger) -> nn.Module:
-    """Builds the network on the device, with fresh or with pretrained weights.
+    """Builds the network on the device, with fresh or pretrained weights.
 
     Raises:
-        ValueError: the images do not go with the network or the task, or the weights do not fit.
+        ValueError: the images do not suit the network or the task, or the weights do not fit.
     """
     cfg, task = run.cfg, run.task
     num_outputs = task.num_outputs()
-    task.build_metric(num_outputs)  # fails now, and not after an epoch, where the test images can't be evaluated
+    task.build_metric(num_outputs)  # fails now rather than after an epoch if the test images can't be evaluated
     network = run.place(task.build_network(num_outputs))
     test_size = task.test_size(task.train_size)
     if test_size and test_size != task.train_size:
@@ -84,13 +79,13 @@ def build_network(run: Run, logger: logging.Logger) -> nn.Module:
 
 @torch.inference_mode()
 def _check_size(network: nn.Module, size: Size, device: torch.device) -> None:
-    """Fails, as the first evaluation would after an epoch, where a network does not take images of a size."""
+    """Raises the error of the first evaluation now if the network does not accept images of this size."""
     network.eval()(torch.zeros(1, 3, *size, device=device))
     network.train()
 
 
 def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: logging.Logger) -> Trainer:
-    """Puts together what takes part in an update."""
+    """Builds everything that takes part in an update."""
     cfg, task, rank_info = run.cfg, run.task, run.rank_info
     plan = plan_training(cfg, world_size=rank_info.world_size, steps_per_epoch=len(loader))
     logger.info(f"{task.arch}, {sum(p.numel() for p in network.parameters()):,} parameters; {plan}")
@@ -127,7 +122,7 @@ def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder) -
     """Resumes from the run's own newest checkpoint, or from MODEL.RESUME, or starts at TRAIN.START_EPOCH.
 
     Returns:
-        The number of the last update whose record stays in `metrics.jsonl`.
+        The last update whose record `metrics.jsonl` keeps.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another experiment.
@@ -166,10 +161,10 @@ def run_epochs(
     eval_loader: BatchLoader,
     stop: StopRequest,
 ) -> None:
-    """Trains, evaluates and saves the epochs that are left.
+    """Trains, evaluates and saves the remaining epochs.
 
     Raises:
-        Stopped: on request by a signal, with the state saved.
+        Stopped: by a signal, with the state saved.
     """
     cfg, progress = run.cfg, trainer.progress
 
@@ -196,7 +191,7 @@ def run_epochs(
 
 
 def evaluate_epoch(run: Run, trainer: Trainer, batches: BatchLoader) -> tuple[bool, bool]:
-    """Evaluates the epoch that has ended, its weights and their average; returns of each whether it is the best yet."""
+    """Evaluates the weights and their moving average; returns for each whether it is the best so far."""
     best = trainer.progress.improve("best_metric", evaluate_network(run, trainer, trainer.network, "eval", batches))
     if trainer.ema is None:
         return best, False
@@ -205,7 +200,7 @@ def evaluate_epoch(run: Run, trainer: Trainer, batches: BatchLoader) -> tuple[bo
 
 
 def evaluate_network(run: Run, trainer: Trainer, network: nn.Module, kind: str, batches: BatchLoader) -> float:
-    """Evaluates a network, logs the figures under `kind`, and returns the one that selects the best checkpoint."""
+    """Evaluates a network, logs the figures under `kind` and returns the one that selects the best checkpoint."""
     task, device, progress = run.task, run.rank_info.device, trainer.progress
     metric = task.build_metric(task.num_outputs())
     result = evaluate(network, batches, metric, trainer.normalize, device, autocast(device, run.dtype))
@@ -213,12 +208,12 @@ def evaluate_network(run: Run, trainer: Trainer, network: nn.Module, kind: str, 
     trainer.logger.log(level, f"Epoch {progress.epoch - 1} {kind}: {result}")
     figures = result.as_dict()
     trainer.metrics.write(kind, progress.update, {"epoch": progress.epoch - 1, **figures})
-    # A network that gives no image a finite answer is never the best one.
+    # A network without a finite output for any image is never the best one.
     return figures[task.metric] if result.nonfinite < result.images else math.nan
 
 
 def log_end(run: Run, trainer: Trainer, folder: Path) -> None:
-    """Logs what came out."""
+    """Logs a summary of the run."""
     progress, label = trainer.progress, run.task.metric_label
     best = "none" if progress.best_metric is None else f"{progress.best_metric:.3f}"
     trainer.logger.info(

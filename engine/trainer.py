@@ -1,4 +1,4 @@
-"""The training loop: an epoch of updates, without making the host wait for the device in any of them."""
+"""The training loop: an epoch of updates, none of which makes the host wait for the device."""
 
 import datetime
 import itertools
@@ -26,24 +26,24 @@ from .finite_guard import FiniteGuard
 from .plan import TrainingPlan
 from .precision import autocast
 
-# Backward passes after which DistributedDataParallel has ordered its buckets for good: one records the order in which
-# gradients are ready, and where the graph is static, the very first one records the graph alone.
+# Backward passes after which the buckets of DistributedDataParallel are final: one records the order in which gradients
+# are ready; with a static graph, another one before it records the graph.
 BUCKET_ORDERING_PASSES = 2
 
 
 @dataclass
 class Progress:
-    """How far a run has come; with the weights and the optimizer, all that it needs to resume."""
+    """How far a run has come; with the weights and the optimizer, all it needs to resume."""
 
     epoch: int = 0  # the one being trained
-    consumed: int = 0  # images of it that have been trained on, over all processes
-    update: int = 0  # optimizer updates done since the start
+    consumed: int = 0  # images of that epoch trained on, over all processes
+    update: int = 0  # optimizer updates done, including skipped ones
     best_metric: float | None = None  # of the weights, in the evaluations so far
     best_ema_metric: float | None = None  # of their moving average
-    skipped: int = 0  # updates left out because a number was not finite
+    skipped: int = 0  # updates skipped because the loss or a gradient was not finite
 
     def improve(self, name: str, figure: float) -> bool:
-        """Takes the figure of an evaluation into the field `name`; returns whether it is the best so far (nan: no)."""
+        """Stores a figure in the field `name` if it is the best so far, and returns whether it is (nan: no)."""
         best = getattr(self, name)
         better = figure > (-math.inf if best is None else best)
         if better:
@@ -56,15 +56,12 @@ class Trainer:
     """Everything that takes part in an update.
 
     Attributes:
-        cfg: the configuration.
-        rank_info: of this process.
-        plan: global batch, updates of an epoch.
         network: the module that is trained.
-        forward: gives the loss of images and targets; the network and the criterion, compiled and distributed.
-        criterion: the loss; what it learns is saved with the run.
-        images: how many the training set has.
-        dtype: of autocast, None for the precision of the weights; float16 goes with a loss scale.
-        locate: returns where an image of the training set lies.
+        forward: network and criterion, compiled and distributed; returns the loss of images and targets.
+        criterion: the loss; its parameters are saved with the run.
+        images: the size of the training set.
+        dtype: of autocast; None for no autocast; float16 uses a loss scale.
+        locate: returns the path of an image of the training set.
     """
 
     cfg: CfgNode
@@ -92,27 +89,27 @@ class Trainer:
         self._guard = FiniteGuard(self.network, self.cfg, self.scaler, self.locate, self.logger)
         self.unreadable: set[str] = set()  # paths, with the reason
         self._buckets_ordered = not isinstance(self.forward, DistributedDataParallel)
-        # Two since the last report, and one for the whole epoch; checkpoints keep them.
+        # Since the last report, and for the whole epoch; saved in checkpoints.
         self.meters = {name: Mean(device) for name in ("loss", "grad_norm", "epoch_loss")}
-        self._lap, self._epoch = Pace(), Pace()  # likewise, since this process has started
+        self._lap, self._epoch = Pace(), Pace()  # likewise, but not saved
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The network, and the averaged one where there is one."""
+        """The network, and its moving average if there is one."""
         return [self.network] + ([self.ema.module] if self.ema is not None else [])
 
     def train_epoch(self, batches: Iterable[Batch], after_update: Callable[[], bool] = lambda: False) -> bool:
-        """Trains on the rest of the epoch that `progress` stands in and moves `progress` to the next one.
+        """Trains on the rest of the current epoch and advances `progress` to the next one.
 
         Args:
-            batches: this process's, from the position that `progress` names.
-            after_update: called after each update; returns whether to stop there, in the middle of the epoch.
+            batches: of this process, from the position of `progress` on.
+            after_update: called after each update; returns whether to stop within the epoch.
 
         Returns:
-            Whether the epoch came to its end.
+            Whether the epoch was completed.
 
         Raises:
-            ValueError: too many images that can't be read, or too many updates that had to be skipped.
+            ValueError: too many unreadable images or skipped updates.
         """
         self.forward.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -129,26 +126,26 @@ class Trainer:
         return True
 
     def _update(self, group: list[Batch]) -> None:
-        """Runs forward and backward over a group of batches, then updates the weights once."""
+        """Runs forward and backward on each batch of a group, then updates the weights once."""
         if not self._buckets_ordered:
             self._order_buckets(group[0])
         progress = self.progress
-        # Drop path and its like draw from the place in the run, so that a resumed run draws the same.
+        # Drop path is a function of the position in the run, so that a resumed run draws the same.
         seed_everything(self.cfg.SEED, progress.epoch, progress.update, self.rank_info.rank, 2)
-        statistics = self._guard.before_update()
+        self._guard.before_update()
         loss = torch.stack([self._backward(batch, i, len(group)) for i, batch in enumerate(group)]).mean()
         self.schedule.step_update(progress.update)
         grad_norm = self._clip_gradients()
-        skipped = ~grad_norm.isfinite()  # the norm is over all processes, so that all decide alike
+        skipped = ~grad_norm.isfinite()  # the gradients are averaged over all processes, so all decide alike
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            # The fused optimizers leave out an update when this tensor says so, as they do for a loss scale.
+            # The fused optimizers skip the update if this is 1, as they do for a loss scale.
             vars(self.optimizer).update(found_inf=skipped.float(), grad_scale=None)
             self.optimizer.step()
         lr = self.optimizer.param_groups[0]["lr"]
-        self._guard.after_update(progress.update, skipped, loss, statistics, lr, [batch.indices for batch in group])
+        self._guard.after_update(progress.update, skipped, loss, lr, [batch.indices for batch in group])
         self.optimizer.zero_grad(set_to_none=True)
         progress.update += 1
         if self.ema is not None:
@@ -156,7 +153,7 @@ class Trainer:
         self._count(loss, grad_norm, sum(len(batch.labels) for batch in group))
 
     def _backward(self, batch: Batch, index: int, size: int) -> Tensor:
-        """Adds the gradient of batch `index` of a group of `size`; returns its loss, on the device."""
+        """Accumulates the gradient of batch `index` in a group of `size`; returns its loss, on the device."""
         device, progress = self.rank_info.device, self.progress
         self._note_unreadable(batch.unreadable)
         images = self.normalize(batch.images.to(device, non_blocking=True))
@@ -164,7 +161,7 @@ class Trainer:
         if self.batch_augmentation is not None:
             step = progress.update * self.accumulation + index
             images, targets = self.batch_augmentation(images, targets, epoch=progress.epoch, step=step)
-        # Gradients need to meet once an update only: while the last batch of the group goes back.
+        # Gradients are synchronised once per update, in the backward pass of the last batch.
         waits = index + 1 < size and isinstance(self.forward, DistributedDataParallel)
         with self.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
             with autocast(device, self.dtype):
@@ -173,13 +170,13 @@ class Trainer:
         return loss.detach()
 
     def _clip_gradients(self) -> Tensor:
-        """Scales gradients down to the norm that is allowed; returns the norm that they had, without loss scale."""
+        """Clips the norm of the gradients; returns the norm before clipping, without loss scale."""
         self.scaler.unscale_(self.optimizer)
         learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return nn.utils.clip_grad_norm_(learning, self.cfg.TRAIN.CLIP_GRAD or torch.inf)
 
     def _count(self, loss: Tensor, grad_norm: Tensor, images: int) -> None:
-        """Takes an update on so many images of this process into what is reported."""
+        """Adds an update on this number of images of this process to the progress and the meters."""
         everywhere = images * self.rank_info.world_size
         self.progress.consumed += everywhere
         for name in ("loss", "epoch_loss"):
@@ -189,11 +186,10 @@ class Trainer:
             pace.add(everywhere)
 
     def _order_buckets(self, batch: Batch) -> None:
-        """Runs backward passes that leave no trace, so that the first update already has the final gradient buckets.
+        """Runs backward passes without effect, so that the first update already uses the final gradient buckets.
 
-        DistributedDataParallel groups gradients anew after the first backward passes of each process. The grouping
-        decides how sums over three and more processes are rounded, so a resumed run would otherwise differ in its first
-        update from one that was never interrupted.
+        DistributedDataParallel regroups gradients after the first backward passes of each process. The grouping affects
+        the rounding of sums over three or more processes, so the first update of a resumed run would otherwise differ.
         """
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         for _ in range(BUCKET_ORDERING_PASSES):
@@ -204,7 +200,7 @@ class Trainer:
         self._buckets_ordered = True
 
     def _note_unreadable(self, images: list[str]) -> None:
-        """Logs each image that another one had to stand in for once, and stops the run when there are too many."""
+        """Logs each unreadable image once; raises ValueError if there are too many."""
         for image in images:
             if image not in self.unreadable:
                 self.unreadable.add(image)
@@ -217,21 +213,21 @@ class Trainer:
             )
 
     def check_skipped(self) -> None:
-        """Counts the updates that were skipped since the last check; waits for the device, raises as `train_epoch`.
+        """Counts the updates skipped since the last check; waits for the device, raises as `train_epoch`.
 
-        What comes after it, a report, an evaluation or a checkpoint, takes none of the time that is measured.
+        Stops the clocks, so that the report, evaluation or checkpoint that follows is not timed.
         """
         self.progress.skipped = self._guard.check_skipped(self.progress.skipped)
         for pace in (self._lap, self._epoch):
             pace.stop()
 
     def _start_clocks(self) -> None:
-        """Starts measuring time again, where `check_skipped` has stopped it."""
+        """Starts the clocks that `check_skipped` has stopped."""
         for pace in (self._lap, self._epoch):
             pace.start()
 
     def _report(self) -> None:
-        """Logs what came together since the last report; in an epoch, only this and checkpoints wait for the device."""
+        """Logs the updates since the last report; within an epoch, only this and checkpoints wait for the device."""
         self.check_skipped()
         progress, plan, lap = self.progress, self.plan, self._lap
         loss, grad_norm = self._take("loss"), self._take("grad_norm")
@@ -248,7 +244,7 @@ class Trainer:
         lap.reset()
 
     def _report_epoch(self) -> None:
-        """Logs what came together in the epoch that has ended."""
+        """Logs the epoch that has ended."""
         self.check_skipped()
         progress, loss, rate = self.progress, self._take("epoch_loss"), self._epoch.images_per_second
         self.logger.info(f"Epoch {progress.epoch} train: loss {loss:.4f}  {rate:.1f} img/s")
@@ -257,21 +253,21 @@ class Trainer:
         self._epoch.reset()
 
     def _take(self, name: str) -> float:
-        """Returns a mean, which begins anew."""
+        """Returns a mean and resets it."""
         mean = self.meters[name].compute()
         self.meters[name].reset()
         return mean
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Returns the most MiB in use so far: of the GPU's memory by tensors, or of the host's by this process."""
+    """Returns the peak memory in MiB: of tensors on the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Cuts batches into lists of `size`; a shorter last one is left out, as images that fill no batch are."""
+    """Groups batches into lists of `size`; a shorter last one is dropped."""
     iterator = iter(batches)
     while len(group := list(itertools.islice(iterator, size))) == size:
         yield group

@@ -1,4 +1,4 @@
-"""Classification: one class an image, cross-entropy with mixed and smoothed labels, top-1."""
+"""Classification: one class per image, cross-entropy with mixed and smoothed labels, top-1 accuracy."""
 
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
@@ -11,7 +11,7 @@ IMAGENET_CLASSES = 1000
 
 
 class Classification(Task):
-    """The task of the published code."""
+    """The default task; the network's outputs are logits."""
 
     name = "classification"
     metric, metric_label = "top1", "Acc@1"
@@ -20,9 +20,9 @@ class Classification(Task):
         """Returns MODEL.NUM_CLASSES, or the number of classes of the training images.
 
         Raises:
-            ValueError: the images have more classes, or other ones in `val`.
+            ValueError: `train` or `val` has more classes.
         """
-        if self.cfg.THROUGHPUT_MODE:  # which looks at no images
+        if self.cfg.THROUGHPUT_MODE:  # reads no images
             return self.cfg.MODEL.NUM_CLASSES or IMAGENET_CLASSES
         found, val = len(self.train_source.classes), len(self.val_source.classes)
         wanted = self.cfg.MODEL.NUM_CLASSES or found
@@ -33,7 +33,7 @@ class Classification(Task):
         return wanted
 
     def batch_augmentation(self) -> data.BatchAugmentation | None:
-        """Builds erasing, mixup and CutMix."""
+        """Builds random erasing, Mixup and CutMix."""
         return data.build_batch_augmentation(
             self.cfg.AUG,
             num_classes=self.num_outputs(),
@@ -46,7 +46,7 @@ class Classification(Task):
     def build_criterion(self, num_outputs: int) -> nn.Module:
         """Builds the mean cross-entropy of logits (N, K) and targets.
 
-        Where images are mixed the targets are distributions (N, K), smoothed already; otherwise class numbers (N,).
+        With Mixup or CutMix the targets are smoothed distributions (N, K), otherwise class numbers (N,).
         """
         augmentation = self.batch_augmentation()
         if augmentation is not None and augmentation.soft_targets:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a network for inference, the same way for every script."""
+"""Networks for inference from checkpoints, for every script."""
 
 from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
@@ -16,7 +16,7 @@ from . import task_of
 
 
 class Loaded(NamedTuple):
-    """A checkpoint, the task that it is of, and its network in the form that the weights have."""
+    """A checkpoint, its task, and its network in the form of the weights."""
 
     task: type[Task]
     checkpoint: Checkpoint
@@ -24,7 +24,7 @@ class Loaded(NamedTuple):
 
 
 def add_checkpoint_options(parser: ArgumentParser, *, fuse: bool = False) -> None:
-    """Adds the options of `load_checkpoint`: `--arch`, `--ema` and `--no-ema`; and `--fuse` where it is asked for."""
+    """Adds the options of `load_checkpoint`, and on request `--fuse`."""
     parser.add_argument("-a", "--arch", metavar="ARCH", help="architecture, if the checkpoint does not name it")
     text = "use the averaged weights or not; default: as the checkpoint was selected"
     parser.add_argument("--ema", action=BooleanOptionalAction, default=None, help=text)
@@ -37,11 +37,11 @@ def load_checkpoint(path: str | Path, arch: str | None = None, ema: bool | None 
 
     Args:
         path: the file.
-        arch: the architecture; None takes the one that the checkpoint names or that fits.
-        ema: whether to take the moving average of the weights; None goes by the checkpoint.
+        arch: the architecture; None for that of the metadata, or the one that fits.
+        ema: whether to use the averaged weights; None for those that selected the checkpoint.
 
     Raises:
-        ValueError: no readable checkpoint, or weights of another network.
+        ValueError: the file can't be read, or the weights do not fit.
     """
     checkpoint = read_checkpoint(path, ema=ema)
     task = task_of(checkpoint)
@@ -56,17 +56,17 @@ def prepare(
     fuse: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Brings a network into the form in which it answers; the one that is given keeps its own form.
+    """Returns a network for inference; the given one keeps its form.
 
     Args:
         network: in evaluation mode.
-        device: where it is to be.
-        deploy: convert it by Locality Injection, where there is something to inject.
-        fuse: fold every BatchNorm, which includes the conversion.
+        device: of the result.
+        deploy: convert it by Locality Injection if it is re-parameterizable.
+        fuse: fold every BatchNorm; includes the conversion.
         dtype: of the weights.
 
     Raises:
-        ValueError: the network has no fused form, or that form is not equivalent.
+        ValueError: the network can't be fused, or the fused form is not equivalent.
     """
     network = network.float().to(device)
     if deploy and not fuse and is_reparameterizable(network):
@@ -75,5 +75,5 @@ def prepare(
 
 
 def default_device() -> torch.device:
-    """Returns a GPU where there is one, else the CPU."""
+    """Returns the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Semantic segmentation: one class a pixel, a decoder over a backbone's levels, mean intersection over union."""
+"""Semantic segmentation: one class per pixel, a decoder on the levels of a backbone, mean IoU."""
 
 from functools import cached_property
 from typing import Any
@@ -18,17 +18,17 @@ from utils.seed import seed_everything
 
 
 class Segmentation(Task):
-    """Trains on random crops, evaluates whole images unless DATA.TEST_SIZE is given."""
+    """Trains on random crops, evaluates whole images unless DATA.TEST_SIZE is set."""
 
     name = "segmentation"
     metric, metric_label, agreement_label = "miou", "mIoU", "pixel agreement"
     labels, default_dataset = "masks", "cityscapes"
     section, unused = "SEG", ("AUG", "TEST.CROP", "MODEL.NUM_CLASSES")
     dataset_type, whole_images = MaskedDataset, True
-    least_batch_size = 2  # decoders pool their level to a single value for each image, and normalise those
+    least_batch_size = 2  # decoders pool each image to a single value per channel and batch-normalise it
 
     def train_transform(self) -> Any:
-        """Returns the joint augmentation of image and mask."""
+        """Returns the joint augmentation of an image and its mask."""
         return segmentation_train_transform(self.train_size, self.cfg.SEG.SCALE)
 
     def eval_transform(self, size: Size | None) -> Any:
@@ -37,12 +37,12 @@ class Segmentation(Task):
 
     def num_outputs(self) -> int:
         """Returns the number of classes of the masks."""
-        if self.cfg.THROUGHPUT_MODE:  # which looks at no images
+        if self.cfg.THROUGHPUT_MODE:  # reads no images
             return len(CITYSCAPES)
         return len(self.train_source.classes)
 
     def build_network(self, num_outputs: int) -> nn.Module:
-        """Builds decoder and backbone with fresh weights, in the structure that pretrained weights have.
+        """Builds decoder and backbone with fresh weights, in the structure of MODEL.PRETRAINED if it is set.
 
         Raises:
             ValueError: an option does not fit the architecture.
@@ -71,7 +71,7 @@ class Segmentation(Task):
         return build_from(read_checkpoint(path), self.arch) if path else None
 
     def load_pretrained(self, network: nn.Module) -> str:
-        """Starts the backbone from the classifier in MODEL.PRETRAINED."""
+        """Loads the backbone from the classifier in MODEL.PRETRAINED."""
         assert isinstance(network, SegmentationNetwork)
         assert self._pretrained is not None
         network.load_backbone(self._pretrained.model)
@@ -81,12 +81,12 @@ class Segmentation(Task):
     def metadata(
         cls, arch: str, network: nn.Module, image_size: Size, form: str | None, dataset: str | None
     ) -> dict[str, Any]:
-        """Returns what a checkpoint says of a network, whose own arguments name everything else."""
+        """Returns the metadata of a checkpoint, which are the arguments of the network."""
         return describe_segmentation(network, form, dataset=dataset)
 
     @classmethod
     def network_from(cls, checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:
-        """Builds the network of a checkpoint, whose metadata hold all that it takes."""
+        """Builds the network of a checkpoint from its metadata."""
         network = segmentation_from(checkpoint)
         own = network.arguments["arch"]
         if arch not in (None, own):
@@ -95,7 +95,7 @@ class Segmentation(Task):
         return Network(own, network, network.num_classes, size)
 
     def network_to_evaluate(self, checkpoint: Checkpoint, arch: str | None) -> Network:
-        """Builds the network of a checkpoint; the size of a crop is none of its own."""
+        """Builds the network of a checkpoint; DATA.IMG_SIZE, the size of a crop, does not change it."""
         return self.network_from(checkpoint, arch)
 
     def build_criterion(self, num_outputs: int) -> nn.Module:

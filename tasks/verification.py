@@ -1,7 +1,7 @@
-"""Verification: embeddings of faces, trained by a margin softmax, evaluated on pairs of people never seen.
+"""Verification: embeddings of faces, trained with a margin softmax, evaluated on pairs of unseen people.
 
-A margin softmax has a direction for each person of the training set, which it learns. Checkpoints of a run keep them;
-the weights of the network are by themselves, so that they convert like any others.
+A margin softmax has a learned direction for each person of the training set. Checkpoints save it apart from the weights
+of the network.
 """
 
 from functools import cached_property
@@ -15,7 +15,7 @@ from engine.task import MIXING, Task
 
 
 class MarginSoftmax(NamedTuple):
-    """A loss of pytorch-metric-learning, and its margin as its paper sets it."""
+    """A loss of pytorch-metric-learning and the margin of its paper."""
 
     loss: str
     margin: float
@@ -41,7 +41,7 @@ class Verification(Task):
         return self.cfg.FACE.EMBEDDING
 
     def batch_augmentation(self) -> data.BatchAugmentation | None:
-        """Builds erasing."""
+        """Builds random erasing."""
         return data.build_batch_augmentation(
             self.cfg.AUG,
             num_classes=len(self.train_source.classes),
@@ -52,10 +52,10 @@ class Verification(Task):
         )
 
     def build_criterion(self, num_outputs: int) -> nn.Module:
-        """Builds the margin softmax of embeddings (N, E) and labels (N,), which learns a direction for each person.
+        """Builds the margin softmax of embeddings (N, E) and labels (N,).
 
         Raises:
-            ValueError: the library that it comes from is not installed.
+            ValueError: pytorch-metric-learning is not installed.
         """
         try:
             from pytorch_metric_learning import losses
@@ -71,14 +71,14 @@ class Verification(Task):
 
     @cached_property
     def pairs(self) -> data.Pairs:
-        """The pairs of test images: listed in FACE.PAIRS, or drawn, the same in each run."""
+        """The pairs of test images: listed in FACE.PAIRS, or drawn, the same in every run."""
         face = self.cfg.FACE
         if face.PAIRS:
             return data.read_pairs(face.PAIRS, self.val_source)
         return data.draw_pairs(self.val_source.labels, face.NUM_PAIRS)
 
     def check_classes(self, path: object, num_outputs: int) -> None:
-        """Embeddings are for any people."""
+        """Accepts any classes: embeddings are not tied to the people of a data set."""
 
     def build_metric(self, num_outputs: int) -> VerificationMetric:
         """Builds the metric of embeddings (N, E)."""

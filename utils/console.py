@@ -11,7 +11,7 @@ def prepare() -> None:
 
     A process that was started without stderr gets the null device.
     """
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  it stays open as long as the process lives
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

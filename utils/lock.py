@@ -15,7 +15,7 @@ LOCK = ".lock"
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Locks a folder for this process; the system releases the lock with the process, so that none goes stale.
+    """Locks a folder for this process; the system releases the lock with the process, so it cannot go stale.
 
     Raises:
         ValueError: another process holds it.

@@ -14,7 +14,7 @@ class StopRequest:
     """Catches SIGTERM, SIGINT and SIGUSR1; a second signal has its default effect.
 
     Signals reach the processes at different times, or only one of them. After each update the processes therefore
-    agree by a small asynchronous reduction on the CPU, whose result is read one update later, so that nobody waits.
+    agree by a small asynchronous reduction on the CPU, whose result is read one update later, so that no process waits.
     """
 
     def __init__(self) -> None:

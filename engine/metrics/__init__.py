@@ -1,4 +1,4 @@
-"""What evaluations compute: one metric for each task, exact over every image of every process."""
+"""Metrics, one for each task, exact over every image of every process."""
 
 from .base import Metric, Result, on_images
 from .classification import ClassificationMetric, ClassificationResult

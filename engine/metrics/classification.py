@@ -18,7 +18,7 @@ from .base import Metric, Result, on_images
 class ClassificationResult(Result):
     """Accuracies in percent and the mean cross-entropy.
 
-    An image with a logit that is not finite counts as wrong, and leaves no mean loss but nan.
+    An image with a non-finite logit counts as wrong, and makes the loss nan.
     """
 
     top1: float
@@ -35,7 +35,7 @@ class ClassificationResult(Result):
 
 
 def correct_within(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Returns for each image whether its label is among the k highest logits: (N, K), (N,) -> (N,) bool."""
+    """Returns whether each label is among the k highest logits: (N, K), (N,) -> (N,) bool."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(1)
 
@@ -48,7 +48,7 @@ class ClassificationMetric(Metric):
         self._images = 0
 
     def update(self, outputs: Tensor, batch: Batch) -> None:
-        """Takes in logits (N, K)."""
+        """Accumulates logits (N, K)."""
         labels = batch.labels.to(outputs.device, non_blocking=True)
         finite = outputs.isfinite().all(1)
         self._correct1 += (correct_within(outputs, labels, 1) & finite).sum()
@@ -58,7 +58,7 @@ class ClassificationMetric(Metric):
         self._images += len(labels)
 
     def compute(self) -> ClassificationResult:
-        """Adds up over all processes once and divides once."""
+        """Reduces the sums over all processes and divides once."""
         sums = torch.stack((self._correct1, self._correct5, self._loss, self._nonfinite))
         total = distributed.all_reduce_sum(torch.cat((sums, sums.new_tensor([self._images])))).tolist()
         correct1, correct5, loss, nonfinite, images = total

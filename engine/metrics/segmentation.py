@@ -16,10 +16,10 @@ from .base import Metric, Result, on_images
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationResult(Result):
-    """In percent: the mean over classes of intersection over union, that of each class, and the share of right pixels.
+    """In percent: the mean over classes of the intersection over union, that of each class, and the pixel accuracy.
 
-    A class that neither the masks nor the answers have counts for nothing; its own figure is None. A pixel with a logit
-    that is not finite counts as wrong.
+    A class that neither masks nor predictions contain is left out of the mean; its own figure is None. A pixel with a
+    non-finite logit counts as wrong.
     """
 
     miou: float
@@ -40,30 +40,30 @@ class SegmentationResult(Result):
         return f"{figures} {on_images(self.images, self.nonfinite)}"
 
 
-def confusion_matrix(labels: Tensor, answers: Tensor, classes: int) -> Tensor:
-    """Counts pixels: (K, K + 1) int64, rows are labels, columns are answers; labels that are `IGNORED` do not count.
+def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tensor:
+    """Counts pixels, except `IGNORED` ones: (K, K + 1) int64, rows are labels, columns are predictions.
 
     Args:
         labels: int64, any shape, each 0 to K - 1 or `IGNORED`.
-        answers: int64, the same shape, each 0 to K - 1, or K for none of them.
+        predictions: int64, the same shape, each 0 to K - 1, or K for no class.
         classes: K.
     """
     counted = labels != IGNORED
-    cells = labels[counted] * (classes + 1) + answers[counted]
+    cells = labels[counted] * (classes + 1) + predictions[counted]
     return cells.bincount(minlength=classes * (classes + 1)).view(classes, classes + 1)
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:
-    """Returns, for each class, right pixels / (pixels of it or so answered): (K, K + 1) -> (K,), nan for 0 / 0."""
+    """Returns the intersection over union of each class: (K, K + 1) -> (K,), nan for an absent class."""
     right = confusion.diagonal().double()
     return right / (confusion.sum(0)[:-1] + confusion.sum(1) - right)
 
 
 def summarise(confusion: Tensor, images: int, nonfinite: int = 0) -> SegmentationResult:
-    """Returns the figures of a confusion matrix (K, K + 1) over images, some of which had logits that are not finite.
+    """Returns the figures of a confusion matrix (K, K + 1); `nonfinite` of the images had non-finite logits.
 
     Raises:
-        ValueError: it counts no pixel.
+        ValueError: it is zero everywhere.
     """
     pixels = int(confusion.sum())
     if not pixels:
@@ -88,16 +88,16 @@ class SegmentationMetric(Metric):
         self._images = 0
 
     def update(self, outputs: Tensor, batch: Batch) -> None:
-        """Takes in logits (N, K, H, W)."""
+        """Accumulates logits (N, K, H, W)."""
         labels = batch.labels.to(outputs.device, non_blocking=True)
         finite = outputs.isfinite().all(1)
-        answers = outputs.argmax(1).where(finite, self._classes)
-        self._confusion += confusion_matrix(labels, answers, self._classes)
+        predictions = outputs.argmax(1).where(finite, self._classes)
+        self._confusion += confusion_matrix(labels, predictions, self._classes)
         self._nonfinite += (~finite).flatten(1).any(1).sum()
         self._images += len(labels)
 
     def compute(self) -> SegmentationResult:
-        """Adds up over all processes once and divides once; ValueError where there are no labelled pixels."""
+        """Reduces the counts over all processes; raises ValueError if there are no labelled pixels."""
         counts = torch.stack((self._nonfinite, self._nonfinite.new_tensor(self._images)))
         nonfinite, images = distributed.all_reduce_sum(counts).tolist()
         return summarise(distributed.all_reduce_sum(self._confusion), images, nonfinite)

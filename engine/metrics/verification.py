@@ -16,10 +16,10 @@ from .base import Metric, Result
 
 @dataclass(frozen=True, kw_only=True)
 class VerificationResult(Result):
-    """How well scores tell pairs of one class from pairs of two.
+    """How well scores separate pairs of one class from pairs of two.
 
     `accuracy` is the mean over the folds, in percent, and `spread` their standard deviation; `auc` the area under the
-    ROC curve, from 0 to 1; `threshold` the best one over all pairs. All are nan where an embedding is not finite.
+    ROC curve, from 0 to 1; `threshold` the best one over all pairs. All are nan if an embedding is not finite.
     """
 
     accuracy: float
@@ -30,8 +30,7 @@ class VerificationResult(Result):
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the figures by name."""
-        names = ("accuracy", "spread", "auc", "threshold", "pairs")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("accuracy", "spread", "auc", "threshold", "pairs")}
 
     def __str__(self) -> str:
         return (
@@ -41,11 +40,11 @@ class VerificationResult(Result):
 
 
 class VerificationMetric(Metric):
-    """Takes embeddings (N, E) and scores pairs of the images by the cosine of the angle between theirs.
+    """Takes embeddings (N, E) and scores pairs of images by their cosine similarity.
 
     Args:
-        device: where the network is.
-        pairs: positions of the images in their set.
+        device: of the network.
+        pairs: indices of the images in the data set.
         folds: as `assign_folds` takes it.
 
     Raises:
@@ -55,19 +54,19 @@ class VerificationMetric(Metric):
     def __init__(self, device: torch.device, pairs: Pairs, folds: int) -> None:
         self._device, self._folds = device, folds
         self._first, self._second, self._same = (torch.from_numpy(part) for part in pairs)
-        assign_folds(self._same, folds)  # which fails before the images are looked at
+        assign_folds(self._same, folds)  # raises before the evaluation
         self._indices, self._embeddings = list[Tensor](), list[Tensor]()
 
     def update(self, outputs: Tensor, batch: Batch) -> None:
-        """Takes in embeddings (N, E)."""
+        """Accumulates embeddings (N, E)."""
         self._indices.append(batch.indices)
         self._embeddings.append(outputs.double().cpu())
 
-    def answers(self, outputs: Tensor) -> None:
-        """Embeddings answer nothing by themselves."""
+    def predictions(self, outputs: Tensor) -> None:
+        """Returns None: embeddings are not logits."""
 
     def compute(self) -> VerificationResult:
-        """Brings the embeddings of all processes together, and scores them on each."""
+        """Gathers the embeddings of all processes and scores the pairs on each."""
         own = torch.cat(self._embeddings) if self._embeddings else torch.empty(0, 0, dtype=torch.float64)
         indices = torch.cat(self._indices) if self._indices else torch.empty(0, dtype=torch.int64)
         embeddings = torch.cat(distributed.gather_rows(own, self._device))
@@ -78,12 +77,12 @@ class VerificationMetric(Metric):
 
 
 def verify(embeddings: Tensor, first: Tensor, second: Tensor, same: Tensor, folds: int = 10) -> VerificationResult:
-    """Scores pairs by the cosine of the angle between their embeddings.
+    """Scores pairs by the cosine similarity of their embeddings.
 
     Args:
         embeddings: (N, E).
         first: int64 (P,), rows of `embeddings`.
-        second: int64 (P,), the rows that they are paired with.
+        second: int64 (P,), likewise.
         same: bool (P,), whether both are of one class.
         folds: as `assign_folds` takes it.
 
@@ -106,23 +105,23 @@ def verify(embeddings: Tensor, first: Tensor, second: Tensor, same: Tensor, fold
 
 
 def best_threshold(scores: Tensor, same: Tensor) -> float:
-    """Returns the threshold from which on to say "same" with the fewest mistakes; of several the highest.
+    """Returns the threshold at or above which "same" makes the fewest mistakes; of several, the highest.
 
-    It lies halfway between two scores, or 1 beyond all of them. Takes scores (P,) and truth (P,) bool.
+    It lies halfway between two scores, or beyond all of them. Takes scores (P,) and truth (P,) bool.
     """
     scores, order = scores.sort(descending=True)
-    # At position k the first k pairs are called the same: right are the same among them and the different behind.
+    # At position k the first k pairs are called the same; right[k] counts the correct ones, up to a constant.
     signs = 2 * same[order].long() - 1
     right = F.pad(signs.cumsum(0), (1, 0))
     edges = torch.cat((scores[:1] + 1, scores, scores[-1:] - 1))
     upper, lower = edges[:-1], edges[1:]
-    right[upper == lower] = -len(scores) - 1  # no threshold parts equal scores
+    right[upper == lower] = -len(scores) - 1  # no threshold separates equal scores
     best = int(right.argmax())
     return float((upper[best] + lower[best]) / 2)
 
 
 def assign_folds(same: Tensor, folds: int) -> Tensor:
-    """Returns the fold (P,) of each pair: either kind, same (P,) or not, is spread over all folds in turn.
+    """Returns the fold (P,) of each pair; the pairs of either kind, same (P,) or not, alternate over all folds.
 
     Raises:
         ValueError: fewer than 2 folds, or fewer pairs of either kind than folds.
@@ -134,7 +133,7 @@ def assign_folds(same: Tensor, folds: int) -> Tensor:
 
 
 def k_fold_accuracies(scores: Tensor, same: Tensor, folds: int) -> Tensor:
-    """Returns for each fold the share (folds,) of its pairs that the best threshold of all other folds gets right.
+    """Returns the accuracy (folds,) of each fold at the best threshold of all other folds.
 
     Args:
         scores: (P,).
@@ -153,7 +152,7 @@ def k_fold_accuracies(scores: Tensor, same: Tensor, folds: int) -> Tensor:
 
 
 def roc_auc(scores: Tensor, same: Tensor) -> float:
-    """Returns how often a pair of one class scores higher than a pair of two; equal scores count half.
+    """Returns the area under the ROC curve; equal scores count half.
 
     Takes scores (P,) and truth (P,) bool, with at least one of each kind.
     """

@@ -134,15 +134,15 @@ def straight(process: RankInfo, wanted: Combination) -> dict[str, Tensor]:
 
 
 def stopped(process: RankInfo, wanted: Combination, folder: Path) -> dict[str, Tensor]:
-    """The same, in two lives; the second one begins with other weights, and resumes from the file."""
-    lives = [build(process, wanted, seed) for seed in (0, 1)]
+    """The same in two runs; the second has other weights until it resumes from the checkpoint."""
+    first, second = (build(process, wanted, seed) for seed in (0, 1))
     own = list(batches(process, UPDATES * wanted.accumulation))
-    assert not lives[0].train_epoch(own, lambda: lives[0].progress.update == 2)
-    checkpoint_folder(folder, keep=1).save(lives[0])
+    assert not first.train_epoch(own, lambda: first.progress.update == 2)
+    checkpoint_folder(folder, keep=1).save(first)
     dist.barrier()
-    resume(lives[1], folder / "latest.pth")
-    assert lives[1].train_epoch(own[2 * wanted.accumulation :])
-    return state(lives[1])
+    resume(second, folder / "latest.pth")
+    assert second.train_epoch(own[2 * wanted.accumulation :])
+    return state(second)
 
 
 def both(process: RankInfo, combinations: dict[str, Combination], folder: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def both(process: RankInfo, combinations: dict[str, Combination], folder: Path) 
 
 
 def assert_whole(ranks: list[dict[str, Any]], name: str) -> None:
-    """All weights are finite, learnt something, and are the same on all processes and in two lives."""
+    """All weights are finite, have changed, and are equal on all processes and over a restart."""
     fresh = state(build(ALONE, COMBINATIONS.get(name) or COMPILED[name]))
     weights = [key for key in fresh if key.endswith(("conv.weight", "head.weight"))]
     assert weights
@@ -179,7 +179,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_together_and_over_a_restart(eager, name):
+def test_combinations_over_a_restart(eager, name):
     assert_whole(eager, name)
 
 
@@ -201,17 +201,20 @@ def test_compiled(tmp_path_factory, name):
     ("keys", "said"),
     [
         ("CHANNELS_LAST True", "COMPILE computes wrong gradients with CHANNELS_LAST on CPUs"),
-        ("TRAIN.SYNC_BN True TRAIN.USE_CHECKPOINT True", "COMPILE can't compute again what TRAIN.SYNC_BN interrupts"),
+        (
+            "TRAIN.SYNC_BN True TRAIN.USE_CHECKPOINT True",
+            "COMPILE does not work with both TRAIN.SYNC_BN and TRAIN.USE_CHECKPOINT",
+        ),
     ],
 )
-def test_what_does_not_go_together_is_refused(keys, said):
+def test_incompatible_settings_are_refused(keys, said):
     cfg = settings(f"DATA.DATA_PATH digits COMPILE True {keys}")
     with pytest.raises(ValueError, match=said):
         wrap(nn.Linear(2, 2), nn.CrossEntropyLoss(), cfg, RankInfo(0, 2, 0, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_processes_layout_and_checkpointing_compute_what_one_plain_process_does(optimizer):
+def test_processes_layout_and_checkpointing_equal_one_plain_process(optimizer):
     """To rounding: SYNC_BN x channels_last x accumulation x checkpointing x clipping x average, in double precision."""
     common = {"double": True, "accumulation": 2, "clip_grad": 0.5, "ema": True, "optimizer": optimizer}
     expected = straight(ALONE, Combination(**common))

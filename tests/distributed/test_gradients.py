@@ -142,7 +142,7 @@ def test_accumulation_over_processes_equals_the_big_batch(clip_grad):
             assert_equal(expected, weights)
 
 
-def test_the_limit_on_the_gradient_matters():
+def test_gradient_clipping_has_an_effect():
     assert any(
         not torch.equal(free, limited)
         for free, limited in zip(
@@ -154,11 +154,11 @@ def test_the_limit_on_the_gradient_matters():
 def saved_within_an_epoch(process: RankInfo, folder) -> tuple[Tensor, Tensor]:
     """Trains two updates, saves, and resumes from the file; returns its own statistics before and after."""
     own = []
-    for life in range(2):
-        torch.manual_seed(1 + life)
+    for start in range(2):
+        torch.manual_seed(1 + start)
         model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 4)).double()
         run = trainer(process, model, wrapped(model, process), 1, 0.0)
-        if life == 0:
+        if start == 0:
             run.train_epoch(batches(process, 8, 2), lambda run=run: run.progress.update == 2)
             checkpoint_folder(folder, keep=1).save(run)
             dist.barrier()

@@ -155,7 +155,7 @@ def test_two_nodes_that_meet_by_c10d(launch, by_hand):
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_two_nodes_come_back_when_a_process_is_killed(launch, by_hand, victim):
+def test_two_nodes_restart_when_a_process_is_killed(launch, by_hand, victim):
     """The launchers count restarts differently then: one of them had a process that failed, the other had not."""
     two_nodes(launch, f"{OPTIONS} SAVE_STEPS 3", "--max-restarts 2")
     until = time.monotonic() + 120

@@ -115,7 +115,7 @@ def mean_of(process: RankInfo, state: list) -> float:
     return mean.compute()
 
 
-def test_sums_are_taken_up_by_another_number_of_processes():
+def test_sums_are_restored_by_another_number_of_processes():
     state = in_ranks(numbers, 3)[0]
     expected = pytest.approx(sum((0.2 + rank) * (rank + 1) for rank in range(3)) / 6, rel=1e-13)
     assert len(state) == 3
@@ -123,7 +123,7 @@ def test_sums_are_taken_up_by_another_number_of_processes():
         assert in_ranks(mean_of, world_size, state) == [expected] * world_size
 
 
-def test_sums_that_an_earlier_version_has_added_up_are_taken_up_once():
+def test_reduced_sums_of_an_earlier_version_are_restored_once():
     assert in_ranks(mean_of, 2, [6.0, 4.0]) == [1.5, 1.5]
 
 

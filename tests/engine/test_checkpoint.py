@@ -1,4 +1,4 @@
-"""The folder of a run: names, retention, contents; and resuming from a checkpoint, ours or a published one."""
+"""The folder of a run: file names, retention, contents; resuming from our checkpoints and published ones."""
 
 import errno
 import logging
@@ -81,7 +81,7 @@ def assert_equal(first: object, second: object) -> None:
 
 
 def state(trainer: Trainer) -> dict[str, object]:
-    """What a run consists of, as it is in memory."""
+    """The state of a run in memory."""
     return {
         "model": trainer.network.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
@@ -98,13 +98,13 @@ def names(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir()}
 
 
-def test_an_empty_folder_has_nothing_to_go_on_from(tmp_path):
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert folder(tmp_path).newest(LOGGER) is None
     assert folder(tmp_path / "absent").newest(LOGGER) is None
     assert folder(tmp_path).periodic() == []
 
 
-def test_what_a_checkpoint_is_called(tmp_path, run_of):
+def test_names_of_checkpoints(tmp_path, run_of):
     trainer, checkpoints = run_of(1, ema=True), folder(tmp_path)
     trainer.progress.epoch = 1
     checkpoints.save(trainer)
@@ -118,7 +118,7 @@ def test_what_a_checkpoint_is_called(tmp_path, run_of):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])
-def test_the_newest_numbered_ones_stay(tmp_path, run_of, keep):
+def test_the_newest_numbered_checkpoints_are_kept(tmp_path, run_of, keep):
     trainer, checkpoints = run_of(1), folder(tmp_path, keep)
     for finished in (2, 9, 10, 11):
         trainer.progress.epoch = finished + 1
@@ -191,7 +191,7 @@ def test_hyper_parameters_come_from_the_configuration(tmp_path, run_of):
     assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(own, loaded, strict=True))
 
 
-def test_a_moving_average_that_begins_later_starts_from_the_weights(tmp_path, run_of):
+def test_a_moving_average_added_later_starts_from_the_weights(tmp_path, run_of):
     trainer = run_of(1)
     trainer.train_epoch(epoch(0))
     folder(tmp_path).save(trainer)
@@ -201,7 +201,7 @@ def test_a_moving_average_that_begins_later_starts_from_the_weights(tmp_path, ru
 
 
 def published_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Writes what the published training code leaves after its epoch 6; returns the network and the optimizer."""
+    """Writes the checkpoint of the published code after its epoch 6; returns the network and the optimizer."""
     torch.manual_seed(5)
     model = models.create_model(ARCH, 10)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
@@ -223,7 +223,7 @@ def published_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model, payload["optimizer"]
 
 
-def test_a_published_checkpoint_goes_on_after_its_epoch(tmp_path, run_of):
+def test_a_published_checkpoint_resumes_after_its_epoch(tmp_path, run_of):
     published, optimizer = published_checkpoint(tmp_path / "published.pth")
     trainer = run_of(1, ema=True)
     resume(trainer, tmp_path / "published.pth")
@@ -307,7 +307,7 @@ def test_an_optimizer_of_other_groups_is_refused(tmp_path, run_of):
         resume(run_of(2), path)
 
 
-# Payloads that no run could have saved
+# Invalid payloads
 
 
 @pytest.fixture
@@ -419,8 +419,8 @@ MUTATIONS: list[tuple[str, object]] = [
 
 
 @pytest.mark.parametrize(("place", "value"), MUTATIONS, ids=[f"{p}-{i}" for i, (p, _) in enumerate(MUTATIONS)])
-def test_a_payload_that_no_run_could_have_saved(tmp_path, run_of, whole, place, value):
-    """It is refused in one line, before anything of it is used, and passed over for an older checkpoint."""
+def test_an_invalid_payload_is_refused(tmp_path, run_of, whole, place, value):
+    """It is refused in one line before any of it is used, and skipped in favour of an older checkpoint."""
     path, payload = whole
     path.unlink()  # a link would change the other files too
     torch.save(change(payload, place, value), path)
@@ -439,7 +439,7 @@ def test_a_payload_that_no_run_could_have_saved(tmp_path, run_of, whole, place, 
         }
 
 
-def test_a_file_name_comes_from_nothing_but_a_number(tmp_path, run_of):
+def test_a_file_name_contains_only_a_number_from_the_checkpoint(tmp_path, run_of):
     """A checkpoint in a run's folder can't make the run write elsewhere."""
     victim = tmp_path / "victim" / "best.pth"
     victim.parent.mkdir()
@@ -495,7 +495,7 @@ def test_a_file_system_without_hard_links(tmp_path, run_of, monkeypatch):
 
 
 @pytest.mark.parametrize("left", ["latest.pth", "best_ckpt.pth", "best_ema.pth"])
-def test_whichever_file_a_killed_run_has_left_the_others_are_made_of_it(tmp_path, run_of, left):
+def test_missing_files_are_restored_from_any_file_of_a_killed_run(tmp_path, run_of, left):
     trainer, checkpoints = run_of(1, ema=True), folder(tmp_path)
     checkpoints.save(trainer, best=True, best_ema=True)
     before = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pth")}
@@ -515,7 +515,7 @@ def test_whichever_file_a_killed_run_has_left_the_others_are_made_of_it(tmp_path
         assert_equal(before[name], after[name])
 
 
-def test_the_best_average_is_used_as_such_and_resumes_like_any_other(tmp_path, run_of):
+def test_best_ema_evaluates_the_average_and_resumes_like_any_other(tmp_path, run_of):
     straight = run_of(1, ema=True)
     straight.train_epoch(epoch(0))
     folder(tmp_path).save(straight, best=True, best_ema=True)
@@ -567,7 +567,7 @@ def test_a_run_that_was_killed_while_it_saved_gets_its_best_checkpoint(tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_ckpt.pth", "latest.pth"]
 
 
-def test_what_another_loss_has_learned_is_refused(tmp_path, run_of):
+def test_parameters_of_another_loss_are_refused(tmp_path, run_of):
     run = run_of(1)
     run.criterion = torch.nn.Linear(2, 3)
     checkpoint_folder(tmp_path, keep=1).save(run)
@@ -597,7 +597,7 @@ def test_each_process_gets_its_own_running_statistics_back_or_the_mean_of_all(
     assert running_statistics(resumed) == {expected}
 
 
-def test_running_statistics_of_processes_without_the_average_that_now_begins_are_left_out(tmp_path, run_of):
+def test_running_statistics_are_ignored_when_a_moving_average_begins(tmp_path, run_of):
     trainer = run_of(1)
     trainer.train_epoch(epoch(0))
     (of_one,) = torch.load(saved(tmp_path / "one.pth", trainer), weights_only=True)["rank_statistics"]
@@ -608,7 +608,7 @@ def test_running_statistics_of_processes_without_the_average_that_now_begins_are
     assert_equal(averaging.ema.module.state_dict(), trainer.network.state_dict())
 
 
-def test_a_run_that_was_killed_between_two_names_of_a_state_gets_the_newer_one(tmp_path, run_of):
+def test_a_run_killed_between_two_files_of_a_state_gets_the_newer_one(tmp_path, run_of):
     trainer, checkpoints = run_of(1), folder(tmp_path, keep=1)
     for number in range(2):
         trainer.train_epoch(epoch(number))

@@ -53,7 +53,7 @@ def test_it_starts_as_a_copy_in_evaluation_mode():
     assert values(ema) == {3.0}
 
 
-def test_it_takes_in_every_fourth_update_only():
+def test_it_averages_every_fourth_update_only():
     model = network(0.0)
     ema = average(model, warmup_updates=0)
     fill(model, 10.0)
@@ -92,7 +92,7 @@ def test_counters_are_copied_and_statistics_averaged():
     torch.testing.assert_close(batch_norm.running_mean, torch.full((2,), 2.0, dtype=torch.float64))
 
 
-def test_the_network_itself_stays():
+def test_the_network_is_not_changed():
     model = network(7.0)
     ema = average(model)
     for update in range(20):

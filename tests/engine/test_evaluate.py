@@ -89,7 +89,7 @@ def test_with_up_to_five_classes_every_answer_is_among_the_best_five():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_network_stays_as_it_was(training):
+def test_the_network_keeps_its_mode(training):
     model = network(7).train(training)
     before = deepcopy(model.state_dict())
     first = evaluated(model, batches(23, 7, 7))
@@ -115,7 +115,7 @@ def test_correct_within():
     assert correct_within(logits, labels, 9).tolist() == [True, True]
 
 
-def test_an_evaluation_in_words_and_as_numbers():
+def test_result_as_text_and_as_dict():
     evaluation = ClassificationResult(top1=12.34567, top5=50.0, loss=1.23456, images=359)
     assert str(evaluation) == "Acc@1 12.346 Acc@5 50.000 loss 1.2346 on 359 images"
     assert evaluation.as_dict() == {"top1": 12.34567, "top5": 50.0, "loss": 1.23456, "images": 359}
@@ -149,7 +149,7 @@ def test_finite_answers_are_not_refused():
     refuse_nonfinite(result)
 
 
-def test_an_overflow_of_half_precision_is_noticed():
+def test_an_overflow_of_half_precision_is_detected():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
     nn.init.constant_(model[1].weight, 1e4)
@@ -159,12 +159,12 @@ def test_an_overflow_of_half_precision_is_noticed():
     assert half.nonfinite > 0
 
 
-def test_no_images_are_no_accuracy():
+def test_no_images_are_an_error():
     with pytest.raises(ValueError, match="there are no images to evaluate"):
         evaluated(network(3), [])
 
 
-def test_an_unreadable_image_is_not_passed_over(tmp_path: Path):
+def test_an_unreadable_image_is_an_error(tmp_path: Path):
     for name in ("ant", "bee"):
         for number in range(3):
             path = tmp_path / "val" / name / f"{number}.png"
@@ -212,7 +212,7 @@ def test_agreement_and_difference_by_hand():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["first", "second", "both"])
-def test_answers_that_are_no_numbers_never_agree(value, which):
+def test_non_finite_outputs_never_agree(value, which):
     rows = [[4.0, 0.0], [value, 0.0]]
     first, second = (Table([rows[which in (name, "both")], [1.0, 0.0]]) for name in ("first", "second"))
     batch = Batch(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 0]), torch.arange(2), [])
@@ -225,7 +225,7 @@ def test_answers_that_are_no_numbers_never_agree(value, which):
         assert (result.first.nonfinite, result.second.nonfinite) == (which != "second", which != "first")
 
 
-def test_a_conversion_that_forgets_the_statistics_is_found_out():
+def test_a_conversion_that_ignores_the_statistics_is_detected():
     torch.manual_seed(0)
     model = models.create_model("RepMLPNet-Digits", 10)
     wrong = to_deploy(model).eval()

@@ -50,7 +50,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 @pytest.mark.parametrize("spoilt", [(0,), (1,), (0, 2)])
-def test_an_update_of_broken_numbers_leaves_no_trace(trainer_of, batch_of, name, spoilt, value):
+def test_a_skipped_update_changes_nothing(trainer_of, batch_of, name, spoilt, value):
     batches = [batch_of(8, seed=number) for number in range(4)]
     broken, whole = network(), network()
     trainer = trainer_of(
@@ -83,7 +83,7 @@ def test_too_many_skipped_updates_end_the_run(trainer_of, batch_of):
     assert "TRAIN.BASE_LR" in str(error.value)
 
 
-def test_they_count_over_epochs(trainer_of, batch_of):
+def test_skipped_updates_are_counted_over_epochs(trainer_of, batch_of):
     trainer = trainer_of(network(), criterion=Spoiling(0, 4, 5), max_skipped=2)
     trainer.train_epoch(batch_of(8, seed=number) for number in range(3))
     with pytest.raises(ValueError, match="3 updates were skipped"):
@@ -115,7 +115,7 @@ def test_gradients_of_what_the_loss_learns_count(trainer_of, batch_of):
     assert 0 < (criterion.own.detach() - 1).norm() < 1.9 * 0.01 * 1e-3 * (1 + 1e-3)
 
 
-def test_a_broken_batch_spoils_the_whole_accumulated_update(trainer_of, batch_of):
+def test_one_non_finite_batch_skips_the_whole_accumulated_update(trainer_of, batch_of):
     model = network()
     before = learnt(model)
     trainer = trainer_of(model, criterion=Spoiling(1), accumulation=2, max_skipped=1)
@@ -184,12 +184,12 @@ def test_the_order_of_images_may_not_change_within_an_epoch(trainer_of, batch_of
     trainer = trainer_of(network())
     trainer.train_epoch(epoch(batch_of, 0), lambda: True)
     path = saved(trainer, tmp_path)
-    with pytest.raises(ValueError, match=r"in the middle of an epoch.*resume with the old value"):
+    with pytest.raises(ValueError, match=r"from the middle of an epoch.*resume with the old value"):
         resume(trainer_of(network(), **change), path)
 
 
 @pytest.mark.parametrize("change", [{"seed": 7}, {"images": 48}])
-def test_between_epochs_it_may(trainer_of, batch_of, tmp_path, change):
+def test_the_order_of_images_may_change_between_epochs(trainer_of, batch_of, tmp_path, change):
     trainer = trainer_of(network())
     trainer.train_epoch(epoch(batch_of, 0))
     other = trainer_of(network(), **change)
@@ -215,7 +215,7 @@ def damaged(path: Path) -> Path:
     return path
 
 
-def test_a_damaged_checkpoint_is_passed_over(trainer_of, tmp_path, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_checkpoint_is_skipped(trainer_of, tmp_path, caplog: pytest.LogCaptureFixture):
     trainer, checkpoints = trainer_of(network()), checkpoint_folder(tmp_path, keep=3)
     for finished in (3, 4):
         trainer.progress.epoch, trainer.progress.update = finished + 1, 10 * finished
@@ -236,7 +236,7 @@ def test_the_newest_is_the_one_with_the_most_updates(trainer_of, tmp_path):
     assert checkpoints.newest(LOGGER).path == tmp_path / "best_ckpt.pth"
 
 
-def test_where_all_are_damaged_the_run_does_not_begin_anew(trainer_of, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_from_scratch(trainer_of, tmp_path):
     checkpoints = checkpoint_folder(tmp_path, keep=3)
     checkpoints.save(trainer_of(network()))
     damaged(tmp_path / "latest.pth")
@@ -245,7 +245,7 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew(trainer_of, tmp_path)
     assert "another TAG" in str(error.value)
 
 
-def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
+def test_temporary_files_of_a_killed_run_are_deleted(tmp_path):
     (tmp_path / ".latest.pth.x1.tmp").touch()
     (tmp_path / "notes.tmp").touch()
     checkpoint_folder(tmp_path, keep=3).clear_leftovers()

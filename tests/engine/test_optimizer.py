@@ -63,7 +63,7 @@ def test_a_bias_of_several_dimensions_does_not_decay():
     assert (len(decaying["params"]), len(plain["params"])) == (0, 1)
 
 
-def test_the_options_of_adamw_arrive():
+def test_the_options_of_adamw():
     optimizer = optimizer_of(network(), name="adamw", lr=0.02, weight_decay=0.3, betas=[0.7, 0.8], eps=1e-5)
     assert isinstance(optimizer, torch.optim.AdamW)
     for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
@@ -72,7 +72,7 @@ def test_the_options_of_adamw_arrive():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
-def test_the_options_of_sgd_arrive(momentum):
+def test_the_options_of_sgd(momentum):
     optimizer = optimizer_of(network(), name="sgd", lr=0.02, weight_decay=0.3, momentum=momentum)
     assert isinstance(optimizer, torch.optim.SGD)
     for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
@@ -125,7 +125,7 @@ def test_adamw_by_hand():
     optimizer = optimizer_of(model, name="adamw", lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-8)
     model.weight.grad = torch.full((1, 1), 3.0, dtype=torch.float64)
     optimizer.step()
-    # The first step has the size of the learning rate, whatever the gradient; the decay is apart from it.
+    # The first step has the size of the learning rate for any gradient; weight decay is decoupled.
     assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-8)
 
 
@@ -134,7 +134,7 @@ def test_the_schema_allows_all_optimizers_and_no_others():
     assert CONSTRAINTS["TRAIN.OPTIMIZER.NAME"].allowed == f"one of {', '.join(OPTIMIZERS)}"
 
 
-def test_what_the_loss_learns_is_trained_behind_the_network():
+def test_parameters_of_the_loss_follow_those_of_the_network():
     model, criterion = Exempting(), nn.Linear(2, 2)
     optimizer = optimizer_of(model, weight_decay=0.3, criterion=criterion)
     decaying, plain = (group["params"] for group in optimizer.param_groups)

@@ -74,12 +74,12 @@ def test_the_log_line():
     )
 
 
-def test_less_than_one_update_is_a_mistake_of_the_user():
+def test_less_than_one_update_is_an_error():
     with pytest.raises(ValueError, match="TRAIN.ACCUMULATION_STEPS = 8: an epoch has 7 batches only.* lower it"):
         plan_training(load("TRAIN.ACCUMULATION_STEPS 8"), world_size=1, steps_per_epoch=7)
 
 
-def test_less_than_one_batch_of_images_is_a_mistake_of_the_user():
+def test_less_than_one_batch_of_images_is_an_error():
     with pytest.raises(ValueError, match=r"DATA.BATCH_SIZE = 128: .* do not fill one batch .* lower it"):
         plan_training(load(), world_size=2, steps_per_epoch=0)
 

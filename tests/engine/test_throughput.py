@@ -28,11 +28,11 @@ def test_the_numbers_are_positive_and_ordered():
     assert 0 < result.slowest <= result.images_per_second <= result.fastest
 
 
-def test_every_pass_is_made_and_none_keeps_a_graph():
+def test_every_pass_runs_without_a_graph():
     model = Counting()
     throughput(model, torch.ones(8, 4), nullcontext(), warmup=2, repeats=5)
     assert (model.passes, model.graphs) == (7, 0)
 
 
-def test_in_words():
+def test_throughput_as_text():
     assert str(Throughput(100.25, 90.5, 110.75)) == "100.2 img/s (slowest 90.5, fastest 110.8)"

@@ -141,7 +141,7 @@ def digits_run(trainer_of, seed: int, *, mixup: float = 0.4) -> list[torch.Tenso
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(trainer_of):
     first = digits_run(trainer_of, 1)
-    torch.rand(7)  # whatever was drawn before does not matter
+    torch.rand(7)  # earlier draws do not matter
     again, other, plain = digits_run(trainer_of, 1), digits_run(trainer_of, 2), digits_run(trainer_of, 1, mixup=0.0)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
@@ -178,7 +178,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 def test_the_layout_in_memory_changes_nothing_even_in_the_middle_of_a_run(
     plain_network, trainer_of, batch_of, tmp_path, first, second, accumulation, name
 ):
-    """The fused optimizers go through memory, whatever the indices: all that they read must lie alike."""
+    """The fused optimizers iterate over memory, not over indices: all tensors need the same layout."""
     batches = [batch_of(5, seed=number) for number in range(4 * accumulation)]
 
     def build(layout: torch.memory_format) -> Trainer:
@@ -297,7 +297,7 @@ def test_the_recorded_norm_is_that_of_the_gradient_before_clipping_and_without_s
     assert record["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-5 if dtype is None else 0.02)
 
 
-def test_a_run_that_skips_all_updates_of_a_record_names_no_loss(trainer_of, batch_of, tmp_path, metrics):
+def test_a_record_of_skipped_updates_has_no_loss(trainer_of, batch_of, tmp_path, metrics):
     class Broken(nn.CrossEntropyLoss):
         def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return super().forward(input, target) * torch.nan
@@ -377,7 +377,7 @@ def test_an_accumulated_update_counts_all_of_its_images(clocked, batch_of):
     assert epoch == ("0", pytest.approx(24 / 3.5, abs=0.1))
 
 
-def test_a_checkpoint_takes_none_of_the_time(clocked, batch_of):
+def test_saving_is_not_timed(clocked, batch_of):
     def save(trainer: Trainer) -> None:
         trainer.check_skipped()  # as a checkpoint does before it is written
         clocked.clock.now += 1000.0
@@ -385,21 +385,19 @@ def test_a_checkpoint_takes_none_of_the_time(clocked, batch_of):
     assert clocked([[batch_of(4)] * 5], (0.5,), save, print_freq=2) == [("0:00:24", 8.0), ("0:00:23", 8.0), ("0", 8.0)]
 
 
-def test_the_rates_of_a_resumed_run_are_those_of_its_own_life(
-    clocked, trainer_of, plain_network, batch_of, tmp_path, caplog
-):
+def test_rates_of_a_resumed_run_count_from_the_resume(clocked, trainer_of, plain_network, batch_of, tmp_path, caplog):
     batches, clock = [batch_of(4, seed=number) for number in range(10)], clocked.clock
-    lives = [trainer_of(plain_network(), print_freq=4, updates_per_epoch=10) for _ in range(2)]
-    lives[0].train_epoch(clock.batches(batches, 0.5), lambda: lives[0].progress.update == 6)
-    checkpoint_folder(tmp_path, keep=1).save(lives[0])
-    resume(lives[1], tmp_path / "latest.pth")
+    first, second = [trainer_of(plain_network(), print_freq=4, updates_per_epoch=10) for _ in range(2)]
+    first.train_epoch(clock.batches(batches, 0.5), lambda: first.progress.update == 6)
+    checkpoint_folder(tmp_path, keep=1).save(first)
+    resume(second, tmp_path / "latest.pth")
     caplog.clear()
-    lives[1].train_epoch(clock.batches(batches[6:], 2.0))
+    second.train_epoch(clock.batches(batches[6:], 2.0))
     lines = [record.getMessage() for record in caplog.records]
     assert rates(lines) == [("0:03:04", 2.0), ("0", 2.0)]  # 92 updates left
 
 
-def test_an_epoch_without_any_update_of_this_life_has_a_mean_but_no_rate(
+def test_an_epoch_without_an_update_since_the_resume_has_a_mean_but_no_rate(
     clocked, trainer_of, plain_network, batch_of, tmp_path, caplog, metrics
 ):
     """It was stopped after its last update, before it had ended."""
@@ -444,14 +442,12 @@ def test_unreadable_images_are_named_once_and_too_many_end_the_run(
         trainer.train_epoch([batch_of(4, unreadable=("b.png: cut off",))])
 
 
-def test_none_may_be_unreadable_where_the_limit_is_zero(plain_network, trainer_of, batch_of):
+def test_no_image_may_be_unreadable_with_a_limit_of_zero(plain_network, trainer_of, batch_of):
     with pytest.raises(ValueError, match="1 training images can't be read"):
         trainer_of(plain_network()).train_epoch([batch_of(4, unreadable=("a.png: cut off",))])
 
 
-def test_the_time_that_is_left_and_the_rate_follow_from_each_other(
-    plain_network, trainer_of, batch_of, caplog: pytest.LogCaptureFixture
-):
+def test_eta_and_rate_are_consistent(plain_network, trainer_of, batch_of, caplog: pytest.LogCaptureFixture):
     trainer = trainer_of(plain_network(), print_freq=4, epochs=1000)  # of 5 updates, of 5 images each
     trainer.progress.epoch, trainer.progress.update = 600, 3000
 

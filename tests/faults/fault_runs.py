@@ -21,7 +21,7 @@ class Run:
         self._start, self.output, self.folder = start, output, output / soak.RUN
 
     def start(self, *options: object, plan: dict | None = None, workers: int = 0, **how: object) -> Process:
-        """Starts (or goes on with) the short training; `options` replace keys of it, `plan` is for the driver."""
+        """Starts or resumes the short training; `options` replace keys of it, `plan` is for the driver."""
         changes = dict(zip(options[::2], options[1::2], strict=True))
         script, *words = soak.arguments(self.output, workers, changes)  # type: ignore[arg-type]
         if plan is not None:
@@ -29,7 +29,7 @@ class Run:
         return self._start(script, *words, **how)
 
     def start_ranks(self, count: int, *options: object, **how: object) -> list[Process]:
-        """Starts the training with several processes, told who they are by the environment alone."""
+        """Starts the training in several processes, whose ranks are set in the environment only."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -16,7 +16,7 @@ CLONE_NEWNS = 0x20000
 
 
 def shrink_shared_memory(size: str) -> None:
-    """Mounts another file system on /dev/shm, which nobody else sees."""
+    """Mounts another file system on /dev/shm, which no other process sees."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")

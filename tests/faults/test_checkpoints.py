@@ -1,4 +1,4 @@
-"""Damaged checkpoints, full disks, folders that are taken: the older state stays, and a run goes on from it exactly."""
+"""Damaged checkpoints, full disks, locked folders: the older state is kept, and a run resumes from it exactly."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ DAMAGES = (truncate, flip, empty, overwrite)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(undisturbed, interrupted, damage):
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_previous_one(undisturbed, interrupted, damage):
     damage(interrupted.folder / "latest.pth")
     process = interrupted.finish()
     passed_over = [line for line in process.out.splitlines() if "passing over a checkpoint" in line]
@@ -54,7 +54,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(undisturbed, in
     assert soak.differences(undisturbed.folder, interrupted.folder) == []
 
 
-def test_several_damaged_ones(undisturbed, interrupted):
+def test_several_damaged_checkpoints(undisturbed, interrupted):
     for name in ("latest.pth", "ckpt_epoch_0.pth", "best_ema.pth"):
         truncate(interrupted.folder / name)
     process = interrupted.finish()
@@ -63,7 +63,7 @@ def test_several_damaged_ones(undisturbed, interrupted):
     assert soak.differences(undisturbed.folder, interrupted.folder) == []
 
 
-def test_where_all_are_damaged_nothing_is_touched(interrupted):
+def test_only_damaged_checkpoints_are_left_untouched(interrupted):
     found = sorted(interrupted.folder.glob("*.pth"))
     for path, damage in zip(found, DAMAGES, strict=False):
         damage(path)
@@ -83,7 +83,7 @@ def test_the_newest_is_judged_by_its_content_and_not_by_its_date(undisturbed, in
     assert soak.differences(undisturbed.folder, interrupted.folder) == []
 
 
-def test_a_state_under_any_name_is_as_good(undisturbed, interrupted):
+def test_a_run_resumes_equally_from_each_file_of_a_state(undisturbed, interrupted):
     (interrupted.folder / "latest.pth").rename(interrupted.folder / "best_ema.pth")
     interrupted.finish()
     assert "best_ema.pth, update 60\n" in interrupted.log
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_intact(undisturbed, start, smal
     assert soak.differences(undisturbed.folder, elsewhere.folder) == []
 
 
-def test_a_disk_without_a_single_byte_left(start, small_disk):
+def test_a_completely_full_disk(start, small_disk):
     run = Run(start, small_disk)
     process = run.start("SAVE_STEPS", 0, "PRINT_FREQ", 1)
     process.until("Train: ", 3)

@@ -94,7 +94,7 @@ def test_a_training_survives_its_console(undisturbed, run, tmp_path, how):
     assert soak.differences(undisturbed.folder, run.folder) == []
 
 
-def test_a_console_of_few_characters(tmp_path):
+def test_a_console_with_an_ascii_encoding(tmp_path):
     name = "Ärger-蚂蚁"
     environment = clean_environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     words = [*soak.arguments(tmp_path, 0, {"TAG": name, "TRAIN.EPOCHS": 1, "TRAIN.WARMUP_EPOCHS": 0})]

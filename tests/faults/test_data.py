@@ -47,7 +47,7 @@ def test_unreadable_images_are_named_once_replaced_and_counted(run, broken, work
     assert len(run.records("train")) == 4
 
 
-def test_they_stay_known_and_counted_over_a_restart(run, broken):
+def test_unreadable_images_are_counted_over_a_restart(run, broken):
     assert run.start(*of(broken), plan={"kill_at_update": 5}).wait() == -signal.SIGKILL
     assert run.log.count("unreadable image replaced") == len(run.state()["unreadable"]) == 3
     run.finish(*of(broken))
@@ -55,7 +55,7 @@ def test_they_stay_known_and_counted_over_a_restart(run, broken):
     assert "; 3 unreadable images, 0 skipped updates; " in run.log
 
 
-def test_too_many_of_them_end_the_run(run, broken):
+def test_too_many_unreadable_images_end_the_run(run, broken):
     error = one_line(run.start(*of(broken), "DATA.MAX_UNREADABLE", 2))
     assert "3 training images can't be read, DATA.MAX_UNREADABLE is 2; the last one is " in error
     assert f"{broken}/train/" in error
@@ -133,7 +133,7 @@ def small(start) -> Callable[..., Callable[..., Process]]:
     return of_size
 
 
-def nobody_left(group: int) -> bool:
+def group_has_ended(group: int) -> bool:
     """Waits for all processes of a group to end; they must not need long."""
     until = time.monotonic() + 30
     while time.monotonic() < until:
@@ -156,13 +156,13 @@ def test_too_little_shared_memory_for_a_batch_or_for_a_start(small, tmp_path, si
     assert one_line(process) == FULL
     assert f"stopped: {FULL.removeprefix('error: ')}\n" in run.log
     assert "Traceback" not in run.log
-    assert nobody_left(process.pid)
+    assert group_has_ended(process.pid)
 
 
 def test_too_little_shared_memory_in_each_of_two_processes(small, tmp_path):
     ranks = Run(small(shared_memory="700k"), tmp_path).start_ranks(2, *LARGE, workers=2)
     assert [one_line(process) for process in ranks] == [FULL, FULL]
-    assert all(nobody_left(process.pid) for process in ranks)
+    assert all(group_has_ended(process.pid) for process in ranks)
 
 
 def test_too_little_shared_memory_for_an_evaluation(small, undisturbed, tmp_path):
@@ -174,7 +174,7 @@ def test_too_little_shared_memory_for_an_evaluation(small, undisturbed, tmp_path
     run.finish(*options, workers=0)
     process = start(soak.ROOT / "test.py", "digits", "train", weights, "-b", 359, "-j", 2)
     assert one_line(process) == FULL
-    assert nobody_left(process.pid)
+    assert group_has_ended(process.pid)
 
 
 def test_too_few_open_files_for_data_loading_processes(small, tmp_path):

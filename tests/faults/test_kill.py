@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: whatever is started again ends like the run that nothing happened to, bit for bit."""
+"""SIGKILL at any moment: a restarted run equals the undisturbed run, bit for bit."""
 
 import os
 import random
@@ -22,14 +22,14 @@ KILLS = soak.KILLS_A_ROUND  # of each run below: 28 in all
         (3, (2, 1, 0)),
     ],
 )
-def test_killed_at_random_moments_again_and_again(undisturbed, run, seed, workers):
-    """Every life has the next number of data loading processes, and about every other one ends while it saves."""
+def test_killed_repeatedly_at_random_moments(undisturbed, run, seed, workers):
+    """The number of data loading processes changes with each start; about half of the kills hit a save."""
     rng, hits = random.Random(seed), []
     while len(hits) < KILLS:
         before = soak.lines(run.folder)
         process = run.start(workers=workers[len(hits) % len(workers)])
         hits.append(soak.kill(run.folder, process.alive, process.pid, rng, lines_before=before))
-        assert hits[-1] != "nothing", "it came to its end before it was killed"
+        assert hits[-1] != "nothing", "it ended before it was killed"
         assert process.wait() == -signal.SIGKILL
     print(f"{hits.count('training')} kills hit training, {hits.count('saving')} saving")
     run.finish(workers=workers[0])
@@ -38,14 +38,14 @@ def test_killed_at_random_moments_again_and_again(undisturbed, run, seed, worker
     assert run.log.count("resuming from") <= KILLS + 1
 
 
-def test_killed_at_one_file_after_the_other(undisturbed, run):
-    """Lives end when their n-th checkpoint file is about to get its name, or has just got it."""
-    for life in range(2, 40):
-        process = run.start(plan={("kill_at_rename", "kill_after_rename")[life % 2]: life // 2})
+def test_killed_at_each_file_in_turn(undisturbed, run):
+    """Each start is killed just before, or just after, it renames its n-th checkpoint file, for rising n."""
+    for start in range(2, 40):
+        process = run.start(plan={("kill_at_rename", "kill_after_rename")[start % 2]: start // 2})
         if process.wait() == 0:
             break
         assert process.status == -signal.SIGKILL, process.err
-    assert life > 6
+    assert start > 6
     assert soak.differences(undisturbed.folder, run.folder) == []
     assert run.leftovers() == []
 
@@ -63,10 +63,10 @@ def test_an_evaluation_is_recorded_once_where_the_epoch_had_been_saved_before_it
     assert [record["epoch"] for record in run.records("eval_ema")] == [0, 1]
 
 
-def test_what_a_killed_run_leaves_lying_about_is_in_nobodys_way(undisturbed, interrupted):
+def test_leftovers_of_a_killed_run_do_not_block_the_next(undisturbed, interrupted):
     stray = interrupted.folder / ".latest.pth.abc123.tmp"
     stray.write_bytes(b"half a checkpoint")
-    (interrupted.folder / ".lock").write_text("1")  # a process that lives, but holds no lock
+    (interrupted.folder / ".lock").write_text("1")  # a live process that holds no lock
     metrics = interrupted.folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"kind": "train", "upd')
     interrupted.finish()
@@ -74,18 +74,18 @@ def test_what_a_killed_run_leaves_lying_about_is_in_nobodys_way(undisturbed, int
     assert soak.differences(undisturbed.folder, interrupted.folder) == []
 
 
-def test_the_next_run_need_not_wait_for_the_data_loading_processes_of_a_killed_one(undisturbed, run):
+def test_the_next_run_does_not_wait_for_the_data_loading_processes_of_a_killed_one(undisturbed, run):
     """They notice only seconds later that their run is gone, and hold no lock meanwhile."""
     process = run.start(workers=2)
     process.until("Train: ", 2)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert _group_lives(process.pid)
+    assert _group_exists(process.pid)
     run.finish(workers=2)
     assert soak.differences(undisturbed.folder, run.folder) == []
 
 
-def _group_lives(group: int) -> bool:
+def _group_exists(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Several processes: one of them killed, all of them stopped, and runs that go on with another number of them."""
+"""Several processes: one killed, all stopped, and runs that resume with another number of them."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_more_than_two_ranks_resume_exactly(start, run, tmp_path_factory, count,
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_rank_of_two_is_killed(two, run, victim):
-    """The other one ends too instead of waiting for ever, and both go on exactly where they had last saved."""
+    """The other one ends too instead of waiting forever, and both resume exactly from the last checkpoint."""
     ranks = run.start_ranks(2, *HALF)
     ranks[0].until("Train: ", 4)
     os.kill(ranks[victim].pid, signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_torchrun_ends_when_a_rank_is_killed(two, run):
     assert soak.differences(two.folder, run.folder) == []
 
 
-def test_torchrun_brings_a_run_back_by_itself(two, run):
+def test_torchrun_restarts_a_run_automatically(two, run):
     """With data loading processes, which outlast the rank that is killed."""
     torchrun = Torchrun(run, "--max_restarts", 2, workers=1)
     torchrun.until("Train: ", 4)
@@ -116,8 +116,8 @@ def test_torchrun_brings_a_run_back_by_itself(two, run):
     assert soak.differences(two.folder, run.folder) == []
 
 
-def test_torchrun_passes_a_stop_on(two, run):
-    """The launcher sends it to the data loading processes as well."""
+def test_torchrun_forwards_a_signal(two, run):
+    """The launcher sends it to the data loading processes, too."""
     torchrun = Torchrun(run, workers=1)
     torchrun.until("Train: ", 4)
     os.kill(torchrun.pid, signal.SIGTERM)
@@ -140,7 +140,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_update(two, run, ask
     assert soak.differences(two.folder, run.folder) == []
 
 
-def test_a_mistake_that_only_the_first_rank_sees_ends_both_in_one_line(interrupted):
+def test_an_error_on_rank_0_alone_ends_both_ranks_in_one_line(interrupted):
     for path in interrupted.folder.glob("*.pth"):
         path.write_bytes(b"")
     ranks = interrupted.start_ranks(2, *HALF)
@@ -149,7 +149,7 @@ def test_a_mistake_that_only_the_first_rank_sees_ends_both_in_one_line(interrupt
         assert re.fullmatch(r"error: none of the \d checkpoints in .* can be read: .*\n", process.err), process.err
 
 
-def test_two_ranks_on_a_folder_that_is_taken(undisturbed, run):
+def test_two_ranks_on_a_locked_folder(undisturbed, run):
     first = run.start()
     first.until("Train: ", 2)
     ranks = run.start_ranks(2, *HALF)
@@ -180,10 +180,10 @@ def test_another_number_of_processes_repeats_and_skips_no_image(run, tmp_path, b
     images = parts[0] + parts[1]
     assert len(images) == len(set(images)), "an image was trained on twice"
     order = np.random.default_rng([0, 1]).permutation(1438)  # of seed 0 and epoch 1
-    assert sorted(images) == sorted(order[: len(images)]), "an image was passed over"
+    assert sorted(images) == sorted(order[: len(images)]), "an image was skipped"
     assert 1438 - len(images) < 32 * after, "more than an incomplete step was left out"
     changed = re.search(
-        r"this run has changed \((.*)\); it resumes after image (\d+) of epoch 1, which is update", run.log
+        r"this run has changed \((.*)\); it resumes after image (\d+) of epoch 1, which is now update \d+", run.log
     )
     assert changed is not None
     assert f"world_size {before} -> {after}, global_batch {32 * before} -> {32 * after}" in changed[1]

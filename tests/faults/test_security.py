@@ -57,7 +57,7 @@ def test_a_malicious_checkpoint_in_the_folder_of_the_run(undisturbed, interrupte
     assert soak.differences(undisturbed.folder, interrupted.folder) == []
 
 
-def test_a_published_checkpoint_with_its_pickled_configuration_goes_on(interrupted, run, tmp_path):
+def test_a_published_checkpoint_with_its_pickled_configuration_resumes(interrupted, run, tmp_path):
     """Such files are written after an epoch, with a CfgNode among the tensors."""
     state = torch.load(interrupted.folder / "ckpt_epoch_0.pth", weights_only=True)
     config = CfgNode({"TRAIN": {"EPOCHS": 300, "BASE_LR": 0.1}, "TAG": "theirs"})
@@ -103,8 +103,8 @@ def test_a_map_does_not_lead_out_of_its_zip(start, images, tmp_path, entry):
 DRAWING = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\nshowpage\n%%EOF\n"
 
 
-def test_an_image_starts_no_program(run, start, images, tmp_path):
-    """Pillow hands a drawing in PostScript to the program `gs`, under whatever name the file comes."""
+def test_an_image_cannot_start_a_program(run, start, images, tmp_path):
+    """Pillow hands a drawing in PostScript to the program `gs`, whatever the file is called."""
     root, marker = Path(shutil.copytree(images, tmp_path / "folder")), tmp_path / "marker"
     drawing = root / "train/ant/3.png"
     drawing.write_bytes(DRAWING)
@@ -132,7 +132,7 @@ def test_an_image_starts_no_program(run, start, images, tmp_path):
         ("ant/1.png", "0", "line 2: 'ant/1.png' is in line 1 already"),
     ],
 )
-def test_a_map_can_make_no_endless_list_and_forge_no_line(start, images, tmp_path, entry, label, message):
+def test_a_map_cannot_make_an_endless_list_or_forge_a_line(start, images, tmp_path, entry, label, message):
     for split in ("train", "val"):
         with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as archive:
             for number in (0, 1):
@@ -167,7 +167,7 @@ sys.addaudithook(hook)
 """
 
 
-def test_no_network_is_asked(tmp_path):
+def test_no_network_access(tmp_path):
     """Any look-up or connection ends the process; where that is possible, there is no network at all besides."""
     (tmp_path / "sitecustomize.py").write_text(ALARM)
     environment = os.environ | soak.ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1: the state is saved at the next update, and the run goes on from it exactly."""
+"""SIGTERM, SIGINT and SIGUSR1: the state is saved at the next update, and the run resumes from it exactly."""
 
 import os
 import signal
@@ -59,7 +59,7 @@ def test_a_signal_while_the_run_starts_or_after_its_end_changes_nothing(undistur
 
 
 def test_a_signal_in_the_last_update_of_an_epoch(undisturbed, run):
-    """The evaluation of that epoch is then the first thing that the next life does."""
+    """The next start then begins with the evaluation of that epoch."""
     process = run.start(plan={"signal_at_update": [43, signal.SIGUSR1]})
     assert process.wait() == 138
     assert run.records("eval") == []

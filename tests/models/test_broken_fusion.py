@@ -215,7 +215,7 @@ def test_convert_compares_the_very_weights_that_it_writes() -> None:
     for value in (1e-9, float("nan"), float("inf")):
         deploy = to_deploy(model)
         deploy.head.bias.data[0] += value
-        with pytest.raises(ValueError, match="do not answer as the training weights do, and nothing was written"):
+        with pytest.raises(ValueError, match="are not equivalent to the training weights, and nothing was written"):
             convert.verify(model, deploy, model.img_size)
 
 

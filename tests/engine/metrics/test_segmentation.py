@@ -52,7 +52,7 @@ def test_intersection_over_union() -> None:
     assert intersection_over_union(CONFUSION).tolist() == pytest.approx([2 / 4, 2 / 3, 1 / 2])
 
 
-def test_a_class_that_is_nowhere_does_not_enter_the_mean() -> None:
+def test_an_absent_class_is_left_out_of_the_mean() -> None:
     result = summarise(torch.tensor([[3, 0, 1, 0], [0, 0, 0, 0], [0, 0, 4, 0]]), 7)
     assert result.iou == pytest.approx([75.0, None, 80.0])
     assert result.miou == pytest.approx(77.5)
@@ -60,7 +60,7 @@ def test_a_class_that_is_nowhere_does_not_enter_the_mean() -> None:
     assert result.images == 7
 
 
-def test_a_class_that_is_only_answered_enters_with_zero() -> None:
+def test_a_class_that_is_only_predicted_counts_as_zero() -> None:
     assert summarise(torch.tensor([[3, 1, 0], [0, 0, 0]]), 1).iou == pytest.approx([75.0, 0.0])
 
 
@@ -103,7 +103,7 @@ def test_a_pixel_with_logits_that_are_not_finite_counts_as_wrong() -> None:
     assert "nonfinite" not in result.as_dict()
 
 
-def test_a_network_without_any_finite_logit_is_as_bad_as_can_be() -> None:
+def test_a_network_without_finite_logits_has_the_lowest_figures() -> None:
     result = evaluated(batch(LABELS[None], torch.full((1, 2, 4), BROKEN)), network=Breaking)
     assert (result.miou, result.pixel_accuracy, result.nonfinite) == (0.0, 0.0, 1)
 

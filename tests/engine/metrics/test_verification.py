@@ -84,7 +84,7 @@ def test_folds_are_assigned_within_each_kind() -> None:
     assert folds[~same].tolist() == [1, 0, 1, 0]
 
 
-def test_each_fold_is_judged_by_the_threshold_of_the_others() -> None:
+def test_each_fold_uses_the_threshold_of_the_others() -> None:
     # Fold 1 holds 0.9 and 0.6, fold 0 holds 0.5 and 0.2: the thresholds are 0.75 in one, 0.35 in the other.
     scores, same = torch.tensor([0.9, 0.6, 0.5, 0.2]).double(), torch.tensor([True, False, True, False])
     assert assign_folds(same, 2).tolist() == [1, 1, 0, 0]
@@ -99,7 +99,7 @@ def test_folds_that_the_pairs_do_not_fill_are_refused(folds: int) -> None:
         assign_folds(same, folds)
 
 
-def test_verification_looks_at_angles_alone() -> None:
+def test_scores_depend_on_angles_only() -> None:
     # Three directions, of any length; pairs along one of them are the same.
     embeddings = torch.tensor([[2.0, 0], [0.1, 0], [0, 3.0], [0, 0.5], [-1.0, 0], [-4.0, 0]]).double()
     first, second = torch.tensor([[0, 1], [2, 3], [4, 5], [0, 2], [1, 4], [3, 5]]).T
@@ -110,7 +110,7 @@ def test_verification_looks_at_angles_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_embeddings_that_are_not_finite_have_no_figure(value: float) -> None:
+def test_non_finite_embeddings_have_no_figures(value: float) -> None:
     embeddings = torch.randn(6, 3).double()
     embeddings[1, 2] = embeddings[5, 0] = value
     same = torch.tensor([True, True, False, False])
@@ -125,7 +125,7 @@ def test_embeddings_that_are_not_finite_have_no_figure(value: float) -> None:
         second[3] = 5
 
 
-def test_an_embedding_that_no_pair_has_does_not_matter() -> None:
+def test_an_embedding_outside_all_pairs_is_ignored() -> None:
     embeddings = torch.tensor([[2.0, 0], [0.1, 0], [0, 3.0], [0, 0.5], [float("nan"), 0]]).double()
     first, second = torch.tensor([[0, 1], [2, 3], [0, 2], [1, 3]]).T
     assert verify(embeddings, first, second, torch.tensor([True, True, False, False]), folds=2).accuracy == 100
@@ -143,7 +143,7 @@ def metric() -> VerificationMetric:
     return VerificationMetric(CPU, PAIRS, folds=2)
 
 
-def test_pairs_name_images_by_their_position_in_the_set() -> None:
+def test_pairs_are_indices_of_the_data_set() -> None:
     """Whatever the batches that bring them, as those of several processes do."""
     images = torch.tensor([[2.0, 0], [0.1, 0.01], [0, 3.0], [0.2, 0.5], [7.0, 7.0]])
     expected = verify(images.double(), *(torch.from_numpy(part) for part in PAIRS), folds=2)
