@@ -82,7 +82,8 @@ class TaskRuns:
         assert {process.wait() for process in started} == {expected}, [p.out + p.err for p in started]
 
 
-@pytest.fixture(scope="session", params=TASKS)
+# The runs of a task are shared by the tests of one worker.
+@pytest.fixture(scope="session", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TASKS])
 def task(request: pytest.FixtureRequest, start: Any, tmp_path_factory: pytest.TempPathFactory) -> TaskRuns:
     """Each task in turn."""
     name = request.param
