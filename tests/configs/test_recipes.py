@@ -113,7 +113,7 @@ def test_the_segmentation_recipe():
     assert {key: given[key] for key in expected} == expected
     assert given["TRAIN.BASE_LR"] * 8 / 256 == pytest.approx(1e-4)
     other = flatten(load_config(CONFIGS / "cityscapes_pspnet_d256.yaml"))
-    assert {key for key in given if given[key] != other[key]} == {"SEG.DECODER"}
+    assert {key for key in given if given[key] != other[key]} == {"SEG.DECODER", "TAG"}
 
 
 def test_the_face_recipe():
