@@ -34,7 +34,7 @@ _C.DATA.IMG_SIZE = None
 # Side of a test image in pixels, or [height, width]; null: IMG_SIZE for classification and verification, whole images
 # for segmentation.
 _C.DATA.TEST_SIZE = None
-# Test images per process and step; at least 1; null: BATCH_SIZE.
+# Test images per process and step; at least 1; null: BATCH_SIZE, or 1 where test images keep their own sizes.
 _C.DATA.TEST_BATCH_SIZE = None
 # Interpolation when images are resized: bilinear | bicubic | random (one of the two for each training image)
 _C.DATA.INTERPOLATION = "bilinear"

@@ -102,7 +102,14 @@ class TransformedDataset(Dataset[Sample]):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stacks samples into a batch."""
+    """Stacks samples into a batch; ValueError for images of different sizes."""
+    sizes = {tuple(sample.image.shape[1:]) for sample in samples}
+    if len(sizes) > 1:
+        (h1, w1), (h2, w2) = sorted(sizes)[:2]
+        raise ValueError(
+            f"images of {h1}x{w1} and {h2}x{w2} don't fit into one batch: set DATA.TEST_BATCH_SIZE to 1, or give all "
+            "test images one size by DATA.TEST_SIZE"
+        )
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         labels=torch.stack([torch.as_tensor(sample.label) for sample in samples]),
@@ -207,16 +214,19 @@ def build_eval_loader(
     transform: Callable[..., Any],
     cfg: CfgNode,
     *,
+    batch_size: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     dataset: type[TransformedDataset] = TransformedDataset,
 ) -> BatchLoader:
     """Returns a loader of this rank's `Batch`es: each image once over all ranks; the last batch may be smaller.
 
-    `cfg` is the section DATA; `dataset` applies the transform.
+    `cfg` is the section DATA; `dataset` applies the transform. `batch_size` replaces BATCH_SIZE as the default of
+    TEST_BATCH_SIZE.
     """
     sampler = EvalSampler(len(source), rank=rank, world_size=world_size)
-    return _build_loader(dataset(source, transform), sampler, cfg.TEST_BATCH_SIZE or cfg.BATCH_SIZE, cfg)
+    size = cfg.TEST_BATCH_SIZE or batch_size or cfg.BATCH_SIZE
+    return _build_loader(dataset(source, transform), sampler, size, cfg)
 
 
 def _build_loader(

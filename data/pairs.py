@@ -33,7 +33,7 @@ def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
         raise ValueError(f"no list of pairs at {path}")
     positions = {place: i for i, place in enumerate(source.paths)}
     rows: list[tuple[int, int, bool]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         *images, word = line.split("\t" if "\t" in line else None)
@@ -47,6 +47,13 @@ def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
         raise ValueError(f"{path} holds no pairs")
     first, second, same = zip(*rows, strict=True)
     return Pairs(np.array(first), np.array(second), np.array(same))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that editors on Windows begin with
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a list of pairs in UTF-8: {error}") from error
 
 
 def draw_pairs(labels: np.ndarray, count: int, seed: int = 0) -> Pairs:

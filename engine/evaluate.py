@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 
 import torch
 from torch import nn
@@ -34,6 +36,10 @@ def evaluate_checkpoint(run: Run) -> None:
     network = task.network_to_evaluate(checkpoint, arch)
     with open_log(run, network.arch) as logger:
         task.check_classes(checkpoint.path, network.num_classes)
+        for key, value in task.settings_of(network).items():
+            given = reduce(getitem, key.split("."), cfg)
+            if key in run.given and given != value:
+                logger.warning(f"{key} {given} is ignored: the checkpoint has {value}")
         logger.info(f"{checkpoint}, {len(task.val_source)} images of {len(task.val_source.classes)} classes")
         model = run.place(network.model.float())
         batches, metric = task.eval_loader(network.image_size), task.build_metric(network.num_classes)

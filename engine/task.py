@@ -107,10 +107,13 @@ class Task(ABC):
 
     def eval_loader(self, image_size: Size) -> data.BatchLoader:
         """Shards the test images over the processes, each image once; `image_size` is that of the network."""
+        size = self.test_size(image_size)
         return data.build_eval_loader(
             self.val_source,
-            self.eval_transform(self.test_size(image_size)),
+            self.eval_transform(size),
             self.cfg.DATA,
+            # Images that keep their size may differ in it.
+            batch_size=None if size else 1,
             rank=self.rank_info.rank,
             world_size=self.rank_info.world_size,
             dataset=self.dataset_type,
@@ -173,6 +176,11 @@ class Task(ABC):
     def load_pretrained(self, network: nn.Module) -> str:
         """Loads the weights MODEL.PRETRAINED; describes them, and the tensors that stay fresh, for the log."""
         checkpoint = read_checkpoint(self.cfg.MODEL.PRETRAINED)
+        if "network" in checkpoint.meta:
+            trained_for = checkpoint.meta.get("task")
+            raise ValueError(
+                f"{checkpoint.path} is of TASK {trained_for}: TASK {self.name} can't start from its weights"
+            )
         fresh = load_pretrained(self.arch, network, checkpoint)
         new = f" but for {len(fresh)} tensors, which are new ({fresh[0]} ... {fresh[-1]})" if fresh else ""
         return f"{checkpoint}{new}"
@@ -205,6 +213,10 @@ class Task(ABC):
         """Builds the network of a checkpoint; the configuration takes precedence over the metadata."""
         size = {"img_size": to_2tuple(self.cfg.DATA.IMG_SIZE)} if self.cfg.DATA.IMG_SIZE else {}
         return self.network_from(checkpoint, arch, **size, **self.structure)
+
+    def settings_of(self, network: Network) -> dict[str, Any]:
+        """Returns what the configuration would say of the network of a checkpoint, by key."""
+        return {"MODEL.NUM_CLASSES": network.num_classes}
 
     def check_classes(self, path: object, num_outputs: int) -> None:
         """Raises ValueError if the network of the checkpoint at `path` and the test images differ in their classes."""

@@ -1,8 +1,9 @@
 """Semantic segmentation: one class per pixel, a decoder on the levels of a backbone, mean IoU."""
 
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
+import timm
 from timm.layers import to_2tuple
 from torch import nn
 
@@ -10,9 +11,10 @@ from data.cityscapes import CITYSCAPES
 from data.segmentation import IGNORED, MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from engine.metrics import SegmentationMetric
 from engine.task import Size, Task
-from models import default_image_size
-from models.build import changeable, structure_changes
+from models import default_image_size, list_models
+from models.build import changeable, structure_changes, timm_name
 from models.checkpoints import Checkpoint, Network, build_from, read_checkpoint
+from models.dense import FULL_RANK
 from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
 from utils.seed import seed_everything
 
@@ -60,6 +62,7 @@ class Segmentation(Task):
                 "MODEL.PRETRAINED, SEG.DOWNSAMPLE, SEG.BACKBONE_SIZE and changes of the structure are for our own "
                 f"architectures, not for {self.arch}"
             )
+        _check_fixed_size(self.arch, self.train_size, self.test_size(self.train_size))
         if trained:
             options |= {"img_size": trained.image_size} | structure_changes(self.arch, trained.model)
         seed_everything(self.cfg.SEED)
@@ -68,7 +71,7 @@ class Segmentation(Task):
     @cached_property
     def _pretrained(self) -> Network | None:
         path = self.cfg.MODEL.PRETRAINED
-        return build_from(read_checkpoint(path), self.arch) if path else None
+        return build_from(read_checkpoint(path), self.arch, **self.structure) if path else None
 
     def load_pretrained(self, network: nn.Module) -> str:
         """Loads the backbone from the classifier in MODEL.PRETRAINED."""
@@ -94,6 +97,14 @@ class Segmentation(Task):
         size = to_2tuple(network.arguments.get("img_size") or default_image_size(own))
         return Network(own, network, network.num_classes, size)
 
+    def settings_of(self, network: Network) -> dict[str, Any]:
+        """Returns what the configuration would say of the network of a checkpoint, by key."""
+        arguments = cast(SegmentationNetwork, network.model).arguments
+        settings = {"SEG.DECODER": arguments["decoder"], "SEG.WIDTH": arguments["width"]}
+        settings |= {"SEG.DOWNSAMPLE": arguments.get("downsample"), "SEG.RANK": arguments.get("rank", FULL_RANK)}
+        parts = {part: arguments[part] for part in self.structure if part in arguments}
+        return settings | {f"MODEL.{part.upper()}": tuple(value) for part, value in parts.items()}
+
     def network_to_evaluate(self, checkpoint: Checkpoint, arch: str | None) -> Network:
         """Builds the network of a checkpoint; DATA.IMG_SIZE, the size of a crop, does not change it."""
         return self.network_from(checkpoint, arch)
@@ -105,3 +116,14 @@ class Segmentation(Task):
     def build_metric(self, num_outputs: int) -> SegmentationMetric:
         """Builds the metric of logits (N, K, H, W)."""
         return SegmentationMetric(self.rank_info.device, num_outputs)
+
+
+def _check_fixed_size(arch: str, *sizes: Size | None) -> None:
+    """Raises ValueError if an architecture of timm takes images of one size, and others are to be segmented."""
+    cfg = timm.get_pretrained_cfg(timm_name(arch))
+    height, width = default_image_size(arch)
+    if arch not in list_models() and cfg and cfg.fixed_input_size and {*sizes} != {(height, width)}:
+        raise ValueError(
+            f"{arch} takes images of {height}x{width} only: set DATA.IMG_SIZE and DATA.TEST_SIZE to it, or choose "
+            "another MODEL.ARCH"
+        )

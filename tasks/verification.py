@@ -5,13 +5,14 @@ of the network.
 """
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 import data
 from engine.metrics import VerificationMetric
 from engine.task import MIXING, Task
+from models.checkpoints import Network
 
 
 class MarginSoftmax(NamedTuple):
@@ -76,6 +77,10 @@ class Verification(Task):
         if face.PAIRS:
             return data.read_pairs(face.PAIRS, self.val_source)
         return data.draw_pairs(self.val_source.labels, face.NUM_PAIRS)
+
+    def settings_of(self, network: Network) -> dict[str, Any]:
+        """Returns what the configuration would say of the network of a checkpoint, by key."""
+        return {"FACE.EMBEDDING": network.num_classes}
 
     def check_classes(self, path: object, num_outputs: int) -> None:
         """Accepts any classes: embeddings are not tied to the people of a data set."""

@@ -128,7 +128,10 @@ def assign_folds(same: Tensor, folds: int) -> Tensor:
     """
     fewest = int(torch.minimum(same.sum(), (~same).sum()))
     if folds < 2 or fewest < folds:
-        raise ValueError(f"{folds} folds: there must be 2 at least, and as many pairs of either kind, not {fewest}")
+        raise ValueError(
+            f"{folds} folds: 2 at least are needed, and as many pairs of either kind, not {fewest}: set FACE.FOLDS "
+            "lower, or FACE.NUM_PAIRS higher"
+        )
     return torch.where(same, same.cumsum(0), (~same).cumsum(0)) % folds
 
 

@@ -20,7 +20,7 @@ from data import (
     eval_transform,
     train_transform,
 )
-from data.loaders import MAX_TRIES
+from data.loaders import MAX_TRIES, Sample, collate
 from data.transport import REFUSALS
 
 
@@ -333,3 +333,11 @@ def test_images_whose_names_are_odd_are_reported_escaped(image_folder):
     loader = build_eval_loader(FolderSource(image_folder, "val"), eval_transform((8, 8)), loading(7))
     (message,) = next(iter(loader)).unreadable
     assert message.startswith(f"{image_folder}/val/ant/\\x1b[2J\\n.png: not an image of a known format")
+
+
+def test_images_of_different_sizes_are_no_batch():
+    samples = [Sample(torch.zeros(3, side, 8, dtype=torch.uint8), 0, side, []) for side in (6, 7, 6)]
+    message = "images of 6x8 and 7x8 don't fit into one batch: set DATA.TEST_BATCH_SIZE to 1"
+    with pytest.raises(ValueError, match=message):
+        collate(samples)
+    assert collate(samples[::2]).images.shape == (2, 3, 6, 8)

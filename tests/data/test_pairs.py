@@ -82,3 +82,15 @@ def test_labels_without_pairs_of_both_kinds_are_refused(labels: list[int]) -> No
 def test_too_few_pairs_to_draw(count: int) -> None:
     with pytest.raises(ValueError, match=f"{count} pairs can't be drawn"):
         draw_pairs(np.array([0, 0, 1]), count)
+
+
+def test_a_list_with_a_byte_order_mark_is_read_and_another_encoding_is_named(
+    source: FolderSource, tmp_path: Path
+) -> None:
+    first, second = list(source.paths)[:2]
+    path = tmp_path / "pairs.txt"
+    path.write_text(f"{first}\t{second}\tsame\n", encoding="utf-8-sig")
+    assert len(read_pairs(path, source).same) == 1
+    path.write_bytes(b"\xff\xfe a b same")
+    with pytest.raises(ValueError, match=f"{path} is not a list of pairs in UTF-8"):
+        read_pairs(path, source)

@@ -119,3 +119,27 @@ def test_an_empty_folder(call, tmp_path: Path) -> None:
     result = call("main_repmlp.py", *words(tmp_path / "images", tmp_path / "output"))
     assert result.status == 2
     assert "no images at" in result.err
+
+
+def test_a_structure_that_is_not_that_of_the_pretrained_weights_is_refused(
+    refused, classifier: Path, cityscapes_folder: Path, tmp_path: Path
+) -> None:
+    changes = "MODEL.CHANNELS 8,16,16,64"
+    error = refused("main_repmlp.py", *words(cityscapes_folder, tmp_path, f"--pretrained {classifier}", changes))
+    assert f"{classifier} does not fit the network" in error
+
+
+def test_settings_that_an_evaluation_does_not_use_are_named(
+    call, segmenter: Path, cityscapes_folder: Path, tmp_path: Path
+) -> None:
+    weights = f"--eval --resume {segmenter / 'latest.pth'}"
+    result = call("main_repmlp.py", *words(cityscapes_folder, tmp_path, weights, "SEG.WIDTH 99"))
+    assert result.status == 0, result.err
+    assert "warning: SEG.WIDTH 99 is ignored: the checkpoint has " in result.out
+    assert result.out.count("is ignored") == 1
+
+
+def test_a_backbone_of_one_size_names_it(refused, cityscapes_folder: Path, tmp_path: Path) -> None:
+    changes = "MODEL.ARCH swin_tiny_patch4_window7_224 SEG.DOWNSAMPLE null"
+    error = refused("main_repmlp.py", *words(cityscapes_folder, tmp_path, changes=changes))
+    assert "swin_tiny_patch4_window7_224 takes images of 224x224 only: set DATA.IMG_SIZE and DATA.TEST_SIZE" in error
