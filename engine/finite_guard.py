@@ -81,7 +81,7 @@ class FiniteGuard:
             total += 1
             names = ", ".join(self._locate(int(index)) for batch in images for index in batch[:4])
             cause = f"loss, on images {names}, ..." if infinite_loss[i] else "gradients"
-            what = f"update {update} skipped at learning rate {lr:.3g}: not a finite {cause}"
+            what = f"update {update} skipped at learning rate {lr:.3g}: non-finite {cause}"
             self._logger.warning(what)
         if total > self._limit:
             raise ValueError(

@@ -120,9 +120,9 @@ class Segmentation(Task):
 
 def _check_fixed_size(arch: str, *sizes: Size | None) -> None:
     """Raises ValueError if an architecture of timm takes images of one size, and others are to be segmented."""
-    cfg = timm.get_pretrained_cfg(timm_name(arch))
+    pretrained = timm.get_pretrained_cfg(timm_name(arch))
     height, width = default_image_size(arch)
-    if arch not in list_models() and cfg and cfg.fixed_input_size and {*sizes} != {(height, width)}:
+    if arch not in list_models() and pretrained and pretrained.fixed_input_size and {*sizes} != {(height, width)}:
         raise ValueError(
             f"{arch} takes images of {height}x{width} only: set DATA.IMG_SIZE and DATA.TEST_SIZE to it, or choose "
             "another MODEL.ARCH"

@@ -72,7 +72,7 @@ def test_a_skipped_update_is_logged_with_its_images(trainer_of, batch_of, caplog
     with caplog.at_level(logging.WARNING, logger="tests.engine"):
         trainer.train_epoch(batch_of(8, seed=number) for number in range(3))
     (record,) = caplog.records
-    assert record.getMessage().startswith("update 1 skipped at learning rate 0.1: not a finite loss")
+    assert record.getMessage().startswith("update 1 skipped at learning rate 0.1: non-finite loss")
     assert "image-0.png, image-1.png" in record.getMessage()
 
 

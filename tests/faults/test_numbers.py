@@ -33,9 +33,7 @@ def assert_finite(run) -> None:
 def test_a_nan_costs_one_update(run, images):
     options = ("DATA.DATA_PATH", images, "DATA.DATASET", "imagenet", "DATA.BATCH_SIZE", 16)
     run.finish(*options, plan={"nan_at": [2, 5]})
-    told = re.findall(
-        r"WARNING update (\d+) skipped at learning rate (\S+): not a finite loss, on images (.*)", run.log
-    )
+    told = re.findall(r"WARNING update (\d+) skipped at learning rate (\S+): non-finite loss, on images (.*)", run.log)
     assert [(int(update), float(rate)) for update, rate, _ in told] == [
         (2, pytest.approx(0.0005 * 2 / 4)),
         (5, pytest.approx(0.0005 * (1 + math.cos(math.pi * 5 / 8)) / 2, rel=1e-2)),
@@ -112,7 +110,7 @@ def test_nan_from_some_update_on_ends_the_run(run):
     error = one_line(run.start("TRAIN.MAX_SKIPPED", 6, plan={"nan_from": 9}))
     assert re.fullmatch(
         r"error: 7 updates were skipped, TRAIN\.MAX_SKIPPED is 6; the last: update 15 skipped at learning rate \S+: "
-        r"not a finite loss, on images digits image \d+, .*\. Lower TRAIN\.BASE_LR, look at the images, or train with "
+        r"non-finite loss, on images digits image \d+, .*\. Lower TRAIN\.BASE_LR, look at the images, or train with "
         "AMP off",
         error,
     )
@@ -166,7 +164,7 @@ def test_gradients_that_are_not_finite_under_a_finite_loss(gradient):
         steps.update(number, gradient=gradient if number == 2 else 1.0)
         same = all(torch.equal(p, q) for p, q in zip(before, steps.network.parameters(), strict=True))
         assert same == (number == 2)
-    assert steps.told == ["update 2 skipped at learning rate 0.5: not a finite gradients"]
+    assert steps.told == ["update 2 skipped at learning rate 0.5: non-finite gradients"]
     assert steps.skipped == 1
 
 

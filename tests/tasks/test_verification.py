@@ -143,7 +143,7 @@ def test_the_directions_of_people_stay_in_single_precision(people, loss, amp):
     ("changes", "message"),
     [
         ("FACE.FOLDS 1", "FACE.FOLDS = 1"),
-        ("FACE.FOLDS 1000", "1000 folds: there must be"),
+        ("FACE.FOLDS 1000", "1000 folds: 2 at least are needed"),
         ("MODEL.ARCH RepMLP-FaceRez", "did you mean RepMLP-FaceRes?"),
         ("DATA.BATCH_SIZE 1000", "lower DATA.BATCH_SIZE"),
         ("AUG.MIXUP 0.4", "TASK verification does not use AUG.MIXUP"),
