@@ -3,7 +3,7 @@
 FC3 is a grouped 1x1 convolution on a map of one pixel and S * h * w channels, local branches are grouped convolutions
 on (M, S, h, w), FFNs are 1x1 convolutions, no BatchNorm is folded. It shares no forward pass with the library, so that
 a faster library does not make the baseline faster. Weights are contiguous: the published conversion leaves a
-transposed view that every forward pass copies anew, which would flatter us.
+transposed view that every forward pass copies again, which would flatter us.
 """
 
 from collections.abc import Sequence

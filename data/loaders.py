@@ -30,7 +30,7 @@ class Sample(NamedTuple):
     """One transformed image."""
 
     image: Tensor  # uint8 (C, H, W)
-    label: int | Tensor  # of the image, or int64 (H, W) of its pixels
+    label: int | Tensor  # of the image, int64 (H, W) of its pixels, or float (K,) of several labels
     index: int  # type: ignore[assignment]  # in the source
     unreadable: list[str]  # `path: reason` of the images that it replaces
 
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     """Samples, stacked; the consumer decides how many unreadable images are too many."""
 
     images: Tensor  # uint8 (N, C, H, W)
-    labels: Tensor  # int64 (N,), or (N, H, W)
+    labels: Tensor  # int64 (N,) or (N, H, W), or float (N, K)
     indices: Tensor  # int64 (N,)
     unreadable: list[str]
 

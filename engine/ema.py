@@ -4,13 +4,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from yacs.config import CfgNode
 
-from .plan import TrainingPlan
+from .plan import TrainingPlan, ema_weight
 
 
 class ModelEma:
     """An average of all weights and BatchNorm statistics, updated every few updates; a copy during the warm-up.
-
-    As published, 1 - decay is EMA_ALPHA x global batch / EPOCHS x EMA_UPDATE_PERIOD, at most 1.
 
     Args:
         network: not wrapped.
@@ -20,7 +18,7 @@ class ModelEma:
 
     def __init__(self, network: nn.Module, cfg: CfgNode, plan: TrainingPlan) -> None:
         self._period = cfg.EMA_UPDATE_PERIOD
-        self.decay = 1 - min(1.0, cfg.EMA_ALPHA * plan.global_batch / cfg.EPOCHS * self._period)
+        self.decay = 1 - min(1.0, ema_weight(cfg, plan.global_batch))
         self._average = ModelEmaV3(network, decay=self.decay, update_after_step=plan.warmup_updates, foreach=True)
         self.module: nn.Module = self._average.module  # in evaluation mode
 

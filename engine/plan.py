@@ -75,13 +75,23 @@ def plan_training(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Tra
     )
 
 
+def ema_weight(cfg: CfgNode, global_batch: int) -> float:
+    """Returns the weight of the newest values in the moving average, 1 - decay, as published.
+
+    Args:
+        cfg: the section TRAIN.
+        global_batch: images of one update.
+    """
+    return cfg.EMA_ALPHA * global_batch / cfg.EPOCHS * cfg.EMA_UPDATE_PERIOD
+
+
 def _check_average(cfg: CfgNode, global_batch: int) -> None:
-    alpha, epochs, period = cfg.EMA_ALPHA, cfg.EPOCHS, cfg.EMA_UPDATE_PERIOD
-    scale = global_batch / epochs * period  # as in engine/ema.py
-    if alpha * scale >= 1:
+    alpha, epochs, period, weight = cfg.EMA_ALPHA, cfg.EPOCHS, cfg.EMA_UPDATE_PERIOD, ema_weight(cfg, global_batch)
+    if weight >= 1:
+        scale = weight / alpha
         raise ValueError(
             f"TRAIN.EMA_ALPHA = {alpha:g}: with a global batch of {global_batch}, {epochs} epochs and "
-            f"TRAIN.EMA_UPDATE_PERIOD {period} the newest weights would have the weight {alpha * scale:.3g} in their "
+            f"TRAIN.EMA_UPDATE_PERIOD {period} the newest weights would have the weight {weight:.3g} in their "
             f"moving average, which would be a copy of them (decay 0): it must be below {1 / scale:.2g}; "
             f"{0.01 / scale:.2g} gives a decay of 0.99, {0.001 / scale:.2g} one of 0.999"
         )

@@ -134,8 +134,15 @@ class Task(ABC):
         return data.Normalize(spec.mean, spec.std, dtype=dtype).to(self.rank_info.device)
 
     def batch_augmentation(self) -> data.BatchAugmentation | None:
-        """Builds the batch augmentation; None for none."""
-        return None
+        """Builds random erasing, Mixup and CutMix; None if the configuration has none of them."""
+        return data.build_batch_augmentation(
+            self.cfg.AUG,
+            num_classes=self.num_outputs(),
+            batch_size=self.cfg.DATA.BATCH_SIZE,
+            label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING,
+            seed=self.cfg.SEED,
+            rank=self.rank_info.rank,
+        )
 
     # Network
     @property

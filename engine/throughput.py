@@ -21,6 +21,8 @@ def measure_throughput(run: Run) -> None:
     """Times a network with fresh weights: in training structure, in deploy structure, and fused for inference."""
     cfg, task, device = run.cfg, run.task, run.rank_info.device
     with open_log(run, task.arch) as logger:
+        if cfg.MODEL.RESUME:
+            logger.warning("MODEL.RESUME is ignored: speed is measured with fresh weights")
         network = run.place(task.build_network(task.num_outputs())).eval()
         size = task.test_size(task.train_size) or task.train_size
         images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *size, device=device)

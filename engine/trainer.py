@@ -191,11 +191,11 @@ class Trainer:
         DistributedDataParallel regroups gradients after the first backward passes of each process. The grouping affects
         the rounding of sums over three or more processes, so the first update of a resumed run would otherwise differ.
         """
-        buffers = [buffer.clone() for buffer in self.network.buffers()]
+        buffers = [buffer.clone() for buffer in self.forward.buffers()]
         for _ in range(BUCKET_ORDERING_PASSES):
             self._backward(batch, 0, 1)
             self.optimizer.zero_grad(set_to_none=True)
-        for buffer, saved in zip(self.network.buffers(), buffers, strict=True):
+        for buffer, saved in zip(self.forward.buffers(), buffers, strict=True):
             buffer.copy_(saved)
         self._buckets_ordered = True
 

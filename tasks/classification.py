@@ -3,7 +3,6 @@
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
-import data
 from engine.metrics import ClassificationMetric
 from engine.task import Task
 
@@ -31,17 +30,6 @@ class Classification(Task):
         if val > wanted:
             raise ValueError(f"val has {val} classes, train {found}: they need the same labels")
         return wanted
-
-    def batch_augmentation(self) -> data.BatchAugmentation | None:
-        """Builds random erasing, Mixup and CutMix."""
-        return data.build_batch_augmentation(
-            self.cfg.AUG,
-            num_classes=self.num_outputs(),
-            batch_size=self.cfg.DATA.BATCH_SIZE,
-            label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING,
-            seed=self.cfg.SEED,
-            rank=self.rank_info.rank,
-        )
 
     def build_criterion(self, num_outputs: int) -> nn.Module:
         """Builds the mean cross-entropy of logits (N, K) and targets.

@@ -37,6 +37,9 @@ class Segmentation(Task):
         """Returns the joint transform of a test image and its mask."""
         return segmentation_eval_transform(size)
 
+    def batch_augmentation(self) -> None:
+        """Returns None: images and masks are augmented together, one by one."""
+
     def num_outputs(self) -> int:
         """Returns the number of classes of the masks."""
         if self.cfg.THROUGHPUT_MODE:  # reads no images

@@ -41,17 +41,6 @@ class Verification(Task):
         """Returns the size of an embedding."""
         return self.cfg.FACE.EMBEDDING
 
-    def batch_augmentation(self) -> data.BatchAugmentation | None:
-        """Builds random erasing."""
-        return data.build_batch_augmentation(
-            self.cfg.AUG,
-            num_classes=len(self.train_source.classes),
-            batch_size=self.cfg.DATA.BATCH_SIZE,
-            label_smoothing=0.0,
-            seed=self.cfg.SEED,
-            rank=self.rank_info.rank,
-        )
-
     def build_criterion(self, num_outputs: int) -> nn.Module:
         """Builds the margin softmax of embeddings (N, E) and labels (N,).
 

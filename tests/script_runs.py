@@ -116,7 +116,7 @@ def train(script, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run
 
 @pytest.fixture(scope="session")
 def trained(user, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The short run on the digits that all tests share; nobody writes to its folder."""
+    """The short run on the digits that all tests share; no test writes to its folder."""
     output = tmp_path_factory.mktemp("trained")
     result = user("main_repmlp.py", "--output", output, "--tag", "first", *SHORT.split())
     assert result.status == 0, result.err

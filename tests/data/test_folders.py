@@ -118,7 +118,7 @@ def test_a_class_of_hidden_files_alone_has_no_image(tmp_path):
 
 
 def test_pipes_and_sockets_are_no_images(tmp_path):
-    """Whoever opened one would wait for ever."""
+    """Opening one would wait for ever."""
     touch(tmp_path / "train", "ant/0.png")
     os.mkfifo(tmp_path / "train/ant/1.png")
     (tmp_path / "train/ant/2.png").symlink_to("1.png")

@@ -302,7 +302,7 @@ class FirstTimeRefusing(TransformedDataset):
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_what_the_system_refuses_is_no_fault_of_an_image(num_workers, number):
-    """It is no unreadable image, which another one would stand in for."""
+    """It is no unreadable image, which another one would replace."""
     loader = build_eval_loader(RefusedSource(number), eval_transform((8, 8)), loading(4, num_workers))
     with pytest.raises(OSError, match=rf"^{re.escape(REFUSALS[number])}$"):
         next(iter(loader))

@@ -180,3 +180,29 @@ def test_running_statistics_within_an_epoch(tmp_path):
     alone = trainer(ALONE, model, wrapped(model, ALONE), 1, 0.0)
     resume(alone, tmp_path / "latest.pth")
     assert torch.equal(RunningStatistics(model).read(), mean)
+
+
+class Counting(nn.CrossEntropyLoss):
+    """Keeps in a buffer how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(input, target)
+
+
+def calls_of_the_loss(process: RankInfo) -> int:
+    """Trains three updates; returns how many of them a buffer of the loss has seen."""
+    torch.manual_seed(1)
+    model, criterion = nn.Sequential(nn.Flatten(), nn.Linear(108, 4)).double(), Counting()
+    forward = wrap(model, criterion, settings(CONFIG), process)
+    run = trainer_of(model, criterion=criterion, forward=forward, rank_info=process)
+    assert run.train_epoch(batches(process, 4, 3))
+    return int(criterion.calls)
+
+
+def test_ordering_the_buckets_leaves_no_trace_in_the_loss():
+    assert in_ranks(calls_of_the_loss, 2) == [3, 3]

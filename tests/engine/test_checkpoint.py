@@ -37,16 +37,7 @@ def run_of(trainer_of):
         torch.manual_seed(seed)
         model = models.create_model(ARCH, 10)
         optimizer = optimizer_of(model, name=name, lr=0.002, weight_decay=0.05)
-        schedule = schedule_of(
-            optimizer,
-            name="cosine",
-            total_updates=100,
-            warmup_updates=2,
-            warmup_lr=0.0,
-            min_lr=0.0,
-            decay_updates=1,
-            decay_rate=1.0,
-        )
+        schedule = schedule_of(optimizer, name="cosine", total_updates=100, warmup_updates=2)
         average = ema_of(model, alpha=0.1, period=2, global_batch=8, epochs=4, warmup_updates=2) if ema else None
         normalize = Normalize((0.3,) * 3, (0.4,) * 3)
         settings = {"optimizer": optimizer, "schedule": schedule, "ema": average, "normalize": normalize, "epochs": 4}

@@ -83,16 +83,7 @@ def test_the_last_batches_that_fill_no_update_are_left_out(plain_network, traine
 def test_each_update_has_the_learning_rate_of_the_schedule(plain_network, trainer_of, batch_of):
     model = plain_network()
     optimizer = optimizer_of(model, name="sgd", lr=1.0, weight_decay=0.0, momentum=0.0)
-    schedule = schedule_of(
-        optimizer,
-        name="linear",
-        total_updates=6,
-        warmup_updates=2,
-        warmup_lr=0.0,
-        min_lr=0.0,
-        decay_updates=1,
-        decay_rate=1.0,
-    )
+    schedule = schedule_of(optimizer, name="linear", total_updates=6, warmup_updates=2)
     trainer = trainer_of(model, optimizer=optimizer, schedule=schedule, updates_per_epoch=3)
     seen = []
     optimizer.register_step_post_hook(lambda used, *_: seen.append(used.param_groups[0]["lr"]))
@@ -269,8 +260,7 @@ def test_batches_of_different_sizes_count_by_their_images(plain_network, trainer
 def test_a_record_has_the_learning_rate_of_the_update_before_it(plain_network, trainer_of, batch_of, tmp_path, metrics):
     model = plain_network()
     optimizer = optimizer_of(model, name="sgd", lr=1.0, weight_decay=0.0)
-    options = {"warmup_updates": 4, "warmup_lr": 0.0, "min_lr": 0.0, "decay_updates": 1, "decay_rate": 1.0}
-    schedule = schedule_of(optimizer, name="linear", total_updates=100, **options)
+    schedule = schedule_of(optimizer, name="linear", total_updates=100, warmup_updates=4)
     trainer = trainer_of(model, optimizer=optimizer, schedule=schedule, print_freq=2, metrics=metrics)
     trainer.train_epoch(batch_of(5, seed=number) for number in range(4))
     assert [(r["update"], r["lr"]) for r in records(tmp_path, "train")] == [(2, 0.25), (4, 0.75)]
@@ -311,7 +301,7 @@ def test_a_record_of_skipped_updates_has_no_loss(trainer_of, batch_of, tmp_path,
 
 
 class Clock:
-    """Time that passes only when somebody says so."""
+    """Time that passes only when a test says so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0

@@ -38,7 +38,7 @@ class Run:
         return [self.start(*options, environment=environment, **how) for environment in ranks]
 
     def finish(self, *options: object, **how: object) -> Process:
-        """Goes on to the end."""
+        """Resumes and trains to the end."""
         process = self.start(*options, **how)
         status = process.wait()
         assert status == 0, process.out + process.err

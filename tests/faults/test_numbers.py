@@ -1,4 +1,4 @@
-"""Numbers that are not finite: their update is left out, told of and counted; too many end the run."""
+"""Numbers that are not finite: their update is skipped, logged and counted; too many end the run."""
 
 import json
 import logging
@@ -78,7 +78,7 @@ def test_one_of_them_costs_one_image(run, images):
 
 
 def test_the_count_and_the_state_survive_a_restart(start, run, tmp_path_factory):
-    """The skipped update lies between two looks at the numbers, and a save between it and the kill."""
+    """The skipped update lies between two checks of the numbers, and a save between it and the kill."""
     options = ("PRINT_FREQ", 40)
     whole = Run(start, tmp_path_factory.mktemp("whole"))
     whole.finish(*options, plan={"nan_at": [6]})

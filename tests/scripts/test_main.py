@@ -1,4 +1,4 @@
-"""`main_repmlp.py` on the embedded digits: what a run leaves, that it repeats itself, goes on, and evaluates."""
+"""`main_repmlp.py` on the embedded digits: what a run writes, and that it is reproducible, resumes and evaluates."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Runs of every task in `tasks.TASKS` by its row in `task_recipes`; nobody writes to those that tests share."""
+"""Runs of every task in `tasks.TASKS` by its row in `task_recipes`; no test writes to those that are shared."""
 
 import json
 import signal

@@ -14,7 +14,7 @@ ONE_BY_ONE = "DATA.TEST_BATCH_SIZE 1"  # so that rounding does not depend on the
 
 
 def figure(text: str, task) -> str:
-    """The figure of the only evaluation that a text tells of."""
+    """The figure of the only evaluation in a text."""
     (found,) = re.findall(recipe_of(task.kind.name).log, text)
     return found
 
@@ -142,8 +142,9 @@ def test_deploy_weights_name_the_task(task, finished, converted):
 
 
 def test_throughput_looks_at_no_images(task, call, tmp_path):
-    words = task.words(tmp_path / "output", flags="--throughput", images=tmp_path / "absent")
-    result = call("main_repmlp.py", *words)
+    flags = f"--throughput --resume {tmp_path / 'absent.pth'}"
+    result = call("main_repmlp.py", *task.words(tmp_path / "output", flags=flags, images=tmp_path / "absent"))
     assert (result.status, result.err) == (0, "")
+    assert "warning: MODEL.RESUME is ignored: speed is measured with fresh weights" in result.out
     rates = re.findall(r"(training|deploy) structure, batch 4, 1 threads: [\d.]+ img/s", result.out)
     assert rates == ["training", "deploy"]

@@ -167,14 +167,19 @@ def test_a_port_in_use_is_a_readable_mistake(launcher, host):
     assert not dist.is_initialized()
 
 
-def test_the_helpers_work_alone():
+def assert_helpers_know_one_process():
     tensor = torch.tensor([1.0, 2.0])
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.all_reduce_sum(tensor) is tensor
     assert tensor.tolist() == [1.0, 2.0]
     assert distributed.barrier() is None
     assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    assert [rows.tolist() for rows in distributed.gather_rows(tensor[:, None], CPU)] == [[[1.0], [2.0]]]
     assert distributed.broadcast_from_rank0(lambda: [1, 2]) == [1, 2]
+
+
+def test_the_helpers_work_alone():
+    assert_helpers_know_one_process()
     assert distributed.shutdown() is None
 
 
@@ -200,13 +205,7 @@ def group_of_one():
 
 
 def test_the_helpers_work_in_a_group_of_one(group_of_one):
-    tensor = torch.tensor([1.0, 2.0])
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert distributed.all_reduce_sum(tensor) is tensor
-    assert tensor.tolist() == [1.0, 2.0]
-    assert distributed.barrier() is None
-    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
-    assert distributed.broadcast_from_rank0(lambda: [1, 2]) == [1, 2]
+    assert_helpers_know_one_process()
     for error in (ValueError("wrong"), FileNotFoundError("wrong")):
         with pytest.raises(ValueError, match="^wrong$") as caught:
             distributed.broadcast_from_rank0(refuse(error))
