@@ -154,6 +154,8 @@ CONSTRAINTS: dict[str, Constraint] = {
     "TRAIN.OPTIMIZER.MOMENTUM": BELOW_ONE,
     "TRAIN.EMA_ALPHA": BELOW_ONE,
     "TRAIN.EMA_UPDATE_PERIOD": at_least(1, MANY),
+    "DISTILL.ARCH": PRINTABLE,
+    "DISTILL.WEIGHT": PROBABILITY,
     "AUG.MIXUP": at_least(0, 1000),
     "AUG.CUTMIX": at_least(0, 1000),
     "AUG.CUTMIX_MINMAX": range_within(0, 1),
@@ -215,6 +217,11 @@ CONFLICTS = (
         ("SEG.BACKBONE_SIZE", "MODEL.PRETRAINED"),
         lambda size, pretrained: size is not None and pretrained,
         "pretrained weights are made for one image size; leave SEG.BACKBONE_SIZE out",
+    ),
+    Conflict(
+        ("DISTILL.ARCH", "DISTILL.TEACHER"),
+        lambda arch, teacher: arch and not teacher,
+        "the architecture is that of the teacher; give its weights as DISTILL.TEACHER",
     ),
     Conflict(
         ("FACE.MARGIN", "FACE.LOSS"),

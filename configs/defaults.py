@@ -181,6 +181,18 @@ _C.TRAIN.EMA_ALPHA = 0.0
 _C.TRAIN.EMA_UPDATE_PERIOD = 8
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Distillation
+# ---------------------------------------------------------------------------------------------------------------------
+_C.DISTILL = CfgNode()
+# Checkpoint of a trained classifier of the same classes, in either form, whose predictions take part in the targets;
+# empty: none.
+_C.DISTILL.TEACHER = ""
+# Its architecture, such as regnety_160 of timm; empty: that of the checkpoint.
+_C.DISTILL.ARCH = ""
+# Weight of its predictions in the loss, the labels have the rest; 0 to 1.
+_C.DISTILL.WEIGHT = 0.5
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Augmentation
 # ---------------------------------------------------------------------------------------------------------------------
 _C.AUG = CfgNode()
@@ -262,6 +274,7 @@ SPECIAL: dict[str, FieldType] = {
     "MODEL.RESUME": PATH,
     "MODEL.PRETRAINED": PATH,
     "FACE.PAIRS": PATH,
+    "DISTILL.TEACHER": PATH,
     "OUTPUT": PATH,
     "DATA.IMG_SIZE": optional(SIZE),
     "DATA.TEST_SIZE": optional(SIZE),

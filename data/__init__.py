@@ -10,7 +10,13 @@ Every random number is a function of the seed, the epoch and the image (or the s
 resumed run do not change it.
 """
 
-from .batch_augmentation import ERASING_MODES, MIXUP_MODES, BatchAugmentation, build_batch_augmentation
+from .batch_augmentation import (
+    ERASING_MODES,
+    MIXUP_MODES,
+    BatchAugmentation,
+    BatchTransform,
+    build_batch_augmentation,
+)
 from .cityscapes import CITYSCAPES, CityscapesSource
 from .datasets import DATASETS, DatasetSpec, open_source, resolve_name
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
@@ -36,6 +42,7 @@ __all__ = [
     "Batch",
     "BatchAugmentation",
     "BatchLoader",
+    "BatchTransform",
     "CifarSource",
     "CityscapesSource",
     "DatasetSpec",

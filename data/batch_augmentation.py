@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from timm.data import Mixup
@@ -14,6 +15,15 @@ from utils.seed import keyed_rng
 MIXUP_MODES = ("batch", "pair", "elem")
 ERASING_MODES = ("const", "rand", "pixel")
 _STREAM = 1  # makes the keys differ from those of single images, (seed, epoch, index)
+
+
+class BatchTransform(Protocol):
+    """What a batch goes through on the device; `soft_targets` says whether the targets are distributions."""
+
+    soft_targets: bool
+
+    def __call__(self, images: Tensor, labels: Tensor, *, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Maps normalised images and class numbers to images and targets, the same for the same position of a run."""
 
 
 class BatchAugmentation:

@@ -16,7 +16,7 @@ from utils.files import clear_about_space
 from utils.lock import first_missing, folder_lock, without_trace
 from utils.log import create_logger
 
-from .precision import AUTO, PRECISIONS
+from .precision import dtype_of, precision_name
 from .task import Task
 
 ROOM = "make room and start again, the run resumes from its latest checkpoint"
@@ -51,14 +51,12 @@ class Run:
     @property
     def amp(self) -> str:
         """The precision of the forward pass, a key of `PRECISIONS`."""
-        if self.cfg.AMP == AUTO:
-            return "bf16" if self.rank_info.device.type == "cuda" else "off"
-        return str(self.cfg.AMP)
+        return precision_name(self.cfg.AMP, self.rank_info.device)
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of autocast; None for no autocast."""
-        return PRECISIONS[self.amp]
+        return dtype_of(self.cfg.AMP, self.rank_info.device)
 
     def place(self, network: nn.Module) -> nn.Module:
         """Moves a network to the device, in the configured memory format."""

@@ -133,7 +133,7 @@ class Task(ABC):
         spec = data.DATASETS[self.dataset_name]
         return data.Normalize(spec.mean, spec.std, dtype=dtype).to(self.rank_info.device)
 
-    def batch_augmentation(self) -> data.BatchAugmentation | None:
+    def batch_augmentation(self) -> data.BatchTransform | None:
         """Builds random erasing, Mixup and CutMix; None if the configuration has none of them."""
         return data.build_batch_augmentation(
             self.cfg.AUG,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from data import Batch, BatchAugmentation
+from data import Batch, BatchTransform
 from utils.distributed import RankInfo
 from utils.log import MetricsWriter
 from utils.meters import Mean, Pace
@@ -76,7 +76,7 @@ class Trainer:
     images: int
     logger: logging.Logger
     metrics: MetricsWriter
-    batch_augmentation: BatchAugmentation | None = None
+    batch_augmentation: BatchTransform | None = None
     ema: ModelEma | None = None
     dtype: torch.dtype | None = None
     locate: Callable[[int], str] = str

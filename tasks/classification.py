@@ -1,10 +1,18 @@
 """Classification: one class per image, cross-entropy with mixed and smoothed labels, top-1 accuracy."""
 
+from functools import cached_property
+
+import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
+from data import BatchTransform
+from engine.distillation import HardDistillation
 from engine.metrics import ClassificationMetric
+from engine.precision import autocast, dtype_of
 from engine.task import Task
+from models.checkpoints import build_from, read_checkpoint
+from models.reparam import is_reparameterizable, to_deploy
 
 IMAGENET_CLASSES = 1000
 
@@ -31,10 +39,47 @@ class Classification(Task):
             raise ValueError(f"val has {val} classes, train {found}: they need the same labels")
         return wanted
 
+    def batch_augmentation(self) -> BatchTransform | None:
+        """Builds random erasing, Mixup and CutMix, and distillation where DISTILL.TEACHER is set; None for nothing."""
+        augmentation = super().batch_augmentation()
+        if not self.cfg.DISTILL.TEACHER:
+            return augmentation
+        device = self.rank_info.device
+        return HardDistillation(
+            augmentation,
+            self.teacher,
+            self.cfg.DISTILL.WEIGHT,
+            self.num_outputs(),
+            self.cfg.MODEL.LABEL_SMOOTHING,
+            autocast(device, dtype_of(self.cfg.AMP, device)),
+        )
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """The network in DISTILL.TEACHER, converted if it can be, on the device.
+
+        Raises:
+            ValueError: it has other classes, or does not take images of this size.
+        """
+        path, device = self.cfg.DISTILL.TEACHER, self.rank_info.device
+        network = build_from(read_checkpoint(path), self.cfg.DISTILL.ARCH or None)
+        if network.num_classes != self.num_outputs():
+            raise ValueError(
+                f"DISTILL.TEACHER {path} is for {network.num_classes} classes, the training for {self.num_outputs()}"
+            )
+        teacher = to_deploy(network.model) if is_reparameterizable(network.model) else network.model
+        teacher = teacher.float().to(device).requires_grad_(False)
+        try:
+            with torch.inference_mode():
+                teacher(torch.zeros(1, 3, *self.train_size, device=device))
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"DISTILL.TEACHER {path} can't see the training images: {error}") from error
+        return teacher
+
     def build_criterion(self, num_outputs: int) -> nn.Module:
         """Builds the mean cross-entropy of logits (N, K) and targets.
 
-        With Mixup or CutMix the targets are smoothed distributions (N, K), otherwise class numbers (N,).
+        With Mixup, CutMix or distillation the targets are distributions (N, K), otherwise class numbers (N,).
         """
         augmentation = self.batch_augmentation()
         if augmentation is not None and augmentation.soft_targets:

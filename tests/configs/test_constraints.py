@@ -38,7 +38,7 @@ CHOICES = {key: " ".join(registry) for key, registry in REGISTRIES.items()} | {
     "AMP": "auto off bf16 fp16",
     "COMPILE_MODE": "default reduce-overhead max-autotune max-autotune-no-cudagraphs",
 }
-FREE_TEXT = {"MODEL.RESUME", "MODEL.PRETRAINED", "FACE.PAIRS"}
+FREE_TEXT = {"MODEL.RESUME", "MODEL.PRETRAINED", "FACE.PAIRS", "DISTILL.TEACHER"}
 
 # key, values at the edge of what is allowed, values just beyond it, the words for what is allowed
 EDGES = [
@@ -81,6 +81,8 @@ EDGES = [
     ("TRAIN.OPTIMIZER.MOMENTUM", "0 0.99", "-0.1 1", "at least 0 and below 1"),
     ("TRAIN.EMA_ALPHA", "0 0.9999", "-0.1 1", "at least 0 and below 1"),
     ("TRAIN.EMA_UPDATE_PERIOD", "1", "0", "at least 1"),
+    ("DISTILL.ARCH", "", "a\x1b[2J", "printable text"),
+    ("DISTILL.WEIGHT", "0 1", "-0.1 1.1", "from 0 to 1"),
     ("AUG.MIXUP", "0 2", "-0.1", "at least 0"),
     ("AUG.CUTMIX", "0 2", "-0.1", "at least 0"),
     (
@@ -128,6 +130,7 @@ CONTRADICTIONS = [
         "SEG.BACKBONE_SIZE MODEL.PRETRAINED",
         "leave SEG.BACKBONE_SIZE out",
     ),
+    ("DISTILL.ARCH resnet50", "DISTILL.ARCH DISTILL.TEACHER", "give its weights as DISTILL.TEACHER"),
     (
         "TASK verification FACE.LOSS cosface FACE.MARGIN 28.6",
         "FACE.MARGIN FACE.LOSS",
@@ -160,6 +163,8 @@ UNUSED = [
     ("segmentation", "AUG.PRESET", "flip"),
     ("segmentation", "TEST.CROP", "true"),
     ("segmentation", "FACE.LOSS", "cosface"),
+    ("segmentation", "DISTILL.WEIGHT", "0.1"),
+    ("verification", "DISTILL.TEACHER", "a.pth"),
     ("verification", "SEG.SCALE", "[1,2]"),
     ("verification", "AUG.MIXUP", "0.4"),
     ("verification", "MODEL.LABEL_SMOOTHING", "0"),

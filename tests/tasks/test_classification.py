@@ -1,5 +1,8 @@
 """What is special about classification: the loss that belongs to the labels, by the definition of cross-entropy."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from settings import settings
@@ -7,6 +10,8 @@ from training_parts import ALONE
 
 from tasks.classification import Classification
 
+RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+EPOCH = "--opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 3.0]], dtype=torch.float64)
 
 
@@ -41,3 +46,43 @@ def test_distributions_are_not_smoothed_again(mixing):
     targets = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5]], dtype=torch.float64)
     expected = -(targets * log_probabilities()).sum(1).mean()
     torch.testing.assert_close(loss(f"MODEL.LABEL_SMOOTHING 0.1 {mixing}", targets), expected)
+
+
+@pytest.fixture(scope="module")
+def teacher(script, tmp_path_factory):
+    """A network for the digits, trained for an epoch."""
+    output = tmp_path_factory.mktemp("teacher")
+    result = script("main_repmlp.py", *f"--cfg {RECIPE} --output {output} {EPOCH}".split())
+    assert result.status == 0, result.err
+    return output / "RepMLPNet-Digits" / "quickstart" / "latest.pth"
+
+
+@pytest.mark.parametrize("mixing", ["", "AUG.MIXUP 0.4"])
+def test_distillation(teacher, script, tmp_path, mixing):
+    """With all the weight a student that starts as its teacher has only to become surer, whatever the labels say."""
+    opts = f"{EPOCH} DISTILL.TEACHER {teacher} DISTILL.WEIGHT 1 {mixing}"
+    words = f"--cfg {RECIPE} --output {tmp_path} --pretrained {teacher} {opts}"
+    result = script("main_repmlp.py", *words.split())
+    assert result.status == 0, result.err
+    records = (tmp_path / "RepMLPNet-Digits" / "quickstart" / "metrics.jsonl").read_text().splitlines()
+    loss = next(record["loss"] for record in map(json.loads, records) if record["kind"] == "train")
+    apart = script("main_repmlp.py", *f"{words.replace('WEIGHT 1', 'WEIGHT 0')} TAG apart".split())
+    assert apart.status == 0, apart.err
+    records = (tmp_path / "RepMLPNet-Digits" / "apart" / "metrics.jsonl").read_text().splitlines()
+    assert loss != next(record["loss"] for record in map(json.loads, records) if record["kind"] == "train")
+    saved = torch.load(tmp_path / "RepMLPNet-Digits" / "quickstart" / "latest.pth", weights_only=True)
+    assert saved["model"].keys() == torch.load(teacher, weights_only=True)["model"].keys()
+
+
+def test_teachers_that_do_not_fit(teacher, call, tmp_path):
+    def refused(opts: str) -> str:
+        result = call("main_repmlp.py", *f"--cfg {RECIPE} --output {tmp_path} {EPOCH} {opts}".split())
+        assert result.status == 2
+        return result.err
+
+    assert "DISTILL.ARCH" in refused("DISTILL.ARCH resnet18")
+    assert "is for 10 classes, the training for 12" in refused(f"MODEL.NUM_CLASSES 12 DISTILL.TEACHER {teacher}")
+    assert f"DISTILL.TEACHER {teacher} can't see the training images" in refused(
+        f"DATA.IMG_SIZE 24 DISTILL.TEACHER {teacher}"
+    )
+    assert "nowhere.pth" in refused("DISTILL.TEACHER nowhere.pth")
