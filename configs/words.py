@@ -22,6 +22,8 @@ _WORDS: dict[str, str] = {
     "TRAIN.AUTO_RESUME": "auto_resume no_auto_resume no_resume",
     "TRAIN.LR_SCHEDULER.NAME": "sched scheduler lr_scheduler lr_schedule lr_policy",
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": "decay_epochs lr_step_size step_size",
+    "TRAIN.LR_SCHEDULER.MILESTONES": "milestones decay_milestones lr_steps lr_milestones",
+    "TRAIN.LR_SCHEDULER.POWER": "power lr_power poly_power",
     "TRAIN.LR_SCHEDULER.DECAY_RATE": "decay_rate lr_gamma gamma",
     "TRAIN.OPTIMIZER.NAME": "opt optim optimizer",
     "TRAIN.OPTIMIZER.EPS": "opt_eps eps adam_eps",
