@@ -228,8 +228,8 @@ CONFLICTS = (
     ),
     Conflict(
         ("FACE.MARGIN", "FACE.LOSS"),
-        lambda margin, loss: loss == "cosface" and margin is not None and margin > 1,
-        "the margin of cosface is a cosine and not an angle; set FACE.MARGIN to 1 at most",
+        lambda margin, loss: loss != "arcface" and margin is not None and margin > 1,
+        "the margin of cosface and amsoftmax is a cosine and not an angle; set FACE.MARGIN to 1 at most",
     ),
 )
 

@@ -107,13 +107,13 @@ _C.SEG.SCALE = (0.5, 2.0)
 _C.FACE = CfgNode()
 # Dimension of the embedding; at least 1.
 _C.FACE.EMBEDDING = 512
-# Margin softmax: arcface | cosface
+# Margin softmax: arcface | cosface | amsoftmax (cosface with the scale of its own paper)
 _C.FACE.LOSS = "arcface"
-# Its margin: an angle in degrees for arcface, 0 to 90; a cosine for cosface, 0 to 1. Null: that of its paper, 28.6
-# degrees (0.5 radians) or 0.35.
+# Its margin: an angle in degrees for arcface, 0 to 90; a cosine for cosface and amsoftmax, 0 to 1. Null: that of its
+# paper, 28.6 degrees (0.5 radians) or 0.35.
 _C.FACE.MARGIN = None
-# Factor of the cosines before the softmax; above 0.
-_C.FACE.SCALE = 64.0
+# Factor of the cosines before the softmax; above 0. Null: that of the loss's paper, 64, or 30 for amsoftmax.
+_C.FACE.SCALE = None
 # Path of a list of image pairs to verify; empty: pairs are drawn at random, the same in each run.
 _C.FACE.PAIRS = ""
 # Pairs to draw, half of them of one person; at least 4.
@@ -281,6 +281,7 @@ SPECIAL: dict[str, FieldType] = {
     "SEG.DOWNSAMPLE": optional(TEXT),
     "SEG.BACKBONE_SIZE": optional(SIZE),
     "FACE.MARGIN": optional(NUMBER),
+    "FACE.SCALE": optional(NUMBER),
     "TRAIN.LR_SCHEDULER.MILESTONES": NUMBERS,
     "TEST.EMA": optional(BOOLEAN),
     "AUG.CUTMIX_MINMAX": optional(NUMBER_PAIR),

@@ -56,7 +56,7 @@ _WORDS: dict[str, str] = {
     "SEG.BACKBONE_SIZE": "backbone_size pretrain_img_size",
     "SEG.SCALE": "scale_range ratio_range scale_limit random_scale",
     "FACE.EMBEDDING": "embedding embedding_size embedding_dim embed_dim emb_size feat_dim",
-    "FACE.LOSS": "margin_loss head_type arcface cosface",
+    "FACE.LOSS": "margin_loss head_type arcface cosface amsoftmax am_softmax",
     "FACE.MARGIN": "margin arc_m cos_m",
     "FACE.SCALE": "logit_scale cosine_scale",
     "FACE.PAIRS": "pairs pairs_file pairs_txt",

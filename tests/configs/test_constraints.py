@@ -34,7 +34,7 @@ CHOICES = {key: " ".join(registry) for key, registry in REGISTRIES.items()} | {
     "DATA.DATASET": "imagenet cf100 digits shapes cityscapes faces",
     "TRAIN.LR_SCHEDULER.NAME": "cosine poly linear step multistep",
     "TRAIN.OPTIMIZER.NAME": "adamw lamb sgd",
-    "FACE.LOSS": "arcface cosface",
+    "FACE.LOSS": "arcface cosface amsoftmax",
     "AMP": "auto off bf16 fp16",
     "COMPILE_MODE": "default reduce-overhead max-autotune max-autotune-no-cudagraphs",
 }
@@ -61,7 +61,7 @@ EDGES = [
     ("SEG.SCALE", "0.1,10 0.5,0.6", "0,1 1,1 2,0.5 -1,1 1,11", "two numbers from 0.1 to 10, the smaller first"),
     ("FACE.EMBEDDING", "1 65536", "0 65537", "at least 1"),
     ("FACE.MARGIN", "0 90 None", "-1 91", "from 0 to 90"),
-    ("FACE.SCALE", "0.1 1000", "0 -1 1001", "above 0 and at most 1000"),
+    ("FACE.SCALE", "0.1 1000 None", "0 -1 1001", "above 0 and at most 1000"),
     ("FACE.NUM_PAIRS", "4", "3 -4", "at least 4"),
     ("FACE.FOLDS", "2", "1", "at least 2"),
     ("TRAIN.START_EPOCH", "0 99", "-1", "at least 0"),
@@ -165,6 +165,7 @@ AGREEMENTS = [
     "TASK segmentation MODEL.PRETRAINED a",
     "TASK verification FACE.MARGIN 28.6",
     "TASK verification FACE.LOSS cosface FACE.MARGIN 1",
+    "TASK verification FACE.LOSS amsoftmax FACE.MARGIN 0.4",
 ]
 # task, key, a value that is not its default
 UNUSED = [
