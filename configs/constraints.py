@@ -4,6 +4,7 @@ Names of registries are listed where they are defined, and nowhere else.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from data import (
@@ -79,6 +80,11 @@ def _are_distinct_odd_sizes(value: tuple[int, ...]) -> bool:
     return all(k > 0 and k % 2 and k < MAX_SIDE for k in value) and len({*value}) == len(value)
 
 
+def _are_milestones(value: tuple[float, ...]) -> bool:
+    rising = all(before < after for before, after in pairwise((0, *value)))
+    return bool(value) and rising and value[-1] <= MANY
+
+
 def _is_folder_name(value: str) -> bool:
     short = len(value.encode(errors="replace")) <= 200
     return short and value.isprintable() and not {*value} & {*"/\\"} and value.strip() not in ("", ".", "..")
@@ -145,6 +151,10 @@ CONSTRAINTS: dict[str, Constraint] = {
     "TRAIN.ACCUMULATION_STEPS": at_least(0, MANY),
     "TRAIN.LR_SCHEDULER.NAME": one_of(SCHEDULES),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": at_least(1, MANY),
+    "TRAIN.LR_SCHEDULER.MILESTONES": Constraint(
+        f"numbers above 0 and at most {MANY}, in rising order", _are_milestones
+    ),
+    "TRAIN.LR_SCHEDULER.POWER": Constraint("above 0 and at most 10", lambda value: 0 < value <= 10),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Constraint("above 0 and at most 1", lambda value: 0 < value <= 1),
     "TRAIN.OPTIMIZER.NAME": one_of(OPTIMIZERS),
     "TRAIN.OPTIMIZER.EPS": from_to(1e-30, 1),
@@ -225,8 +235,8 @@ CONFLICTS = (
     ),
     Conflict(
         ("FACE.MARGIN", "FACE.LOSS"),
-        lambda margin, loss: loss == "cosface" and margin is not None and margin > 1,
-        "the margin of cosface is a cosine and not an angle; set FACE.MARGIN to 1 at most",
+        lambda margin, loss: loss != "arcface" and margin is not None and margin > 1,
+        "the margin of cosface and amsoftmax is a cosine and not an angle; set FACE.MARGIN to 1 at most",
     ),
 )
 
@@ -250,6 +260,11 @@ TRAINING_CONFLICTS = (
         ("TRAIN.MIN_LR", "TRAIN.BASE_LR"),
         lambda lowest, base: lowest > base,
         "the learning rate must not rise after the warm-up; set TRAIN.MIN_LR to TRAIN.BASE_LR at most",
+    ),
+    Conflict(
+        ("TRAIN.LR_SCHEDULER.MILESTONES", "TRAIN.LR_SCHEDULER.NAME", "TRAIN.EPOCHS"),
+        lambda milestones, schedule, epochs: schedule == "multistep" and milestones[-1] >= epochs,
+        "the last decay would never come; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
     ),
     Conflict(
         ("TASK", "DATA.BATCH_SIZE"),

@@ -5,7 +5,7 @@ Values stand here as the user writes them: learning rates per 256 images of glob
 
 from yacs.config import CfgNode
 
-from .field_types import BOOLEAN, INTEGER, INTEGERS, NUMBER, NUMBER_PAIR, PATH, SIZE, TEXT, FieldType, optional
+from .field_types import BOOLEAN, INTEGER, INTEGERS, NUMBER, NUMBER_PAIR, NUMBERS, PATH, SIZE, TEXT, FieldType, optional
 
 _C = CfgNode()
 
@@ -107,13 +107,13 @@ _C.SEG.SCALE = (0.5, 2.0)
 _C.FACE = CfgNode()
 # Dimension of the embedding; at least 1.
 _C.FACE.EMBEDDING = 512
-# Margin softmax: arcface | cosface
+# Margin softmax: arcface | cosface | amsoftmax (cosface with the scale of its own paper)
 _C.FACE.LOSS = "arcface"
-# Its margin: an angle in degrees for arcface, 0 to 90; a cosine for cosface, 0 to 1. Null: that of its paper, 28.6
-# degrees (0.5 radians) or 0.35.
+# Its margin: an angle in degrees for arcface, 0 to 90; a cosine for cosface and amsoftmax, 0 to 1. Null: that of its
+# paper, 28.6 degrees (0.5 radians) or 0.35.
 _C.FACE.MARGIN = None
-# Factor of the cosines before the softmax; above 0.
-_C.FACE.SCALE = 64.0
+# Factor of the cosines before the softmax; above 0. Null: that of the loss's paper, 64, or 30 for amsoftmax.
+_C.FACE.SCALE = None
 # Path of a list of image pairs to verify; empty: pairs are drawn at random, the same in each run.
 _C.FACE.PAIRS = ""
 # Pairs to draw, half of them of one person; at least 4.
@@ -153,22 +153,28 @@ _C.TRAIN.USE_CHECKPOINT = False
 _C.TRAIN.SYNC_BN = False
 
 _C.TRAIN.LR_SCHEDULER = CfgNode()
-# Learning rate schedule after the warm-up: cosine | linear | step
+# Learning rate schedule after the warm-up: cosine | poly | linear | step | multistep. Both cosine and poly end at
+# MIN_LR, linear ends at a hundredth of BASE_LR.
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"
 # Epochs between decays of the schedule `step`; at least 1.
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
-# Factor of each decay of the schedule `step`; above 0, at most 1.
+# Epochs, or fractions of epochs, at which the schedule `multistep` decays, in rising order, below EPOCHS; they are
+# rounded to updates.
+_C.TRAIN.LR_SCHEDULER.MILESTONES = (30.0, 60.0, 90.0)
+# Factor of each decay of the schedules `step` and `multistep`; above 0, at most 1.
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+# Exponent of the schedule `poly`: the learning rate falls as (1 - t / length) ** POWER; above 0, at most 10.
+_C.TRAIN.LR_SCHEDULER.POWER = 0.9
 # Whether the schedule starts after the warm-up. False, as published: it starts with the warm-up, so that the learning
 # rate drops slightly at its end.
 _C.TRAIN.LR_SCHEDULER.WARMUP_PREFIX = False
 
 _C.TRAIN.OPTIMIZER = CfgNode()
-# Optimizer: adamw | sgd (with Nesterov momentum)
+# Optimizer: adamw | lamb (whose gradients its authors clip: CLIP_GRAD 1) | sgd (with Nesterov momentum)
 _C.TRAIN.OPTIMIZER.NAME = "adamw"
-# Epsilon of adamw, added to its denominator; from 1e-30 to 1.
+# Epsilon of adamw and lamb, added to their denominator; from 1e-30 to 1.
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
-# Decay rates of adamw's moments, of the gradient and of its square; each 0 to below 1.
+# Decay rates of the moments of adamw and lamb, of the gradient and of its square; each 0 to below 1.
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
 # Momentum of sgd; 0 to below 1.
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
@@ -288,6 +294,8 @@ SPECIAL: dict[str, FieldType] = {
     "SEG.DOWNSAMPLE": optional(TEXT),
     "SEG.BACKBONE_SIZE": optional(SIZE),
     "FACE.MARGIN": optional(NUMBER),
+    "FACE.SCALE": optional(NUMBER),
+    "TRAIN.LR_SCHEDULER.MILESTONES": NUMBERS,
     "TEST.EMA": optional(BOOLEAN),
     "AUG.CUTMIX_MINMAX": optional(NUMBER_PAIR),
     "AUG.PRESET": optional(TEXT),

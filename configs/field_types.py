@@ -87,9 +87,9 @@ def _pair(read: Callable[[object], Any], value: object) -> tuple[Any, Any]:
     return first, second
 
 
-def _integers(value: object) -> tuple[int, ...]:
+def _sequence(read: Callable[[object], Any], value: object) -> tuple[Any, ...]:
     several = isinstance(value, list | tuple | str)
-    return tuple(map(_integer, _items(value))) if several else (_integer(value),)
+    return tuple(map(read, _items(value))) if several else (read(value),)
 
 
 def _size(value: object) -> int | tuple[int, int]:
@@ -111,7 +111,8 @@ NUMBER = FieldType("a finite number", _number)
 TEXT = FieldType("text", _text)
 PATH = FieldType("text, a path in which ~ or ~USER is the home of an existing user", _path)
 NUMBER_PAIR = FieldType("a pair of finite numbers such as [0.5, 1]", lambda value: _pair(_number, value))
-INTEGERS = FieldType("integers such as [1, 3]", _integers)
+NUMBERS = FieldType("finite numbers such as [30, 60.5]", lambda value: _sequence(_number, value))
+INTEGERS = FieldType("integers such as [1, 3]", lambda value: _sequence(_integer, value))
 SIZE = FieldType("an integer, or a pair of integers such as [224, 256]", _size)
 
 _FIELD_TYPE_OF: dict[type, FieldType] = {bool: BOOLEAN, int: INTEGER, float: NUMBER, str: TEXT, tuple: NUMBER_PAIR}

@@ -8,8 +8,47 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+
+class Lamb(torch.optim.AdamW):
+    """LAMB (arXiv:1904.00962): a step of Adam whose length, for each kernel, is a share of the kernel's own.
+
+    The updates are those of timm's `Lamb`: weight decay is part of the step, and parameters without decay take plain
+    Adam steps. timm's keeps its count of steps apart from its state and can't leave an update out without waiting for
+    the device; the fused AdamW beneath this one does both. Gradients are not clipped here: TRAIN.CLIP_GRAD does that.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates the parameters, or leaves everything as it was where `found_inf` is 1, as the fused AdamW does."""
+        settings = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        learning = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = {parameter: parameter.clone() for parameter in learning}
+        for parameter in learning:
+            parameter.zero_()
+        for group in self.param_groups:
+            group.update(lr=1.0, weight_decay=0.0)
+        super().step()  # from zero at a learning rate of 1: the parameters are now the steps of Adam
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        kept = 1.0 if found_inf is None else 1 - found_inf
+        for group, (lr, weight_decay) in zip(self.param_groups, settings, strict=True):
+            group.update(lr=lr, weight_decay=weight_decay)
+            for parameter in (p for p in group["params"] if p in before):
+                step = _scaled_step(parameter, before[parameter], weight_decay)
+                parameter.copy_(before[parameter] + lr * kept * step)
+
+
+def _scaled_step(step: Tensor, weight: Tensor, weight_decay: float) -> Tensor:
+    """Returns a step of LAMB for a learning rate of 1, from that of Adam: as long as the weight, where that decays."""
+    if weight_decay == 0:
+        return step
+    step = step - weight_decay * weight
+    length, own_length = weight.norm(), step.norm()
+    return step * torch.where((length > 0) & (own_length > 0), length / own_length, 1.0)
+
+
 # The state of each optimizer for a parameter, in the parameter's shape except for `step`, a scalar.
-STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+STATE = {torch.optim.AdamW: _ADAM, Lamb: _ADAM, torch.optim.SGD: {"momentum_buffer"}}
 
 
 def parameter_groups(*modules: nn.Module, weight_decay: float) -> list[dict]:
@@ -49,6 +88,10 @@ def _adamw(groups: list[dict], cfg: CfgNode, lr: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(cfg.BETAS), eps=cfg.EPS, fused=True)
 
 
+def _lamb(groups: list[dict], cfg: CfgNode, lr: float) -> torch.optim.Optimizer:
+    return Lamb(groups, lr=lr, betas=tuple(cfg.BETAS), eps=cfg.EPS, fused=True)
+
+
 def _sgd(groups: list[dict], cfg: CfgNode, lr: float) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum."""
     sgd = torch.optim.SGD(groups, lr=lr, momentum=cfg.MOMENTUM, nesterov=cfg.MOMENTUM > 0, fused=True)
@@ -59,7 +102,11 @@ def _sgd(groups: list[dict], cfg: CfgNode, lr: float) -> torch.optim.Optimizer:
     return sgd
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict], CfgNode, float], torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[[list[dict], CfgNode, float], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "lamb": _lamb,
+    "sgd": _sgd,
+}
 
 
 def state_mismatch(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> str:

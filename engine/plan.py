@@ -18,6 +18,7 @@ class TrainingPlan:
         total_updates: optimizer updates of the whole training, including the warm-up.
         warmup_updates: optimizer updates of the warm-up.
         decay_updates: optimizer updates between two decays of the schedule `step`.
+        milestone_updates: optimizer updates before each decay of the schedule `multistep`, rounded.
     """
 
     global_batch: int
@@ -28,6 +29,7 @@ class TrainingPlan:
     total_updates: int
     warmup_updates: int
     decay_updates: int
+    milestone_updates: tuple[int, ...]
 
     def __str__(self) -> str:
         return (
@@ -72,6 +74,7 @@ def plan_training(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Tra
         total_updates=cfg.TRAIN.EPOCHS * updates_per_epoch,
         warmup_updates=cfg.TRAIN.WARMUP_EPOCHS * updates_per_epoch,
         decay_updates=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch,
+        milestone_updates=tuple(round(epochs * updates_per_epoch) for epochs in cfg.TRAIN.LR_SCHEDULER.MILESTONES),
     )
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.multistep_lr import MultiStepLRScheduler
+from timm.scheduler.poly_lr import PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
 from torch.optim import Optimizer
@@ -53,9 +55,19 @@ def build_schedule(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan) -> Sc
     return SCHEDULES[cfg.NAME](optimizer, cfg, plan, warmup)
 
 
+def _length(cfg: CfgNode, plan: TrainingPlan) -> int:
+    """Returns the updates in which a schedule falls to MIN_LR."""
+    return plan.total_updates - plan.warmup_updates if cfg.WARMUP_PREFIX else plan.total_updates
+
+
 def _cosine(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[str, Any]) -> Scheduler:
-    length = plan.total_updates - plan.warmup_updates if cfg.WARMUP_PREFIX else plan.total_updates
-    return CosineLRScheduler(optimizer, t_initial=length, lr_min=plan.min_lr, t_in_epochs=False, **warmup)
+    return CosineLRScheduler(optimizer, t_initial=_length(cfg, plan), lr_min=plan.min_lr, t_in_epochs=False, **warmup)
+
+
+def _poly(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[str, Any]) -> Scheduler:
+    return PolyLRScheduler(
+        optimizer, t_initial=_length(cfg, plan), power=cfg.POWER, lr_min=plan.min_lr, t_in_epochs=False, **warmup
+    )
 
 
 def _linear(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[str, Any]) -> Scheduler:
@@ -68,5 +80,16 @@ def _step(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[s
     )
 
 
-# Down to MIN_LR; down to a hundredth; times DECAY_RATE every DECAY_EPOCHS.
-SCHEDULES: dict[str, Callable[..., Scheduler]] = {"cosine": _cosine, "linear": _linear, "step": _step}
+def _multistep(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[str, Any]) -> Scheduler:
+    # timm decays one update before the milestone, see its docstring; here it is the first update of the lower rate.
+    milestones = [update + 1 for update in plan.milestone_updates]
+    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=cfg.DECAY_RATE, t_in_epochs=False, **warmup)
+
+
+SCHEDULES: dict[str, Callable[..., Scheduler]] = {
+    "cosine": _cosine,  # down to MIN_LR
+    "poly": _poly,  # down to MIN_LR, as (1 - progress) ** POWER
+    "linear": _linear,  # down to a hundredth
+    "step": _step,  # times DECAY_RATE every DECAY_EPOCHS
+    "multistep": _multistep,  # times DECAY_RATE at each of MILESTONES
+}

@@ -16,15 +16,18 @@ from models.checkpoints import Network
 
 
 class MarginSoftmax(NamedTuple):
-    """A loss of pytorch-metric-learning and the margin of its paper."""
+    """A loss of pytorch-metric-learning, and the margin and scale of its paper."""
 
     loss: str
     margin: float
+    scale: float
 
 
 LOSSES = {
-    "arcface": MarginSoftmax("ArcFaceLoss", 28.6),  # degrees
-    "cosface": MarginSoftmax("CosFaceLoss", 0.35),  # a cosine
+    "arcface": MarginSoftmax("ArcFaceLoss", 28.6, 64.0),  # the margin in degrees
+    "cosface": MarginSoftmax("CosFaceLoss", 0.35, 64.0),  # a cosine
+    # AM-Softmax (arXiv:1801.05599, Eq. 6) is the formula of CosFace (arXiv:1801.09414, Eq. 4), with another scale.
+    "amsoftmax": MarginSoftmax("CosFaceLoss", 0.35, 30.0),
 }
 
 
@@ -53,9 +56,10 @@ class Verification(Task):
             raise ValueError("a margin softmax needs the extra `face`: pip install pytorch-metric-learning") from error
         face, kind = self.cfg.FACE, LOSSES[self.cfg.FACE.LOSS]
         margin = kind.margin if face.MARGIN is None else face.MARGIN
+        scale = kind.scale if face.SCALE is None else face.SCALE
         people = len(self.train_source.classes)
         loss: nn.Module = getattr(losses, kind.loss)(
-            num_classes=people, embedding_size=num_outputs, margin=margin, scale=face.SCALE
+            num_classes=people, embedding_size=num_outputs, margin=margin, scale=scale
         )
         return loss
 

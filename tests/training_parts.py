@@ -32,6 +32,7 @@ PLAN = TrainingPlan(
     total_updates=1000,
     warmup_updates=0,
     decay_updates=1000,
+    milestone_updates=(1000,),
 )
 # Keywords of `trainer_of` that are keys of the configuration, with the value that they have unless a test says so.
 KEYS = {
@@ -67,11 +68,12 @@ def schedule_of(
     name: str = "step",
     *,
     decay_rate: float = 1.0,
+    power: float = 0.9,
     warmup_prefix: bool = False,
     **plan: Any,
 ) -> Scheduler:
     """`plan` holds fields of a `TrainingPlan`."""
-    keys = {"NAME": name, "DECAY_RATE": decay_rate, "WARMUP_PREFIX": warmup_prefix}
+    keys = {"NAME": name, "DECAY_RATE": decay_rate, "POWER": power, "WARMUP_PREFIX": warmup_prefix}
     cfg = settings(" ".join(f"TRAIN.LR_SCHEDULER.{key} {value}" for key, value in keys.items()))
     return build_schedule(optimizer, cfg.TRAIN.LR_SCHEDULER, replace(PLAN, **plan))
 

@@ -32,9 +32,9 @@ REGISTRIES = {
 }
 CHOICES = {key: " ".join(registry) for key, registry in REGISTRIES.items()} | {
     "DATA.DATASET": "imagenet cf100 digits shapes cityscapes faces",
-    "TRAIN.LR_SCHEDULER.NAME": "cosine linear step",
-    "TRAIN.OPTIMIZER.NAME": "adamw sgd",
-    "FACE.LOSS": "arcface cosface",
+    "TRAIN.LR_SCHEDULER.NAME": "cosine poly linear step multistep",
+    "TRAIN.OPTIMIZER.NAME": "adamw lamb sgd",
+    "FACE.LOSS": "arcface cosface amsoftmax",
     "AMP": "auto off bf16 fp16",
     "COMPILE_MODE": "default reduce-overhead max-autotune max-autotune-no-cudagraphs",
 }
@@ -61,7 +61,7 @@ EDGES = [
     ("SEG.SCALE", "0.1,10 0.5,0.6", "0,1 1,1 2,0.5 -1,1 1,11", "two numbers from 0.1 to 10, the smaller first"),
     ("FACE.EMBEDDING", "1 65536", "0 65537", "at least 1"),
     ("FACE.MARGIN", "0 90 None", "-1 91", "from 0 to 90"),
-    ("FACE.SCALE", "0.1 1000", "0 -1 1001", "above 0 and at most 1000"),
+    ("FACE.SCALE", "0.1 1000 None", "0 -1 1001", "above 0 and at most 1000"),
     ("FACE.NUM_PAIRS", "4", "3 -4", "at least 4"),
     ("FACE.FOLDS", "2", "1", "at least 2"),
     ("TRAIN.START_EPOCH", "0 99", "-1", "at least 0"),
@@ -75,6 +75,13 @@ EDGES = [
     ("TRAIN.MAX_SKIPPED", "0", "-1", "at least 0"),
     ("TRAIN.ACCUMULATION_STEPS", "0 1", "-1", "at least 0"),
     ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "1", "0", "at least 1"),
+    (
+        "TRAIN.LR_SCHEDULER.MILESTONES",
+        "0.5 30 [30,60.5,90]",
+        "[] 0 -1 30,30 60,30 1,1000001",
+        "numbers above 0 and at most 1000000, in rising order",
+    ),
+    ("TRAIN.LR_SCHEDULER.POWER", "0.1 10", "0 -1 10.1", "above 0 and at most 10"),
     ("TRAIN.LR_SCHEDULER.DECAY_RATE", "0.01 1", "0 1.1", "above 0 and at most 1"),
     ("TRAIN.OPTIMIZER.EPS", "1e-30 1", "0 -1e-8 1.1", "from 1e-30 to 1"),
     ("TRAIN.OPTIMIZER.BETAS", "0,0.99", "0.9,1 -0.1,0.9", "two numbers, each at least 0 and below 1"),
@@ -124,6 +131,11 @@ CONTRADICTIONS = [
     ("TRAIN.EPOCHS 5", "TRAIN.WARMUP_EPOCHS TRAIN.EPOCHS", "set TRAIN.WARMUP_EPOCHS lower"),
     ("TRAIN.START_EPOCH 100", "TRAIN.START_EPOCH TRAIN.EPOCHS", "set TRAIN.START_EPOCH lower"),
     ("TRAIN.MIN_LR 0.01", "TRAIN.MIN_LR TRAIN.BASE_LR", "set TRAIN.MIN_LR to TRAIN.BASE_LR at most"),
+    (
+        "TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MILESTONES 50,100",
+        "TRAIN.LR_SCHEDULER.MILESTONES TRAIN.LR_SCHEDULER.NAME TRAIN.EPOCHS",
+        "the last decay would never come; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
+    ),
     ("TASK segmentation SEG.RANK 1", "SEG.RANK SEG.DOWNSAMPLE", "set SEG.DOWNSAMPLE as well"),
     (
         "TASK segmentation SEG.BACKBONE_SIZE 320 MODEL.PRETRAINED a",
@@ -146,6 +158,8 @@ AGREEMENTS = [
     "MODEL.RESUME a",
     "MODEL.PRETRAINED a",
     "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0",
+    "TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MILESTONES 50,99.5",
+    "TRAIN.LR_SCHEDULER.NAME step TRAIN.EPOCHS 20",
     "DATA.BATCH_SIZE 1",
     "TASK segmentation DATA.BATCH_SIZE 2",
     "TASK segmentation DATA.BATCH_SIZE 1 EVAL_MODE true MODEL.RESUME a",
@@ -154,6 +168,7 @@ AGREEMENTS = [
     "TASK segmentation MODEL.PRETRAINED a",
     "TASK verification FACE.MARGIN 28.6",
     "TASK verification FACE.LOSS cosface FACE.MARGIN 1",
+    "TASK verification FACE.LOSS amsoftmax FACE.MARGIN 0.4",
 ]
 # task, key, a value that is not its default
 UNUSED = [

@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from configs import flatten, load_config
 from configs.schema import DEFAULTS
+from engine.plan import plan_training
 from models import create_model, default_image_size
 from models.segmentation import SegmentationNetwork
 
@@ -122,24 +123,32 @@ def test_the_face_recipe():
         "TASK": "verification",
         "DATA.DATASET": "faces",
         "DATA.IMG_SIZE": 96,
-        "DATA.BATCH_SIZE": 128,
+        "DATA.BATCH_SIZE": 64,
         "MODEL.ARCH": "RepMLP-FaceRes",
         "FACE.EMBEDDING": 512,
-        "FACE.LOSS": "arcface",
-        "FACE.SCALE": 64.0,
-        "TRAIN.EPOCHS": 20,
-        "TRAIN.WARMUP_EPOCHS": 1,
+        "FACE.LOSS": "amsoftmax",
+        "FACE.MARGIN": None,
+        "FACE.SCALE": None,
+        "TRAIN.WARMUP_EPOCHS": 0,
         "TRAIN.WEIGHT_DECAY": 5e-4,
         "TRAIN.CLIP_GRAD": 0.0,
-        "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": True,
+        "TRAIN.LR_SCHEDULER.NAME": "multistep",
+        "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.1,
         "TRAIN.OPTIMIZER.NAME": "sgd",
+        "TRAIN.OPTIMIZER.MOMENTUM": 0.9,
         "AUG.PRESET": "flip",
         "AUG.REPROB": 0.0,
         "AMP": "off",
         "KEEP_CHECKPOINTS": 1,
     }
     assert {key: given[key] for key in expected} == expected
-    assert given["TRAIN.BASE_LR"] * 128 / 256 == pytest.approx(0.1)
+    images = 5_822_653  # of MS1M-V2
+    plan = plan_training(load_config(CONFIGS / "face_repmlp_faceres.yaml"), world_size=8, steps_per_epoch=images // 512)
+    assert plan.global_batch == 512
+    assert plan.lr == pytest.approx(0.1)
+    assert plan.updates_per_epoch == 11_372
+    assert 420_000 <= plan.total_updates < 420_000 + plan.updates_per_epoch
+    assert plan.milestone_updates == pytest.approx((252_000, 364_000, 406_000), abs=100)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +158,13 @@ def test_the_face_recipe():
         ("resmlp_cifar100", "ResMLP-C100", (55.58, 57.96, 63.76, 65.09)),
     ],
 )
-def test_the_cifar_recipes_name_what_is_published(recipe, arch, accuracies):
+def test_the_cifar_recipes_are_as_published(recipe, arch, accuracies):
     path = CONFIGS / f"{recipe}.yaml"
     given = flatten(load_config(path))
+    imagenet = flatten(load_config(CONFIGS / "imagenet_100ep.yaml"))
+    schedule = [key for key in given if key.startswith("TRAIN.") and key != "TRAIN.BASE_LR"]
+    assert {key: given[key] for key in schedule} == {key: imagenet[key] for key in schedule}
+    assert (given["TRAIN.BASE_LR"], given["DATA.BATCH_SIZE"], given["AUG.PRESET"]) == (0.002, 128, "crop")
     assert (given["MODEL.ARCH"], given["DATA.DATASET"], given["DATA.IMG_SIZE"]) == (arch, "cf100", 32)
     found = re.findall(r"(\d+\.\d+) %", " ".join(path.read_text().split("Expected:")[1].splitlines()))
     assert tuple(map(float, found)) == accuracies

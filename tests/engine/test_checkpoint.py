@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 import models
 from data import Batch, Normalize
 from engine.checkpoint import CheckpointFolder
-from engine.optimizer import parameter_groups
+from engine.optimizer import OPTIMIZERS, parameter_groups
 from engine.state import ALWAYS, SOMETIMES, read_state
 from engine.trainer import Progress, Trainer
 from models.checkpoints import describe, read_checkpoint
@@ -152,7 +152,7 @@ def test_no_temporary_file_is_left(tmp_path, run_of):
 
 
 @pytest.mark.parametrize("ema", [False, True])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, run_of, ema, name):
     straight = run_of(1, ema=ema, name=name)
     straight.train_epoch(epoch(0))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from training_parts import checkpoint_folder, optimizer_of, resume
 
 from data import Batch
+from engine.optimizer import OPTIMIZERS
 from utils.lock import folder_lock
 from utils.log import MetricsWriter
 
@@ -48,7 +49,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("spoilt", [(0,), (1,), (0, 2)])
 def test_a_skipped_update_changes_nothing(trainer_of, batch_of, name, spoilt, value):
     batches = [batch_of(8, seed=number) for number in range(4)]

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from timm.optim import Lamb
 from torch import nn
 from training_parts import optimizer_of
 
@@ -84,10 +85,11 @@ def test_the_options_of_sgd(momentum):
     ("name", "plain"),
     [
         ("adamw", lambda groups: torch.optim.AdamW(groups, lr=0.02, betas=(0.7, 0.8), eps=1e-5, foreach=False)),
+        ("lamb", lambda groups: Lamb(groups, lr=0.02, betas=(0.7, 0.8), eps=1e-5, max_grad_norm=None, foreach=False)),
         ("sgd", lambda groups: torch.optim.SGD(groups, lr=0.02, momentum=0.6, nesterov=True, foreach=False)),
     ],
 )
-def test_updates_equal_those_of_torch_unfused(name, plain):
+def test_updates_equal_those_of_the_library_unfused(name, plain):
     ours = network()
     theirs = deepcopy(ours)
     optimizer = optimizer_of(ours, name=name, lr=0.02, weight_decay=0.3, momentum=0.6, betas=(0.7, 0.8), eps=1e-5)
@@ -103,7 +105,7 @@ def test_updates_equal_those_of_torch_unfused(name, plain):
         assert not torch.equal(own, before)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_take_the_layout_of_their_parameters(name):
     kernel = torch.randn(4, 3, 3, 3)
     parameters = {layout: nn.Parameter(kernel.clone(memory_format=layout)) for layout in LAYOUTS}
@@ -129,8 +131,34 @@ def test_adamw_by_hand():
     assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-8)
 
 
+def test_lamb_by_hand():
+    model = nn.Linear(1, 2).double()
+    model.weight.data.copy_(torch.tensor([[3.0], [-4.0]]))
+    model.bias.data.fill_(2.0)
+    optimizer = optimizer_of(model, name="lamb", lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-12)
+    model.weight.grad = torch.full((2, 1), 7.0, dtype=torch.float64)
+    model.bias.grad = torch.tensor([7.0, -7.0], dtype=torch.float64)
+    optimizer.step()
+    # A first step of Adam is 1 with the sign of the gradient. With the decay, that of the kernel is (2.5, -1); it is
+    # made as long as the kernel, 5. That of the bias is neither decayed nor scaled.
+    share = 0.1 * 5 / (2.5**2 + 1) ** 0.5
+    assert model.weight.flatten().tolist() == pytest.approx([3 - 2.5 * share, -4 + share], rel=1e-10)
+    assert model.bias.tolist() == pytest.approx([1.9, 2.1], rel=1e-10)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_lamb_moves_a_kernel_of_zeros():
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data.zero_()
+    optimizer = optimizer_of(model, name="lamb", lr=0.1, weight_decay=0.5)
+    model.weight.grad = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
+    optimizer.step()
+    torch.testing.assert_close(model.weight.data, torch.tensor([[-0.1, 0.1], [0.0, -0.1]]))
+
+
 def test_the_schema_allows_all_optimizers_and_no_others():
-    assert [*OPTIMIZERS] == ["adamw", "sgd"]
+    assert [*OPTIMIZERS] == ["adamw", "lamb", "sgd"]
     assert CONSTRAINTS["TRAIN.OPTIMIZER.NAME"].allowed == f"one of {', '.join(OPTIMIZERS)}"
 
 

@@ -53,7 +53,12 @@ def test_numbers_by_hand(row):
     plan = plan_training(load(opts), world_size=world_size, steps_per_epoch=steps)
     assert plan.global_batch == batch
     assert plan.lr == pytest.approx(lr, rel=1e-12)
-    assert dataclasses.astuple(plan)[4:] == tuple(updates)
+    assert dataclasses.astuple(plan)[4:8] == tuple(updates)
+
+
+def test_milestones_are_rounded_to_updates():
+    opts = "DATA.BATCH_SIZE 512 TRAIN.LR_SCHEDULER.MILESTONES 0.5,22.175,36.97"
+    assert plan_training(load(opts), world_size=1, steps_per_epoch=1001).milestone_updates == (500, 22_197, 37_007)
 
 
 def test_all_three_learning_rates_scale():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from settings import settings
 from torch import nn
 from training_parts import schedule_of
 
@@ -48,6 +49,7 @@ def build(optimizer, **changes):
         "warmup_lr": 0.1,
         "min_lr": 0.0,
         "decay_updates": 30,
+        "milestone_updates": (30, 45, 90),
         "decay_rate": 0.5,
     }
     return schedule_of(optimizer, **settings | changes)
@@ -79,7 +81,7 @@ def test_the_golden_weight_decay_groups():
     assert groups == GOLDEN["param_groups"]
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("prefix", [False, True])
 def test_the_warm_up_is_a_straight_line(name, prefix):
     optimizer = sgd(2.0)
@@ -88,7 +90,7 @@ def test_the_warm_up_is_a_straight_line(name, prefix):
     assert rates(schedule, optimizer, range(20)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_with_the_warm_up_as_a_prefix_the_learning_rate_peaks_at_the_base(name):
     optimizer = sgd(2.0)
     before, at, after = rates(build(optimizer, name=name, warmup_prefix=True), optimizer, (19, 20, 21))
@@ -135,13 +137,50 @@ def test_step_decays_by_its_rate(prefix, start):
     assert rates(schedule, optimizer, updates) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("lowest", [0.0, 0.25])
+@pytest.mark.parametrize("power", [0.9, 2.0])
+@pytest.mark.parametrize(("prefix", "start", "length"), [(False, 0, 100), (True, 20, 80)])
+def test_poly_by_its_formula(lowest, power, prefix, start, length):
+    optimizer = sgd(2.0)
+    schedule = build(optimizer, name="poly", power=power, min_lr=lowest, warmup_prefix=prefix)
+    updates = range(20, 101)
+    expected = [lowest + (2.0 - lowest) * (1 - (t - start) / length) ** power for t in updates]
+    measured = rates(schedule, optimizer, [*updates, 130])
+    assert measured[:-1] == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert measured[-1] == lowest
+
+
+@pytest.mark.parametrize(("prefix", "start"), [(False, 0), (True, 20)])
+def test_multistep_decays_from_the_update_of_each_milestone_on(prefix, start):
+    optimizer = sgd(2.0)
+    schedule = build(optimizer, name="multistep", warmup_prefix=prefix)
+    updates = range(20, 130)
+    expected = [2.0 * 0.5 ** sum(t - start >= milestone for milestone in (30, 45, 90)) for t in updates]
+    assert rates(schedule, optimizer, updates) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_stepped_schedule_of_the_first_paper_for_faces():
+    """0.1 for 420 thousand updates of 512 images, divided by 10 at 252, 364 and 406 thousand."""
+    cfg = settings(
+        "TRAIN.BASE_LR 0.05 TRAIN.WARMUP_EPOCHS 0 DATA.BATCH_SIZE 64 TRAIN.EPOCHS 42 "
+        "TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MILESTONES 25.2,36.4,40.6"
+    )
+    plan = plan_training(cfg, world_size=8, steps_per_epoch=10_000)
+    assert (plan.total_updates, plan.milestone_updates) == (420_000, (252_000, 364_000, 406_000))
+    optimizer = sgd(plan.lr)
+    schedule = build_schedule(optimizer, cfg.TRAIN.LR_SCHEDULER, plan)
+    updates = (0, 251_999, 252_000, 363_999, 364_000, 405_999, 406_000, 419_999)
+    expected = [0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001]
+    assert rates(schedule, optimizer, updates) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_without_a_warm_up_the_first_update_has_the_base(name):
     optimizer = sgd(2.0)
     assert rates(build(optimizer, name=name, warmup_updates=0), optimizer, (0,)) == [2.0]
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_the_learning_rate_depends_on_the_update_alone(name):
     first, second = sgd(2.0), sgd(2.0)
     in_order = rates(build(first, name=name), first, range(100))
@@ -149,5 +188,5 @@ def test_the_learning_rate_depends_on_the_update_alone(name):
 
 
 def test_the_schema_allows_all_schedules_and_no_others():
-    assert [*SCHEDULES] == ["cosine", "linear", "step"]
+    assert [*SCHEDULES] == ["cosine", "poly", "linear", "step", "multistep"]
     assert CONSTRAINTS["TRAIN.LR_SCHEDULER.NAME"].allowed == f"one of {', '.join(SCHEDULES)}"

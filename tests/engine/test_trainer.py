@@ -22,6 +22,7 @@ from training_parts import checkpoint_folder, ema_of, optimizer_of, resume, sche
 import data
 import models
 from data import Batch
+from engine.optimizer import OPTIMIZERS
 from engine.trainer import Trainer
 from utils.log import MetricsWriter
 from utils.seed import seed_everything
@@ -162,7 +163,7 @@ def test_the_moving_average_sees_every_update(plain_network, trainer_of, batch_o
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("second", LAYOUTS, ids=str)
 @pytest.mark.parametrize("first", LAYOUTS, ids=str)

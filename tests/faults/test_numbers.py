@@ -14,6 +14,7 @@ from training_parts import optimizer_of, trainer_of
 
 from data import Batch
 from engine.finite_guard import MIN_LOSS_SCALE
+from engine.optimizer import OPTIMIZERS
 from tools import soak
 
 
@@ -91,7 +92,7 @@ def test_the_count_and_the_state_survive_a_restart(start, run, tmp_path_factory)
     assert_finite(run)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_first_update_that_is_skipped_leaves_no_trace(run, name):
     process = run.start("TRAIN.OPTIMIZER.NAME", name, "SAVE_STEPS", 1, plan={"nan_at": [0], "kill_at_update": 1})
     assert process.wait() == -signal.SIGKILL

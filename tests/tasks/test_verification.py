@@ -1,11 +1,13 @@
 """What is special about verification: people never seen, pairs of a list, directions that the loss learns."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pictures import write_patterns
 from script_runs import Result, Run
 from settings import settings
@@ -121,14 +123,44 @@ def test_pretrained_weights_have_another_embedding(learned, people, script, tmp_
     }
 
 
+def loss_of(people: Path, changes: str, embedding: int) -> torch.nn.Module:
+    opts = f"TASK verification DATA.DATASET faces DATA.DATA_PATH {people} {changes}"
+    return Verification(settings(opts), ALONE).build_criterion(embedding)
+
+
+def angular(cosines: torch.Tensor) -> torch.Tensor:
+    return torch.cos(torch.acos(cosines) + math.radians(28.6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale", "with_margin"),
+    [
+        ("FACE.LOSS arcface", 64, angular),
+        ("FACE.LOSS cosface", 64, lambda cosines: cosines - 0.35),
+        ("FACE.LOSS amsoftmax", 30, lambda cosines: cosines - 0.35),
+        ("FACE.LOSS amsoftmax FACE.SCALE 20 FACE.MARGIN 0.4", 20, lambda cosines: cosines - 0.4),
+        ("FACE.LOSS arcface FACE.SCALE 20", 20, angular),
+    ],
+)
+def test_a_loss_is_that_of_its_paper(people, changes, scale, with_margin):
+    """The cross entropy of the cosines times the scale, with the margin in that of the right person."""
+    criterion = loss_of(people, changes, 4).double()
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 3, 15, 3, 7, 1])
+    cosines = F.normalize(embeddings) @ F.normalize(criterion.W, dim=0)
+    rows = torch.arange(6)
+    logits = cosines.clone()
+    logits[rows, labels] = with_margin(cosines[rows, labels])
+    expected = F.cross_entropy(scale * logits, labels)
+    torch.testing.assert_close(criterion(embeddings, labels), expected, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_directions_of_people_stay_in_single_precision(people, loss, amp):
     """As the library has it, they would take over the precision of the embeddings, and keep it."""
-    task = Verification(
-        settings(f"TASK verification DATA.DATASET faces DATA.DATA_PATH {people} FACE.LOSS {loss}"), ALONE
-    )
-    criterion = task.build_criterion(4)
+    criterion = loss_of(people, f"FACE.LOSS {loss}", 4)
     with torch.no_grad():
         before = criterion.W.clone()
     network = torch.nn.Linear(3, 4)
