@@ -21,6 +21,7 @@ from engine.parallel import COMPILE_MODES
 from engine.precision import AUTO, PRECISIONS
 from engine.schedule import SCHEDULES
 from models.dense import DOWNSAMPLINGS, FULL_RANK
+from models.pure_mlp import MIXERS
 from models.segmentation import DECODERS
 from tasks import TASKS
 from tasks.verification import LOSSES
@@ -127,6 +128,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "MODEL.BLOCKS": COUNTS,
     "MODEL.BRANCHES": ODD,
     "MODEL.SHARE_SETS": COUNTS,
+    "MODEL.MIXER": one_of(MIXERS),
     "SEG.DECODER": one_of(DECODERS),
     "SEG.WIDTH": at_least(1, 2**14),
     "SEG.DOWNSAMPLE": one_of(DOWNSAMPLINGS),

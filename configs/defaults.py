@@ -25,8 +25,8 @@ _C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128
 # Folder of the data set; `digits` and `shapes` name data sets that come with the project and need no folder.
 _C.DATA.DATA_PATH = "/path/to/imgnet/"
-# Its format: imagenet (train/<class>/*, val/<class>/*) | cf100 (CIFAR-100) | digits | shapes | cityscapes
-# (leftImg8bit/, gtFine/) | faces (train/<person>/*, val/<other person>/*)
+# Its format: imagenet (train/<class>/*, val/<class>/*) | cf10 (CIFAR-10) | cf100 (CIFAR-100) | digits | shapes |
+# cityscapes (leftImg8bit/, gtFine/) | faces (train/<person>/*, val/<other person>/*)
 _C.DATA.DATASET = "imagenet"
 # Side of a training image in pixels, or [height, width]; for segmentation, of the random crop. Null: the
 # architecture's own.
@@ -81,6 +81,9 @@ _C.MODEL.BRANCHES = None
 _C.MODEL.SHARE_SETS = None
 # Whether the blocks have a Global Perceptron; null: the architecture's own.
 _C.MODEL.GLOBAL_PERCEPTRON = None
+# What mixes the positions in the blocks of a PureMLP: repmlp | fc3_as_conv9 | conv9 | conv3 (convolutions in place of
+# FC3 or of RepMLP); null: the architecture's own.
+_C.MODEL.MIXER = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Segmentation
@@ -291,6 +294,7 @@ SPECIAL: dict[str, FieldType] = {
     "MODEL.BRANCHES": optional(INTEGERS),
     "MODEL.SHARE_SETS": optional(INTEGERS),
     "MODEL.GLOBAL_PERCEPTRON": optional(BOOLEAN),
+    "MODEL.MIXER": optional(TEXT),
     "SEG.DOWNSAMPLE": optional(TEXT),
     "SEG.BACKBONE_SIZE": optional(SIZE),
     "FACE.MARGIN": optional(NUMBER),

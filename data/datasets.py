@@ -5,10 +5,12 @@ A data set is one entry in `DATASETS`, and a new `Source` if no existing one fit
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.datasets import CIFAR10, CIFAR100
 from yacs.config import CfgNode
 
 from utils.cli import did_you_mean
@@ -48,8 +50,8 @@ def _open_imagenet(cfg: CfgNode, split: str, *, rank: int, world_size: int) -> I
     return FolderSource(cfg.DATA_PATH, split)
 
 
-def _open_cifar(cfg: CfgNode, split: str, **_: Any) -> ImageSource:
-    return CifarSource(cfg.DATA_PATH, split, download=cfg.DOWNLOAD)
+def _open_cifar(reader: type[CIFAR10], cfg: CfgNode, split: str, **_: Any) -> ImageSource:
+    return CifarSource(reader, cfg.DATA_PATH, split, download=cfg.DOWNLOAD)
 
 
 def _open_digits(_cfg: CfgNode, split: str, **_: Any) -> ImageSource:
@@ -70,8 +72,14 @@ def _open_faces(cfg: CfgNode, split: str, **_: Any) -> ImageSource:
 
 DATASETS: dict[str, DatasetSpec] = {
     "imagenet": DatasetSpec(_open_imagenet, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
+    "cf10": DatasetSpec(
+        partial(_open_cifar, CIFAR10),
+        mean=(0.49139968, 0.48215841, 0.44653091),
+        std=(0.24703223, 0.24348513, 0.26158784),
+        image_size=32,
+    ),
     "cf100": DatasetSpec(
-        _open_cifar,
+        partial(_open_cifar, CIFAR100),
         mean=(0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
         std=(0.2673342858792401, 0.2564384629170883, 0.27615047132568404),
         image_size=32,

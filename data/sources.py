@@ -1,4 +1,4 @@
-"""Stored images with their labels: an image folder, CIFAR-100's files, the embedded digits."""
+"""Stored images with their labels: an image folder, CIFAR's files, the embedded digits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR10
 
 from utils.files import user_path
 from utils.text import printable
@@ -137,31 +137,33 @@ def _check_same_classes(folder: Path, other: Path) -> None:
 
 
 class CifarSource(ImageSource):
-    """CIFAR-100 in its python version (`cifar-100-python/`), 32x32 pixels, 100 classes; `val` is its test part.
+    """CIFAR-10 or CIFAR-100 in its python version, 32x32 pixels; `val` is its test part.
 
-    With `download` missing files are downloaded; let one process do so before the others.
+    `reader` is torchvision's, which checks the files. With `download` missing files are downloaded; let one process do
+    so before the others.
     """
 
-    def __init__(self, root: str | Path, split: str, *, download: bool = False) -> None:
+    def __init__(self, reader: type[CIFAR10], root: str | Path, split: str, *, download: bool = False) -> None:
         assert split in SPLITS
-        root = user_path(root)
+        folder = user_path(root) / reader.base_folder
+        name = reader.__name__.replace("CIFAR", "CIFAR-")
         try:
-            cifar = CIFAR100(root, train=split == "train", download=download)
+            cifar = reader(folder.parent, train=split == "train", download=download)
         except RuntimeError as error:  # torchvision raises it for missing and damaged files
             raise ValueError(
-                f"CIFAR-100 is missing or damaged in {root / CIFAR100.base_folder}: "
+                f"{name} is missing or damaged in {folder}: "
                 "set DATA.DATA_PATH to the folder that holds it, or DATA.DOWNLOAD True to fetch it"
             ) from error
         self.classes = list(cifar.classes)
         self._images: np.ndarray = cifar.data
         self.labels = np.array(cifar.targets, dtype=np.int64)
-        self._name = f"CIFAR-100 {split}"
+        self._name = f"{name} {split}"
 
     def _image(self, index: int) -> Image.Image:
         return Image.fromarray(self._images[index])
 
     def locate(self, index: int) -> str:
-        """Returns the number of the image in its part of CIFAR-100."""
+        """Returns the number of the image in its part of CIFAR."""
         return f"{self._name} image {index}"
 
 

@@ -8,7 +8,7 @@ import timm
 from timm.models import PretrainedCfg
 from torch import nn
 
-from . import repmlp_resnet, repmlpnet, resmlp
+from . import pure_mlp, repmlp_resnet, repmlpnet, resmlp
 from .variants import build_variant, changed_spec, parts_of, variant_name
 
 
@@ -32,6 +32,7 @@ FAMILIES = (
     Family(repmlpnet.RepMLPNet, repmlpnet.SPECS),
     Family(resmlp.ResMLP, resmlp.SPECS),
     Family(repmlp_resnet.RepMLPResNet, repmlp_resnet.SPECS),
+    Family(pure_mlp.PureMLP, pure_mlp.SPECS),
 )
 REGISTRY = {name: family for family in FAMILIES for name in family.specs}
 _PUBLISHED_NAMES = {variant_name(name): name for name in REGISTRY}
@@ -145,6 +146,15 @@ def _timm_cfg(name: str) -> PretrainedCfg:
 
 
 def _closest(name: str) -> str:
-    known = {candidate.lower(): candidate for candidate in [*list_models(), *timm.list_models()]}
+    own, given = list_models(), _words(name)
+    more_precise = [known for known in own if given < _words(known)]
+    if more_precise and len(given) > 1:
+        return f"; did you mean {' or '.join(more_precise)}?"
+    known = {candidate.lower(): candidate for candidate in [*own, *timm.list_models()]}
     close = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"; did you mean {known[close[0]]}?" if close else f"; known are {', '.join(list_models())} and timm's"
+    return f"; did you mean {known[close[0]]}?" if close else f"; known are {', '.join(own)} and timm's"
+
+
+def _words(name: str) -> set[str]:
+    """Returns the parts of a name, published or of timm: `RepMLPNet-T224` has two."""
+    return set(variant_name(name).split("_"))

@@ -28,6 +28,8 @@ from .locality import branch_names
 
 # The dtypes of weights in files; others, such as float8, need a scale that is not part of the tensor.
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Architectures that files may name as they were once called.
+RENAMED = {"ResMLP-B24-224": "ResMLP-B24-P8-224"}
 # What `describe` writes.
 META = schema.record(
     {
@@ -124,6 +126,8 @@ def take_weights(path: Path, payload: dict[str, Any], ema: bool | None) -> Check
     """Finds the weights, or their average, in what `read_checkpoint` has read; arguments and errors as there."""
     state_dict, averaged = find_weights(path, payload, ema)
     meta = metadata(payload)
+    if meta.get("arch") in RENAMED:
+        meta = meta | {"arch": RENAMED[meta["arch"]]}
     return Checkpoint(path, state_dict, form_of(state_dict) or meta.get("form"), meta, payload, averaged)
 
 

@@ -60,6 +60,40 @@ class GroupedFC(nn.Conv2d):
             out = torch.baddbmm(self.bias.reshape(groups, 1, -1).to(dtype), rows, kernel.transpose(1, 2))
         return out.transpose(0, 1).reshape(m, self.out_channels // (h * w), h, w)
 
+    def merged(self, factor: Tensor, kernel: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """Returns the weight, in float64, of the layer whose outputs are scaled and that a convolution is added to.
+
+        Args:
+            factor: (O * h * w, 1), float64.
+            kernel: (O, I / groups, kh, kw), float64, of the convolution; None adds nothing.
+            size: (h, w) of the maps.
+        """
+        weight = self.weight.flatten(1).double() * factor
+        if kernel is not None:
+            weight = weight + conv_to_fc(kernel, size)
+        return weight.view_as(self.weight)
+
+    def merge_(self, factor: Tensor, kernel: Tensor | None, size: tuple[int, int]) -> None:
+        """Makes the weight that of `merged`, in place, with hardly any additional memory."""
+        self.weight.data = self.weight.contiguous()
+        inject_(self.weight.flatten(1), factor, kernel, size)
+
+
+class PartitionConv(nn.Conv2d):
+    """A convolution of the maps that a `GroupedFC` could take: an FC that shares its kernel among the positions."""
+
+    def __init__(self, channels: int, kernel_size: int, groups: int, bias: bool) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=bias)
+
+    def merged(self, factor: Tensor, kernel: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """As that of `GroupedFC`, with a factor (O, 1) and a convolution that is no larger than this one."""
+        weight = self.weight.double() * factor[:, :, None, None]
+        return weight if kernel is None else merge_kernels([weight, kernel])
+
+    def merge_(self, factor: Tensor, kernel: Tensor | None, size: tuple[int, int]) -> None:
+        """Makes the weight that of `merged`, in place."""
+        self.weight.copy_(self.merged(factor, kernel, size))
+
 
 class ShareSetFC(GroupedFC):
     """A fully-connected layer over the h * w positions of a map, one kernel for each of S share-sets."""
@@ -141,7 +175,7 @@ class PartitionBlock(Reparameterizable):
         ValueError: kernel sizes that are even, or the same twice.
     """
 
-    fc3: GroupedFC
+    fc3: GroupedFC | PartitionConv
     fc3_bn: nn.Module
 
     def __init__(self, h: int, w: int, branches: Sequence[int], deploy: bool) -> None:
@@ -177,14 +211,17 @@ class PartitionBlock(Reparameterizable):
         return x.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
     def _terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns, in float64, what makes the equal FC: a factor (O*h*w, 1) for FC3, a bias (O*h*w,), a convolution."""
+        """Returns, in float64, what makes the equal FC: a factor (O*h*w, 1) for FC3, a bias (O*h*w,), a convolution.
+
+        Where FC3 is a convolution, factor and bias have a value for each of its O channels.
+        """
         assert isinstance(self.fc3_bn, _BatchNorm)
         ones = torch.ones(self.fc3.out_channels, 1, dtype=torch.float64, device=self.fc3.weight.device)
         factor, bias = fold_batch_norm(ones, None, self.fc3_bn)
         if not self.branches:
             return factor, bias, None
         kernel, shift = fold_branches(self._local_branches())
-        return factor, bias + shift.repeat_interleave(self.h * self.w), kernel
+        return factor, bias + shift.repeat_interleave(len(bias) // len(shift)), kernel
 
     def get_equivalent_fc3(self) -> tuple[Tensor, Tensor]:
         """Returns the FC that equals FC3, its BatchNorm and all branches: kernel and bias in the shapes of `fc3`'s.
@@ -195,11 +232,8 @@ class PartitionBlock(Reparameterizable):
             assert self.fc3.bias is not None
             return self.fc3.weight, self.fc3.bias
         factor, bias, kernel = self._terms()
-        weight = self.fc3.weight.flatten(1).double() * factor
-        if kernel is not None:
-            weight = weight + conv_to_fc(kernel, (self.h, self.w))
         dtype = self.fc3.weight.dtype
-        return weight.to(dtype).view_as(self.fc3.weight), bias.to(dtype)
+        return self.fc3.merged(factor, kernel, (self.h, self.w)).to(dtype), bias.to(dtype)
 
     @torch.no_grad()
     def local_inject(self) -> None:
@@ -211,8 +245,7 @@ class PartitionBlock(Reparameterizable):
         if self.deploy:
             return
         factor, bias, kernel = self._terms()
-        self.fc3.weight.data = self.fc3.weight.contiguous()
-        inject_(self.fc3.weight.flatten(1), factor, kernel, (self.h, self.w))
+        self.fc3.merge_(factor, kernel, (self.h, self.w))
         self.fc3.bias = nn.Parameter(bias.to(self.fc3.weight.dtype), self.fc3.weight.requires_grad)
         self.fc3_bn = nn.Identity().train(self.training)
         for k in self.branches:

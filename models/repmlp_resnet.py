@@ -16,7 +16,7 @@ from timm.layers import DropPath, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .layers import ConvNorm, GroupedFC, PartitionBlock
+from .layers import ConvNorm, GroupedFC, PartitionBlock, PartitionConv, check_kernel_sizes
 from .reparam import Reparameterizable, absorb_batch_norm, fold_batch_norm
 from .stages import StagedNetwork
 from .variants import build_variant, variant_cfg
@@ -72,6 +72,12 @@ class RepMLPResNetSpec:
         """Of what the height and width of an image are multiples, so that partitions divide the maps."""
         return max((self.partition * 4 * 2**i for i, r in enumerate(self.reductions) if r), default=1)
 
+    @property
+    def repmlp_channels(self) -> list[int]:
+        """The channels of the RepMLPs of each stage; 0 where it has none."""
+        outer = 1 if self.style == "light" else 4
+        return [c // outer // r if r else 0 for c, r in zip(self.channels, self.reductions, strict=True)]
+
 
 def named(**layers: nn.Module) -> nn.Sequential:
     """Returns layers one after the other, under their names."""
@@ -91,9 +97,11 @@ class RepMLP(PartitionBlock):
         gp_reduction: the Global Perceptron's hidden width is its C * H/h * W/w values / gp_reduction; None leaves it
             out. Where one partition is the whole map there is none.
         deploy: build the structure that `local_inject` leaves.
+        fc3_as_conv: kernel size of a convolution that takes the place of FC3; None leaves FC3. No branch is larger.
 
     Raises:
-        ValueError: partitions that do not divide the maps, groups that do not divide the channels, or an even kernel.
+        ValueError: partitions that do not divide the maps, groups that do not divide the channels, an even kernel, or
+            a branch that is larger than the convolution that it would merge into.
     """
 
     fc1_fc2: nn.Sequential | None
@@ -108,6 +116,7 @@ class RepMLP(PartitionBlock):
         branches: Sequence[int] = (1, 3, 5),
         gp_reduction: int | None = 1,
         deploy: bool = False,
+        fc3_as_conv: int | None = None,
     ) -> None:
         super().__init__(h, w, branches, deploy)
         self.channels = channels
@@ -119,14 +128,21 @@ class RepMLP(PartitionBlock):
             hidden = values // gp_reduction
             self.fc1_fc2 = named(fc1=nn.Linear(values, hidden), act=nn.ReLU(), fc2=nn.Linear(hidden, values))
             self.avg = named(pool=nn.AvgPool2d((h, w)), bn=nn.Identity() if deploy else nn.BatchNorm2d(channels))
-        self.fc3 = GroupedFC(channels, channels, h, w, groups, bias=deploy)
+        if fc3_as_conv is None:
+            self.fc3 = GroupedFC(channels, channels, h, w, groups, bias=deploy)
+        else:
+            check_kernel_sizes([fc3_as_conv])
+            if max(branches, default=0) > fc3_as_conv:
+                raise ValueError(f"branches {tuple(branches)} do not fit into a {fc3_as_conv}x{fc3_as_conv} kernel")
+            self.fc3 = PartitionConv(channels, fc3_as_conv, groups, bias=deploy)
         self.fc3_bn = nn.Identity() if deploy else nn.BatchNorm2d(self.fc3.out_channels)
         self.add_branches(lambda k: nn.Conv2d(channels, channels, k, padding=k // 2, groups=groups, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         partitions = self._partition(x if self.fc1_fc2 is None else self._add_global(x, self.fc1_fc2))
-        out = self.fc3_bn(self.fc3(partitions).reshape(len(partitions), -1, 1, 1)).view_as(partitions)
+        out = self.fc3(partitions).reshape(len(partitions), self.fc3.out_channels, -1, 1)
+        out = self.fc3_bn(out).view_as(partitions)
         for branch in self._local_branches():
             out = out + branch(partitions)
         return self._restore(out, x.shape)
@@ -349,9 +365,8 @@ class RepMLPResNet(StagedNetwork):
 
     def _repmlp(self, stage: int, deploy: bool) -> RepMLP:
         spec, stride = self.spec, 4 * 2**stage
-        outer = spec.channels[stage] if spec.style == "light" else spec.channels[stage] // 4
         return RepMLP(
-            outer // spec.reductions[stage],
+            spec.repmlp_channels[stage],
             (self.img_size[0] // stride, self.img_size[1] // stride),
             spec.partition,
             spec.partition,
@@ -365,13 +380,8 @@ class RepMLPResNet(StagedNetwork):
     def built_for(weights: Mapping[str, Tensor], spec: RepMLPResNetSpec, img_size: tuple[int, int]) -> dict[str, Any]:
         """Returns the `in_chans` and `img_size` that weights were made with, see `Family`."""
         stem = weights.get("stage0.0.conv.weight", torch.empty(0, 3))
-        fc1 = next((name for name in weights if name.endswith(".fc1_fc2.fc1.weight")), None)
-        if fc1 is not None:
-            channels = weights[fc1.replace("fc1_fc2.fc1", "fc3")].shape[:1].numel() // spec.partition**2
-            partitions = weights[fc1].shape[1:2].numel() // max(1, channels)
-            step = spec.partition * 2 * 2 ** int(fc1[len("stage")])
-            if partitions != img_size[0] * img_size[1] // step**2:
-                img_size = to_2tuple(math.isqrt(partitions) * step)
+        steps = [spec.partition * 4 * 2**stage for stage in range(len(spec.blocks))]
+        img_size = size_of_global_perceptrons(weights, spec.repmlp_channels, steps, img_size)
         return {"in_chans": stem.shape[1:2].numel(), "img_size": img_size}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -398,6 +408,29 @@ class RepMLPResNet(StagedNetwork):
     def _keep(self, stages: int) -> None:
         for stage in range(stages, len(self.feature_info)):
             delattr(self, f"stage{stage + 1}")
+
+
+def size_of_global_perceptrons(
+    weights: Mapping[str, Tensor], channels: Sequence[int], steps: Sequence[int], img_size: tuple[int, int]
+) -> tuple[int, int]:
+    """Returns the (height, width) of the images that the Global Perceptrons of a network were made for.
+
+    Args:
+        weights: by name; those of the first stage begin with `stage1.`.
+        channels: of the RepMLPs of each stage.
+        steps: the side of a partition of each stage, in pixels of the image.
+        img_size: to prefer where it fits; else a square one is returned.
+    """
+    for stage, (count, step) in enumerate(zip(channels, steps, strict=True), 1):
+        kernels = (
+            w for k, w in weights.items() if k.startswith(f"stage{stage}.") and k.endswith(".fc1_fc2.fc1.weight")
+        )
+        fc1 = next(kernels, None)
+        if fc1 is not None:
+            partitions = fc1.shape[1:2].numel() // max(1, count)
+            fits = partitions == img_size[0] * img_size[1] // step**2
+            return img_size if fits else to_2tuple(math.isqrt(partitions) * step)
+    return img_size
 
 
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:

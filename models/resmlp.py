@@ -37,14 +37,16 @@ class ResMLPSpec:
 
 # fmt: off
 SPECS: dict[str, ResMLPSpec] = {
-    #                          image patch width depth
-    "ResMLP-S12-224": ResMLPSpec(224, 16, 384, 12),
-    "ResMLP-S24-224": ResMLPSpec(224, 16, 384, 24, layer_scale=1e-5),
-    "ResMLP-B24-224": ResMLPSpec(224,  8, 768, 24, layer_scale=1e-6),
+    #                              image patch width depth
+    "ResMLP-S12-224":     ResMLPSpec(224, 16, 384, 12),
+    "ResMLP-S24-224":     ResMLPSpec(224, 16, 384, 24, layer_scale=1e-5),
+    # The RepMLPNet paper compares with patches of 16 pixels; the published weights are of patches of 8.
+    "ResMLP-B24-P16-224": ResMLPSpec(224, 16, 768, 24, layer_scale=1e-6),
+    "ResMLP-B24-P8-224":  ResMLPSpec(224,  8, 768, 24, layer_scale=1e-6),
     # The CIFAR-100 network of the RepMLPNet paper: 16x16 tokens.
-    "ResMLP-C100":    ResMLPSpec( 32,  2, 256, 12),
+    "ResMLP-C100":        ResMLPSpec( 32,  2, 256, 12),
     # Small enough for a CPU.
-    "ResMLP-Shapes":  ResMLPSpec( 32,  2,  96,  4),
+    "ResMLP-Shapes":      ResMLPSpec( 32,  2,  96,  4),
 }
 # fmt: on
 
@@ -142,7 +144,8 @@ default_cfgs = generate_default_cfgs(
     {
         "resmlp_s12_224": _cfg("ResMLP-S12-224"),
         "resmlp_s24_224": _cfg("ResMLP-S24-224"),
-        "resmlp_b24_224": _cfg("ResMLP-B24-224"),
+        "resmlp_b24_p16_224": _cfg("ResMLP-B24-P16-224"),
+        "resmlp_b24_p8_224": _cfg("ResMLP-B24-P8-224"),
         "resmlp_c100": _cfg("ResMLP-C100", **CIFAR100),
         "resmlp_shapes": _cfg("ResMLP-Shapes", **SHAPES),
     }
@@ -166,9 +169,15 @@ def resmlp_s24_224(pretrained: bool = False, **kwargs: Any) -> ResMLP:
 
 
 @register_model
-def resmlp_b24_224(pretrained: bool = False, **kwargs: Any) -> ResMLP:
-    """ResMLP-B24 with local branches."""
-    return _create("ResMLP-B24-224", pretrained, **kwargs)
+def resmlp_b24_p16_224(pretrained: bool = False, **kwargs: Any) -> ResMLP:
+    """ResMLP-B24 with patches of 16 pixels and local branches."""
+    return _create("ResMLP-B24-P16-224", pretrained, **kwargs)
+
+
+@register_model
+def resmlp_b24_p8_224(pretrained: bool = False, **kwargs: Any) -> ResMLP:
+    """ResMLP-B24 with patches of 8 pixels and local branches."""
+    return _create("ResMLP-B24-P8-224", pretrained, **kwargs)
 
 
 @register_model

@@ -22,6 +22,7 @@ PARTS: dict[type, schema.Check] = {
     str: schema.text,
 }
 # Mean and standard deviation of the channels of small data sets.
+CIFAR10 = {"mean": (0.49139968, 0.48215841, 0.44653091), "std": (0.24703223, 0.24348513, 0.26158784)}
 CIFAR100 = {
     "mean": (0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
     "std": (0.2673342858792401, 0.2564384629170883, 0.27615047132568404),

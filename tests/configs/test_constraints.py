@@ -16,6 +16,7 @@ from data.batch_augmentation import ERASING_MODES, MIXUP_MODES
 from data.transforms import INTERPOLATIONS
 from data.zipped import CACHE_MODES
 from models.dense import DOWNSAMPLINGS, FULL_RANK
+from models.pure_mlp import MIXERS
 from models.segmentation import DECODERS
 from tasks import TASKS
 
@@ -27,11 +28,12 @@ REGISTRIES = {
     "AUG.MIXUP_MODE": MIXUP_MODES,
     "AUG.PRESET": PRESETS,
     "AUG.REMODE": ERASING_MODES,
+    "MODEL.MIXER": MIXERS,
     "SEG.DECODER": DECODERS,
     "SEG.DOWNSAMPLE": DOWNSAMPLINGS,
 }
 CHOICES = {key: " ".join(registry) for key, registry in REGISTRIES.items()} | {
-    "DATA.DATASET": "imagenet cf100 digits shapes cityscapes faces",
+    "DATA.DATASET": "imagenet cf10 cf100 digits shapes cityscapes faces",
     "TRAIN.LR_SCHEDULER.NAME": "cosine poly linear step multistep",
     "TRAIN.OPTIMIZER.NAME": "adamw lamb sgd",
     "FACE.LOSS": "arcface cosface amsoftmax",

@@ -62,7 +62,8 @@ def build(cfg: CfgNode, deploy: bool) -> tuple[nn.Module, tuple[int, int]]:
     if cfg.TASK == "segmentation":
         options = {"downsample": cfg.SEG.DOWNSAMPLE, "rank": cfg.SEG.RANK, "deploy": deploy}
         return SegmentationNetwork(cfg.MODEL.ARCH, 19, cfg.SEG.DECODER, cfg.SEG.WIDTH, **options), (1024, 2048)
-    outputs = cfg.FACE.EMBEDDING if cfg.TASK == "verification" else {"cf100": 100}.get(cfg.DATA.DATASET, 1000)
+    classes = {"cf10": 10, "cf100": 100}.get(cfg.DATA.DATASET, 1000)
+    outputs = cfg.FACE.EMBEDDING if cfg.TASK == "verification" else classes
     return create_model(cfg.MODEL.ARCH, outputs, deploy=deploy), size
 
 
@@ -168,6 +169,33 @@ def test_the_cifar_recipes_are_as_published(recipe, arch, accuracies):
     assert (given["MODEL.ARCH"], given["DATA.DATASET"], given["DATA.IMG_SIZE"]) == (arch, "cf100", 32)
     found = re.findall(r"(\d+\.\d+) %", " ".join(path.read_text().split("Expected:")[1].splitlines()))
     assert tuple(map(float, found)) == accuracies
+
+
+def test_the_recipes_of_the_pure_mlp():
+    given = flatten(load_config(CONFIGS / "cifar10_pure_mlp.yaml"))
+    expected = {
+        "DATA.DATASET": "cf10",
+        "DATA.IMG_SIZE": 32,
+        "DATA.BATCH_SIZE": 128,
+        "MODEL.ARCH": "PureMLP-C10",
+        "MODEL.LABEL_SMOOTHING": 0.0,
+        "TRAIN.EPOCHS": 100,
+        "TRAIN.WARMUP_EPOCHS": 0,
+        "TRAIN.MIN_LR": 0.0,
+        "TRAIN.CLIP_GRAD": 0.0,
+        "TRAIN.LR_SCHEDULER.NAME": "cosine",
+        "TRAIN.OPTIMIZER.NAME": "sgd",
+        "AUG.PRESET": "crop",
+        "AUG.REPROB": 0.0,
+        "AUG.MIXUP": 0.0,
+        "AUG.CUTMIX": 0.0,
+    }
+    assert {key: given[key] for key in expected} == expected
+    assert given["TRAIN.BASE_LR"] * 128 / 256 == pytest.approx(0.2)
+    other = flatten(load_config(CONFIGS / "cifar10_wide_convnet.yaml"))
+    assert {key: other[key] for key in given if given[key] != other[key]} == {"MODEL.ARCH": "WideConvNet-C10"}
+    for recipe, accuracy in (("cifar10_pure_mlp", 91.11), ("cifar10_wide_convnet", 91.99)):
+        assert f"{accuracy} % top-1" in (CONFIGS / f"{recipe}.yaml").read_text()
 
 
 @pytest.mark.parametrize("key", DEFAULTS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from data.datasets import WITHOUT_PATH
 from utils.seed import seed_everything
@@ -64,13 +64,17 @@ def image_zip(image_folder: Path, tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def cifar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-100's three files with a few random images, whose checksums torchvision is made to expect."""
-    root = tmp_path / "cifar"
-    folder = root / CIFAR100.base_folder
+def write_cifar(
+    root: Path, monkeypatch: pytest.MonkeyPatch, reader: type[CIFAR10], labels: str, train: list[str]
+) -> Path:
+    """Writes a CIFAR's files with a few random images, whose checksums torchvision is made to expect.
+
+    `labels` is the key of the labels, `train` the names of the files of the training part, which share 20 images.
+    """
+    folder = root / reader.base_folder
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
+    classes = 10 if reader is CIFAR10 else 100
 
     def write(name: str, content: dict[str, object]) -> str:
         (folder / name).write_bytes(pickle.dumps(content))
@@ -78,13 +82,28 @@ def cifar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def part(count: int) -> dict[str, object]:
         pixels = generator.integers(0, 256, (count, 3 * 32 * 32), dtype=np.uint8)
-        return {"data": pixels, "fine_labels": [int(label) for label in generator.integers(0, 100, count)]}
+        return {"data": pixels, labels: [int(label) for label in generator.integers(0, classes, count)]}
 
-    names = {"fine_label_names": [f"class {label}" for label in range(100)]}
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", write("train", part(20))]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", write("test", part(10))]])
-    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": write("meta", names)})
+    names = {reader.meta["key"]: [f"class {label}" for label in range(classes)]}
+    test = reader.test_list[0][0]
+    monkeypatch.setattr(reader, "train_list", [[name, write(name, part(20 // len(train)))] for name in train])
+    monkeypatch.setattr(reader, "test_list", [[test, write(test, part(10))]])
+    meta = reader.meta["filename"]
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": write(meta, names)})
     return root
+
+
+@pytest.fixture
+def cifar10_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CIFAR-10's seven files with a few random images."""
+    files = [f"data_batch_{number}" for number in range(1, 6)]
+    return write_cifar(tmp_path / "cifar10", monkeypatch, CIFAR10, "labels", files)
+
+
+@pytest.fixture
+def cifar100_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CIFAR-100's three files with a few random images."""
+    return write_cifar(tmp_path / "cifar100", monkeypatch, CIFAR100, "fine_labels", ["train"])
 
 
 @pytest.fixture
@@ -92,7 +111,8 @@ def data_path(request: pytest.FixtureRequest) -> Callable[[str], str]:
     """Returns a function from the name of a data set to a path with some of its data."""
     fixtures = {
         "imagenet": "image_folder",
-        "cf100": "cifar_folder",
+        "cf10": "cifar10_folder",
+        "cf100": "cifar100_folder",
         "cityscapes": "cityscapes_folder",
         "faces": "face_folder",
     }

@@ -333,16 +333,35 @@ def damaged(png: bytes, how: str) -> bytes:
 
 class TestCifar:
     @pytest.mark.parametrize("damage", [False, True])
-    def test_missing_or_damaged(self, cifar_folder, tmp_path, damage):
+    @pytest.mark.parametrize(
+        ("name", "full_name", "test_file"),
+        [("cf10", "CIFAR-10", "cifar-10-batches-py/test_batch"), ("cf100", "CIFAR-100", "cifar-100-python/test")],
+    )
+    def test_missing_or_damaged(self, data_path, tmp_path, name, full_name, test_file, damage):
+        root = Path(data_path(name)) if damage else tmp_path / "nowhere"
         if damage:
-            (cifar_folder / "cifar-100-python" / "test").write_bytes(b"changed")
-        root = cifar_folder if damage else tmp_path / "nowhere"
-        with pytest.raises(ValueError, match=r"DATA\.DOWNLOAD True") as error:
-            opened("cf100", root, "train")
-        assert str(root / "cifar-100-python") in str(error.value)
+            (root / test_file).write_bytes(b"changed")
+        with pytest.raises(ValueError, match=rf"^{full_name} is missing .* DATA\.DOWNLOAD True") as error:
+            opened(name, root, "train")
+        assert str((root / test_file).parent) in str(error.value)
 
-    def test_splits_differ(self, cifar_folder):
-        assert [len(opened("cf100", cifar_folder, split)) for split in ("train", "val")] == [20, 10]
+    @pytest.mark.parametrize("name", ["cf10", "cf100"])
+    def test_splits_differ(self, data_path, name):
+        root = data_path(name)
+        assert [len(opened(name, root, split)) for split in ("train", "val")] == [20, 10]
+
+    def test_images_and_labels_are_those_of_the_files(self, cifar10_folder):
+        source, start = opened("cf10", cifar10_folder, "train"), 0
+        for number in range(1, 6):
+            stored = pickle.loads((cifar10_folder / f"cifar-10-batches-py/data_batch_{number}").read_bytes())
+            for pixels, label in zip(stored["data"], stored["labels"], strict=True):
+                image, given = source.load(start)
+                assert np.array_equal(np.asarray(image), pixels.reshape(3, 32, 32).transpose(1, 2, 0))
+                assert (given, source.classes[given]) == (label, f"class {label}")
+                start += 1
+        assert start == len(source)
+        assert source.locate(3) == "CIFAR-10 train image 3"
+        assert opened("cf10", cifar10_folder, "val").locate(3) == "CIFAR-10 val image 3"
 
 
 class TestZip:

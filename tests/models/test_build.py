@@ -57,6 +57,8 @@ def test_a_structure_with_a_number_too_few_is_refused() -> None:
         ("RepMLPNet_D256", "repmlpnet_d256"),
         ("RepMLP-B256", "RepMLPNet-B256"),
         ("resnet1O1", "resnet101"),
+        ("ResMLP-B24-224", "ResMLP-B24-P16-224 or ResMLP-B24-P8-224"),
+        ("resmlp_b24_224", "ResMLP-B24-P16-224 or ResMLP-B24-P8-224"),
     ],
 )
 def test_an_unknown_name_suggests_the_closest(name: str, suggestion: str) -> None:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import RepMLP, RepMLPResNet, RepMLPResNetSpec, create_model
 from models.checkpoints import build_from, describe, read_checkpoint
 from models.files import write_checkpoint
-from models.layers import GroupedFC
+from models.layers import GroupedFC, PartitionConv
 from models.reparam import absorb_batch_norm, is_reparameterizable, to_deploy
 from models.repmlp_resnet import SPECS, FoldableConvNorm
 
@@ -44,8 +44,13 @@ def defined(block: RepMLP, x: Tensor) -> Tensor:
         values = F.linear(hidden, block.fc1_fc2.fc2.weight, block.fc1_fc2.fc2.bias)
         parts = parts + values.reshape(n, c, len(places), 1, 1)
     parts = parts.transpose(1, 2).reshape(-1, c, h, w)
-    flat = F.conv2d(parts.reshape(len(parts), -1, 1, 1), block.fc3.weight, block.fc3.bias, groups=block.fc3.groups)
-    out = block.fc3_bn(flat).reshape(parts.shape)
+    groups, bias = block.fc3.groups, block.fc3.bias
+    if isinstance(block.fc3, PartitionConv):
+        padding = block.fc3.weight.shape[-1] // 2
+        out = block.fc3_bn(F.conv2d(parts, block.fc3.weight, bias, padding=padding, groups=groups))
+    else:
+        flat = F.conv2d(parts.reshape(len(parts), -1, 1, 1), block.fc3.weight, bias, groups=groups)
+        out = block.fc3_bn(flat).reshape(parts.shape)
     for k in block.branches:
         branch = block.get_submodule(f"repconv{k}")
         out = out + branch.bn(F.conv2d(parts, branch.conv.weight, padding=k // 2, groups=block.fc3.groups))
@@ -62,6 +67,7 @@ blocks = st.fixed_dictionaries(
         "groups": st.sampled_from((1, 2, 4)),
         "branches": st.sampled_from(((), (1,), (3,), (1, 3, 5))),
         "gp_reduction": st.sampled_from((None, 1, 2)),
+        "fc3_as_conv": st.sampled_from((None, None, 5, 7)),
     }
 )
 
@@ -110,6 +116,10 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         RepMLP(4, (5, 4), 3, 2)
     with pytest.raises(ValueError, match=r"odd kernel sizes, not \(1, 2\)"):
         RepMLP(4, (3, 4), 3, 2, branches=(1, 2))
+    with pytest.raises(ValueError, match=r"odd kernel sizes, not \(4,\)"):
+        RepMLP(4, (3, 4), 3, 2, branches=(1, 3), fc3_as_conv=4)
+    with pytest.raises(ValueError, match=r"branches \(1, 5\) do not fit into a 3x3 kernel"):
+        RepMLP(4, (3, 4), 3, 2, branches=(1, 5), fc3_as_conv=3)
 
 
 def test_what_a_block_is_unless_it_is_told_otherwise() -> None:

@@ -23,7 +23,7 @@ TINY = ResMLPSpec(16, 4, width=12, depth=2)
 OF_TIMM = {
     "ResMLP-S12-224": "resmlp_12_224",
     "ResMLP-S24-224": "resmlp_24_224",
-    "ResMLP-B24-224": "resmlp_big_24_224",
+    "ResMLP-B24-P8-224": "resmlp_big_24_224",
 }
 
 
@@ -45,7 +45,12 @@ def test_without_branches_it_is_timms(arch: str) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "params", "operations"),
-    [("ResMLP-S12-224", 15.4, 3.0), ("ResMLP-S24-224", 30.0, 6.0), ("ResMLP-B24-224", 129.1, 100.2)],
+    [
+        ("ResMLP-S12-224", 15.4, 3.0),
+        ("ResMLP-S24-224", 30.0, 6.0),
+        ("ResMLP-B24-P16-224", 115.7, 23.0),  # of Table 2 of the RepMLPNet paper
+        ("ResMLP-B24-P8-224", 129.1, 100.2),
+    ],
 )
 def test_parameters_in_millions_and_multiply_adds_in_billions(arch: str, params: float, operations: float) -> None:
     with torch.device("meta"):
@@ -202,6 +207,18 @@ def test_the_metadata_tells_the_form_where_the_names_do_not(form: str, tmp_path:
     images = random_tensor(2, 3, 32, 32)
     for name in ("a.pth", "bare.pth"):
         assert torch.equal(network(images), build_from(read_checkpoint(tmp_path / name)).model(images))
+
+
+def test_a_file_may_name_an_architecture_as_it_was_once_called(tmp_path: Path) -> None:
+    structure = {"width": 8, "depth": 1}
+    model = randomised(create_model("ResMLP-B24-P8-224", 4, **structure)).eval()
+    meta = describe("ResMLP-B24-P8-224", model, (224, 224), "train") | {"arch": "ResMLP-B24-224"}
+    write_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "meta": meta})
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    network = build_from(checkpoint)
+    assert (checkpoint.meta["arch"], network.arch, network.model.spec.patch_size) == (*("ResMLP-B24-P8-224",) * 2, 8)
+    images = random_tensor(1, 3, 224, 224)
+    assert torch.equal(network.model(images), model(images))
 
 
 def test_weights_of_another_size_name_the_one_that_fits(tmp_path: Path) -> None:

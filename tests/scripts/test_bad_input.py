@@ -59,7 +59,7 @@ ROWS = [
     (
         "test_unknown_data_set",
         "test.py {images} train {weights.train} --dataset imagnet",
-        ["DATA.DATASET", "--dataset", "'imagnet'", "one of imagenet, cf100"],
+        ["DATA.DATASET", "--dataset", "'imagnet'", "one of imagenet, cf10, cf100"],
     ),
     ("convert_nothing_given", "convert.py", ["required", "TRAIN"]),
     (
@@ -82,7 +82,7 @@ ROWS = [
     ("unknown_schedule", f"{QUICK} --opts TRAIN.LR_SCHEDULER.NAME exp", ["LR_SCHEDULER.NAME", "cosine, poly, linear"]),
     ("unknown_preset", f"{QUICK} --opts AUG.PRESET raug12", ["AUG.PRESET", "raug10, raug15"]),
     ("unknown_policy", f"{FRESH} --opts AUG.PRESET null AUG.AUTO_AUGMENT rand-q7", ["AUG.AUTO_AUGMENT", "rand-m9"]),
-    ("unknown_data_set", f"{QUICK} --dataset imagnet", ["DATA.DATASET", "'imagnet'", "imagenet, cf100, digits"]),
+    ("unknown_data_set", f"{QUICK} --dataset imagnet", ["DATA.DATASET", "'imagnet'", "imagenet, cf10, cf100, digits"]),
     ("warmup_too_long", f"{QUICK} --opts TRAIN.WARMUP_EPOCHS 20", ["TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS", "lower"]),
     ("starts_too_late", f"{QUICK} --opts TRAIN.START_EPOCH 20", ["TRAIN.START_EPOCH", "no epoch is left"]),
     ("lowest_rate_above_base", f"{QUICK} --opts TRAIN.MIN_LR 1", ["TRAIN.MIN_LR", "TRAIN.BASE_LR at most"]),
