@@ -93,6 +93,9 @@ ODD = Constraint(f"odd numbers, each once, below {MAX_SIDE}", _are_distinct_odd_
 COUNTS = Constraint(
     f"at least 1 each and at most {MANY}", lambda value: value and all(1 <= count <= MANY for count in value)
 )
+COUNTS_OR_NONE = Constraint(
+    f"at least 0 each and at most {MANY}", lambda value: value and all(0 <= count <= MANY for count in value)
+)
 PIXELS = Constraint(f"at least 1 pixel and at most {MAX_SIDE}", _is_image_size)
 NOT_EMPTY = Constraint("given and not empty", lambda value: value.strip() != "")
 # A run writes to OUTPUT/ARCH/TAG, and both are printed in every log.
@@ -121,6 +124,9 @@ CONSTRAINTS: dict[str, Constraint] = {
     "MODEL.BLOCKS": COUNTS,
     "MODEL.BRANCHES": ODD,
     "MODEL.SHARE_SETS": COUNTS,
+    "MODEL.GROUPS": COUNTS,
+    "MODEL.REDUCTIONS": COUNTS_OR_NONE,
+    "MODEL.GP_REDUCTION": COUNTS,
     "SEG.DECODER": one_of(DECODERS),
     "SEG.WIDTH": at_least(1, 2**14),
     "SEG.DOWNSAMPLE": one_of(DOWNSAMPLINGS),

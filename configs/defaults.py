@@ -79,6 +79,15 @@ _C.MODEL.BLOCKS = None
 _C.MODEL.BRANCHES = None
 # Share-sets of each stage, such as [1, 4, 16, 128], divisors of its channels; null: the architecture's own.
 _C.MODEL.SHARE_SETS = None
+# Groups of FC3 and of the local branches, of each stage of a RepMLP-ResNet, such as [8, 8, 8, 8]; null: the
+# architecture's own.
+_C.MODEL.GROUPS = None
+# Reduction of the channels before the RepMLPs, of each stage of a RepMLP-ResNet, such as [0, 2, 4, 0]; 0: the stage has
+# no RepMLP; null: the architecture's own.
+_C.MODEL.REDUCTIONS = None
+# Reduction of the hidden width of the Global Perceptrons, of each stage of a RepMLP-ResNet, such as [1, 4, 8, 1]; null:
+# the architecture's own. For segmentation it may differ from that of MODEL.PRETRAINED.
+_C.MODEL.GP_REDUCTION = None
 # Whether the blocks have a Global Perceptron; null: the architecture's own.
 _C.MODEL.GLOBAL_PERCEPTRON = None
 
@@ -271,6 +280,9 @@ SPECIAL: dict[str, FieldType] = {
     "MODEL.BLOCKS": optional(INTEGERS),
     "MODEL.BRANCHES": optional(INTEGERS),
     "MODEL.SHARE_SETS": optional(INTEGERS),
+    "MODEL.GROUPS": optional(INTEGERS),
+    "MODEL.REDUCTIONS": optional(INTEGERS),
+    "MODEL.GP_REDUCTION": optional(INTEGERS),
     "MODEL.GLOBAL_PERCEPTRON": optional(BOOLEAN),
     "SEG.DOWNSAMPLE": optional(TEXT),
     "SEG.BACKBONE_SIZE": optional(SIZE),

@@ -159,6 +159,9 @@ class Task(ABC):
             "blocks": model.BLOCKS,
             "branches": model.BRANCHES,
             "share_sets": model.SHARE_SETS,
+            "groups": model.GROUPS,
+            "reductions": model.REDUCTIONS,
+            "gp_reduction": model.GP_REDUCTION,
             "global_perceptron": model.GLOBAL_PERCEPTRON,
         }
         return {part: value for part, value in parts.items() if value is not None}
