@@ -20,6 +20,7 @@ from engine.parallel import COMPILE_MODES
 from engine.precision import AUTO, PRECISIONS
 from engine.schedule import SCHEDULES
 from models.dense import DOWNSAMPLINGS, FULL_RANK
+from models.repmlp_resnet import OUTPUT_STRIDES
 from models.segmentation import DECODERS
 from tasks import TASKS
 from tasks.verification import LOSSES
@@ -132,6 +133,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "SEG.DOWNSAMPLE": one_of(DOWNSAMPLINGS),
     "SEG.RANK": from_to(1, FULL_RANK),
     "SEG.BACKBONE_SIZE": PIXELS,
+    "SEG.OUTPUT_STRIDE": Constraint("8, 16 or 32", lambda value: value in OUTPUT_STRIDES),
     "SEG.SCALE": range_within(0.1, 10),
     "FACE.EMBEDDING": at_least(1, 2**16),
     "FACE.LOSS": one_of(LOSSES),
@@ -216,11 +218,6 @@ CONFLICTS = (
         ("SEG.RANK", "SEG.DOWNSAMPLE"),
         lambda rank, downsample: rank != FULL_RANK and downsample is None,
         "the rank is that of the replaced embeddings; set SEG.DOWNSAMPLE as well",
-    ),
-    Conflict(
-        ("SEG.BACKBONE_SIZE", "MODEL.PRETRAINED"),
-        lambda size, pretrained: size is not None and pretrained,
-        "pretrained weights are made for one image size; leave SEG.BACKBONE_SIZE out",
     ),
     Conflict(
         ("FACE.MARGIN", "FACE.LOSS"),

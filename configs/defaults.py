@@ -104,9 +104,14 @@ _C.SEG.WIDTH = 512
 _C.SEG.DOWNSAMPLE = None
 # Rank of the replacement's approximation of an embedding, 1 to 4: 4 is exact at the start, 1 is the cheapest.
 _C.SEG.RANK = 4
-# Side of the images in pixels, or [height, width], that the backbone's partitions are made for; null: that of the
-# pretrained weights, or the architecture's own.
+# Side of the images in pixels, or [height, width], that the partitions of a RepMLPNet or the Global Perceptrons of a
+# RepMLP-ResNet are made for; null: that of the pretrained weights, or the architecture's own. A RepMLP-ResNet may have
+# another size than its pretrained weights: its Global Perceptrons are drawn anew then.
 _C.SEG.BACKBONE_SIZE = None
+# Stride of the backbone's last map: 8 | 16 | 32. The stages of a ResNet or RepMLP-ResNet that would go beyond it keep
+# the size of their maps, and their 3x3 convolutions are dilated where the stage has no RepMLP. Null: the
+# architecture's own.
+_C.SEG.OUTPUT_STRIDE = None
 # [smallest, largest] factor of the random scaling of training images, 0.1 to 10.
 _C.SEG.SCALE = (0.5, 2.0)
 
@@ -286,6 +291,7 @@ SPECIAL: dict[str, FieldType] = {
     "MODEL.GLOBAL_PERCEPTRON": optional(BOOLEAN),
     "SEG.DOWNSAMPLE": optional(TEXT),
     "SEG.BACKBONE_SIZE": optional(SIZE),
+    "SEG.OUTPUT_STRIDE": optional(INTEGER),
     "FACE.MARGIN": optional(NUMBER),
     "TEST.EMA": optional(BOOLEAN),
     "AUG.CUTMIX_MINMAX": optional(NUMBER_PAIR),

@@ -61,6 +61,7 @@ EDGES = [
     ("SEG.WIDTH", "1 16384", "0 16385", "at least 1"),
     ("SEG.RANK", "4", "0 5", "from 1 to 4"),
     ("SEG.BACKBONE_SIZE", "1 1,2 None", "0 0,224", "at least 1 pixel"),
+    ("SEG.OUTPUT_STRIDE", "8 16 32 None", "0 4 12 64", "8, 16 or 32"),
     ("SEG.SCALE", "0.1,10 0.5,0.6", "0,1 1,1 2,0.5 -1,1 1,11", "two numbers from 0.1 to 10, the smaller first"),
     ("FACE.EMBEDDING", "1 65536", "0 65537", "at least 1"),
     ("FACE.MARGIN", "0 90 None", "-1 91", "from 0 to 90"),
@@ -127,11 +128,6 @@ CONTRADICTIONS = [
     ("TRAIN.MIN_LR 0.01", "TRAIN.MIN_LR TRAIN.BASE_LR", "set TRAIN.MIN_LR to TRAIN.BASE_LR at most"),
     ("TASK segmentation SEG.RANK 1", "SEG.RANK SEG.DOWNSAMPLE", "set SEG.DOWNSAMPLE as well"),
     (
-        "TASK segmentation SEG.BACKBONE_SIZE 320 MODEL.PRETRAINED a",
-        "SEG.BACKBONE_SIZE MODEL.PRETRAINED",
-        "leave SEG.BACKBONE_SIZE out",
-    ),
-    (
         "TASK verification FACE.LOSS cosface FACE.MARGIN 28.6",
         "FACE.MARGIN FACE.LOSS",
         "set FACE.MARGIN to 1 at most",
@@ -151,6 +147,7 @@ AGREEMENTS = [
     "TASK segmentation DATA.BATCH_SIZE 1 EVAL_MODE true MODEL.RESUME a",
     "TASK segmentation SEG.RANK 1 SEG.DOWNSAMPLE conv3",
     "TASK segmentation SEG.BACKBONE_SIZE 320",
+    "TASK segmentation SEG.BACKBONE_SIZE 320 MODEL.PRETRAINED a",
     "TASK segmentation MODEL.PRETRAINED a",
     "TASK verification FACE.MARGIN 28.6",
     "TASK verification FACE.LOSS cosface FACE.MARGIN 1",
