@@ -204,10 +204,9 @@ def window_starts(side: int, window: int) -> list[int]:
 def _other_global_perceptrons(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of the FC1 and FC2 of Global Perceptrons that have another shape in weights that are given."""
     layers = [name for name in own if ".fc1_fc2." in name]
-    other = {
-        name.partition(".fc1_fc2.")[0] for name in layers if name in given and given[name].shape != own[name].shape
-    }
-    return [name for name in layers if name.partition(".fc1_fc2.")[0] in other]
+    differing = [name for name in layers if name in given and given[name].shape != own[name].shape]
+    blocks = {name.partition(".fc1_fc2.")[0] for name in differing}
+    return [name for name in layers if name.partition(".fc1_fc2.")[0] in blocks]
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
