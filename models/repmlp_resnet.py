@@ -438,12 +438,8 @@ class RepMLPResNet(StagedNetwork):
         return nn.Linear(self.num_features, num_classes)
 
     def _check_size(self, x: Tensor) -> None:
-        if self.spec.global_perceptron and x.shape[-2:] != self.img_size:
-            (height, width), (h, w) = x.shape[-2:], self.img_size
-            raise ValueError(
-                f"an input of {height}x{width} does not fit a network whose Global Perceptrons are made for {h}x{w}: "
-                f"resize it to {h}x{w}, or build the network with img_size=({height}, {width})"
-            )
+        if self.spec.global_perceptron:
+            check_global_perceptron_size(x, self.img_size)
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Applies one stage, c2 first and with the stem before it, to what the stage before gave, or to the image."""
@@ -452,6 +448,16 @@ class RepMLPResNet(StagedNetwork):
     def _keep(self, stages: int) -> None:
         for stage in range(stages, len(self.feature_info)):
             delattr(self, f"stage{stage + 1}")
+
+
+def check_global_perceptron_size(x: Tensor, img_size: tuple[int, int]) -> None:
+    """Raises ValueError where Global Perceptrons are made for images of another size than an input (..., H, W)."""
+    (height, width), (h, w) = x.shape[-2:], img_size
+    if (height, width) != (h, w):
+        raise ValueError(
+            f"an input of {height}x{width} does not fit a network whose Global Perceptrons are made for {h}x{w}: "
+            f"resize it to {h}x{w}, or build the network with img_size=({height}, {width})"
+        )
 
 
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
