@@ -5,7 +5,7 @@ convolution is then one product over all positions of a batch, and larger ones a
 
 A block ends with y = relu(x + W h + b), where x is its shortcut. The product is added to x in place. So is b, but not
 by a pass of its own: within a stage the shortcut holds x + B, where B is the sum of the b of the blocks to come. Then
-y + B' = max(x + B + W h, B') with B = b + B'. The first layer of a block, which reads the shortcut, takes B into its bias.
+y + B' = max(x + B + W h, B') with B = b + B'. The first layer of a block, which reads the shortcut, has B in its bias.
 """
 
 from collections.abc import Iterable
@@ -144,12 +144,13 @@ class FusedBlock(nn.Module):
         self.register_buffer("floor", wanted)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, I) -> (N, H / stride, W / stride, O), written into x where the block has no layer in its shortcut."""
+        """(N, H, W, I) -> (N, H / stride, W / stride, O), written into x where its shortcut has no layer."""
         hidden = x
         for layer in self.layers:
             hidden = layer(hidden).relu_()
         out = x if self.shortcut is None else self.shortcut(x)
-        _rows(out).addmm_(_rows(hidden), self.weight)
+        rows = out.view(-1, out.shape[-1])
+        torch.addmm(rows, _rows(hidden), self.weight, out=rows)
         return out.clamp_(min=self.floor)
 
 
