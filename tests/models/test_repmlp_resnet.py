@@ -249,6 +249,9 @@ def test_counts_that_the_paper_states_in_words() -> None:
 
 
 def test_one_number_stands_for_every_stage() -> None:
+    assert create_model("RepMLPNet-Digits", gp_reduction=[8]).spec.gp_reduction == 8
+    with pytest.raises(ValueError, match="gp_reduction is a list, not an integer"):
+        create_model("RepMLPNet-Digits", gp_reduction=[8, 8])
     model = create_model("RepMLP-Res50-light-224", channels=[32] * 4, blocks=2, img_size=112, groups=2, gp_reduction=4)
     assert (model.spec.groups, model.spec.gp_reduction, model.spec.blocks) == ((2,) * 4, (4,) * 4, (2,) * 4)
     assert model.stage2[1].light_repmlp.fc3.groups == 2
