@@ -85,9 +85,9 @@ _C.MODEL.GROUPS = None
 # Reduction of the channels before the RepMLPs, of each stage of a RepMLP-ResNet, such as [0, 2, 4, 0]; 0: the stage has
 # no RepMLP; null: the architecture's own.
 _C.MODEL.REDUCTIONS = None
-# Reduction of the hidden width of the Global Perceptrons: of each stage of a RepMLP-ResNet, such as [1, 4, 8, 1], or one
-# number for a RepMLPNet; null: the architecture's own. For segmentation, that of a RepMLP-ResNet may differ from
-# MODEL.PRETRAINED.
+# Reduction of the hidden width of the Global Perceptrons: of each stage of a RepMLP-ResNet, such as [1, 4, 8, 1], or
+# one number for a RepMLPNet; null: the architecture's own. For segmentation, that of a RepMLP-ResNet may differ from
+# that of MODEL.PRETRAINED.
 _C.MODEL.GP_REDUCTION = None
 # Whether the blocks have a Global Perceptron; null: the architecture's own.
 _C.MODEL.GLOBAL_PERCEPTRON = None
