@@ -22,6 +22,7 @@ from engine.precision import AUTO, PRECISIONS
 from engine.schedule import SCHEDULES
 from models.dense import DOWNSAMPLINGS, FULL_RANK
 from models.pure_mlp import MIXERS
+from models.repmlp_resnet import OUTPUT_STRIDES
 from models.segmentation import DECODERS
 from tasks import TASKS
 from tasks.verification import LOSSES
@@ -100,6 +101,9 @@ ODD = Constraint(f"odd numbers, each once, below {MAX_SIDE}", _are_distinct_odd_
 COUNTS = Constraint(
     f"at least 1 each and at most {MANY}", lambda value: value and all(1 <= count <= MANY for count in value)
 )
+COUNTS_OR_NONE = Constraint(
+    f"at least 0 each and at most {MANY}", lambda value: value and all(0 <= count <= MANY for count in value)
+)
 PIXELS = Constraint(f"at least 1 pixel and at most {MAX_SIDE}", _is_image_size)
 NOT_EMPTY = Constraint("given and not empty", lambda value: value.strip() != "")
 # A run writes to OUTPUT/ARCH/TAG, and both are printed in every log.
@@ -129,11 +133,15 @@ CONSTRAINTS: dict[str, Constraint] = {
     "MODEL.BRANCHES": ODD,
     "MODEL.SHARE_SETS": COUNTS,
     "MODEL.MIXER": one_of(MIXERS),
+    "MODEL.GROUPS": COUNTS,
+    "MODEL.REDUCTIONS": COUNTS_OR_NONE,
+    "MODEL.GP_REDUCTION": COUNTS,
     "SEG.DECODER": one_of(DECODERS),
     "SEG.WIDTH": at_least(1, 2**14),
     "SEG.DOWNSAMPLE": one_of(DOWNSAMPLINGS),
     "SEG.RANK": from_to(1, FULL_RANK),
     "SEG.BACKBONE_SIZE": PIXELS,
+    "SEG.OUTPUT_STRIDE": Constraint("8, 16 or 32", lambda value: value in OUTPUT_STRIDES),
     "SEG.SCALE": range_within(0.1, 10),
     "FACE.EMBEDDING": at_least(1, 2**16),
     "FACE.LOSS": one_of(LOSSES),
@@ -224,11 +232,6 @@ CONFLICTS = (
         ("SEG.RANK", "SEG.DOWNSAMPLE"),
         lambda rank, downsample: rank != FULL_RANK and downsample is None,
         "the rank is that of the replaced embeddings; set SEG.DOWNSAMPLE as well",
-    ),
-    Conflict(
-        ("SEG.BACKBONE_SIZE", "MODEL.PRETRAINED"),
-        lambda size, pretrained: size is not None and pretrained,
-        "pretrained weights are made for one image size; leave SEG.BACKBONE_SIZE out",
     ),
     Conflict(
         ("DISTILL.ARCH", "DISTILL.TEACHER"),

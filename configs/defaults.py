@@ -79,6 +79,16 @@ _C.MODEL.BLOCKS = None
 _C.MODEL.BRANCHES = None
 # Share-sets of each stage, such as [1, 4, 16, 128], divisors of its channels; null: the architecture's own.
 _C.MODEL.SHARE_SETS = None
+# Groups of FC3 and of the local branches, of each stage of a RepMLP-ResNet, such as [8, 8, 8, 8]; null: the
+# architecture's own.
+_C.MODEL.GROUPS = None
+# Reduction of the channels before the RepMLPs, of each stage of a RepMLP-ResNet, such as [0, 2, 4, 0]; 0: the stage has
+# no RepMLP; null: the architecture's own.
+_C.MODEL.REDUCTIONS = None
+# Reduction of the hidden width of the Global Perceptrons: of each stage of a RepMLP-ResNet, such as [1, 4, 8, 1], or
+# one number for a RepMLPNet; null: the architecture's own. For segmentation, that of a RepMLP-ResNet may differ from
+# that of MODEL.PRETRAINED.
+_C.MODEL.GP_REDUCTION = None
 # Whether the blocks have a Global Perceptron; null: the architecture's own.
 _C.MODEL.GLOBAL_PERCEPTRON = None
 # What mixes the positions in the blocks of a PureMLP: repmlp | fc3_as_conv9 | conv9 | conv3 (convolutions in place of
@@ -98,9 +108,14 @@ _C.SEG.WIDTH = 512
 _C.SEG.DOWNSAMPLE = None
 # Rank of the replacement's approximation of an embedding, 1 to 4: 4 is exact at the start, 1 is the cheapest.
 _C.SEG.RANK = 4
-# Side of the images in pixels, or [height, width], that the backbone's partitions are made for; null: that of the
-# pretrained weights, or the architecture's own.
+# Side of the images in pixels, or [height, width], that the partitions of a RepMLPNet or the Global Perceptrons of a
+# RepMLP-ResNet are made for; null: that of the pretrained weights, or the architecture's own. A RepMLP-ResNet may have
+# another size than its pretrained weights: its Global Perceptrons are drawn anew then.
 _C.SEG.BACKBONE_SIZE = None
+# Stride of the backbone's last map: 8 | 16 | 32. The stages of a ResNet or RepMLP-ResNet that would go beyond it keep
+# the size of their maps, and their 3x3 convolutions are dilated where the stage has no RepMLP. Null: the
+# architecture's own.
+_C.SEG.OUTPUT_STRIDE = None
 # [smallest, largest] factor of the random scaling of training images, 0.1 to 10.
 _C.SEG.SCALE = (0.5, 2.0)
 
@@ -293,10 +308,14 @@ SPECIAL: dict[str, FieldType] = {
     "MODEL.BLOCKS": optional(INTEGERS),
     "MODEL.BRANCHES": optional(INTEGERS),
     "MODEL.SHARE_SETS": optional(INTEGERS),
+    "MODEL.GROUPS": optional(INTEGERS),
+    "MODEL.REDUCTIONS": optional(INTEGERS),
+    "MODEL.GP_REDUCTION": optional(INTEGERS),
     "MODEL.GLOBAL_PERCEPTRON": optional(BOOLEAN),
     "MODEL.MIXER": optional(TEXT),
     "SEG.DOWNSAMPLE": optional(TEXT),
     "SEG.BACKBONE_SIZE": optional(SIZE),
+    "SEG.OUTPUT_STRIDE": optional(INTEGER),
     "FACE.MARGIN": optional(NUMBER),
     "FACE.SCALE": optional(NUMBER),
     "TRAIN.LR_SCHEDULER.MILESTONES": NUMBERS,

@@ -1,6 +1,7 @@
 """The base class of the tasks: images, network, loss and metric."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -23,6 +24,11 @@ Size = tuple[int, int]  # height, width in pixels
 MIXING = tuple(
     f"AUG.{key}" for key in ("MIXUP", "CUTMIX", "CUTMIX_MINMAX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
 )
+
+
+def except_new(names: Sequence[str]) -> str:
+    """Describes the tensors that were not loaded, to go behind what was; empty where there are none."""
+    return f" but for {len(names)} tensors, which are new ({names[0]} ... {names[-1]})" if names else ""
 
 
 class Task(ABC):
@@ -159,6 +165,9 @@ class Task(ABC):
             "blocks": model.BLOCKS,
             "branches": model.BRANCHES,
             "share_sets": model.SHARE_SETS,
+            "groups": model.GROUPS,
+            "reductions": model.REDUCTIONS,
+            "gp_reduction": model.GP_REDUCTION,
             "global_perceptron": model.GLOBAL_PERCEPTRON,
             "mixer": model.MIXER,
         }
@@ -189,9 +198,7 @@ class Task(ABC):
             raise ValueError(
                 f"{checkpoint.path} is of TASK {trained_for}: TASK {self.name} can't start from its weights"
             )
-        fresh = load_pretrained(self.arch, network, checkpoint)
-        new = f" but for {len(fresh)} tensors, which are new ({fresh[0]} ... {fresh[-1]})" if fresh else ""
-        return f"{checkpoint}{new}"
+        return f"{checkpoint}{except_new(load_pretrained(self.arch, network, checkpoint))}"
 
     @classmethod
     def metadata(

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models import RepMLPNet
-from models.fusion import fuse_verified
+from models.fusion import fuse_verified, is_fusible
 from models.reparam import is_reparameterizable, to_deploy
 
 from .parallel import compile_network
@@ -30,7 +29,7 @@ def measure_throughput(run: Run) -> None:
         forms = [("training structure", network, images, precision)]
         if is_reparameterizable(network):
             forms.append(("deploy structure", to_deploy(network), images, precision))
-        if isinstance(network, RepMLPNet):  # fused, it computes in the dtype of its weights
+        if is_fusible(network):  # fused, it computes in the dtype of its weights
             dtype = run.dtype or images.dtype
             forms.append(("fused for inference", fuse_verified(network).to(dtype), images.to(dtype), nullcontext()))
         for name, form, inputs, context in forms:

@@ -14,15 +14,17 @@ What is folded where, for a block whose shortcut holds x:
 """
 
 from copy import deepcopy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import register_flop_formula
 
+from .fused_resnet import FusedRepMLPResNet
 from .layers import ConvNorm
 from .reparam import fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
+from .repmlp_resnet import RepMLPResNet
 from .repmlpnet import GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_size
 
 # Columns of an FFN that are computed at a time on a CPU: few enough that the hidden ones stay in the cache, enough that
@@ -30,24 +32,30 @@ from .repmlpnet import GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_s
 FFN_COLUMNS = 768
 
 
-def fuse_batch_norms(model: nn.Module) -> "FusedRepMLPNet":
-    """Returns a copy of a RepMLPNet in inference form, of the same dtype and on the same device.
+def is_fusible(model: nn.Module) -> bool:
+    """Returns whether a network has an inference form."""
+    return type(model) in FUSED
+
+
+def fuse_batch_norms(model: nn.Module) -> "Fused":
+    """Returns a copy of a network in inference form, of the same dtype and on the same device.
 
     Computed in float64 and cast back. The copy takes inputs of the same sizes and gives the same logits; it can't be
     trained.
 
     Raises:
-        ValueError: the network is no RepMLPNet.
+        ValueError: the network has no inference form.
     """
-    if not isinstance(model, RepMLPNet):
-        raise ValueError(f"only a RepMLPNet can be fused, not a {type(model).__name__}")
+    if not is_fusible(model):
+        known = " or ".join(network.__name__ for network in FUSED)
+        raise ValueError(f"only a {known} can be fused, not a {type(model).__name__}")
     double = deepcopy(model).double()
-    fused = FusedRepMLPNet(cast(RepMLPNet, to_deploy(double) if is_reparameterizable(double) else double))
-    return fused.to(model.head_norm.weight.dtype).eval()
+    fused = FUSED[type(model)](to_deploy(double) if is_reparameterizable(double) else double)
+    return fused.to(next(model.parameters()).dtype).eval()
 
 
 @torch.no_grad()
-def fuse_verified(model: nn.Module, tolerance: float = 1e-4) -> "FusedRepMLPNet":
+def fuse_verified(model: nn.Module, tolerance: float = 1e-4) -> "Fused":
     """Fuses a network and compares both on random images.
 
     Args:
@@ -55,13 +63,12 @@ def fuse_verified(model: nn.Module, tolerance: float = 1e-4) -> "FusedRepMLPNet"
         tolerance: of the largest relative difference of the logits.
 
     Raises:
-        ValueError: the network is no RepMLPNet, or the difference is beyond the tolerance.
+        ValueError: the network has no inference form, or the difference is beyond the tolerance.
     """
     fused = fuse_batch_norms(model)
     reference = next(model.parameters())
-    images = torch.randn(
-        2, cast(RepMLPNet, model).in_chans, *fused.img_size, generator=torch.Generator().manual_seed(0)
-    )
+    in_chans = cast(int, model.in_chans)
+    images = torch.randn(2, in_chans, *fused.img_size, generator=torch.Generator().manual_seed(0))
     images = images.to(reference)
     difference = relative_difference(model(images), fused(images))
     if not difference <= tolerance:
@@ -230,6 +237,10 @@ class FusedRepMLPNet(nn.Module):
         n, h, w = x.shape[1:]
         x = self.head(x.flatten(1))
         return x.view(-1, n, h, w).transpose(0, 1)
+
+
+Fused = FusedRepMLPNet | FusedRepMLPResNet
+FUSED: dict[type[nn.Module], Any] = {RepMLPNet: FusedRepMLPNet, RepMLPResNet: FusedRepMLPResNet}
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

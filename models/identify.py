@@ -75,10 +75,15 @@ def is_deploy(arch: str, form: str | None) -> bool:
 
 
 def form_of(names: Iterable[str]) -> str | None:
-    """Returns the form that names alone show; None where they show none, as of a layer that never had a BatchNorm."""
-    if any(name.endswith("fc3.bias") for name in names):
+    """Returns the form that names alone show; None where they show none, as of a layer that never had a BatchNorm.
+
+    The stem of a RepMLP-ResNet shows it even without RepMLP.
+    """
+    names = [*names]
+    if any(name.endswith(("fc3.bias", "stage0.0.conv.bias")) for name in names):
         return "deploy"
-    return "train" if any(".fc3_bn." in name or ".repconv" in name for name in names) else None
+    trained = (".fc3_bn.", ".repconv", "stage0.0.bn.")
+    return "train" if any(part in name for name in names for part in trained) else None
 
 
 def remedy(file: Identity, network: Identity) -> str:

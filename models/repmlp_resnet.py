@@ -7,7 +7,7 @@ Source: Ding et al., "RepMLP: Re-parameterizing Convolutions into Fully-connecte
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -21,16 +21,23 @@ from .reparam import Reparameterizable, absorb_batch_norm, fold_batch_norm
 from .stages import StagedNetwork
 from .variants import build_variant, variant_cfg
 
+OUTPUT_STRIDES = (8, 16, 32)  # those of timm's ResNets
+
 
 @dataclass(frozen=True)
 class RepMLPResNetSpec:
     """The shape of one network; stage i works on maps of image_size / (4 * 2 ** i), the paper's c2, c3, c4 and c5.
 
     The first block of a stage, and every block of a stage whose reduction r is 0, is ResNet's own bottleneck: 1x1, 3x3
-    and 1x1 convolutions, with C / 4 inner channels and the stride in the 3x3. The other blocks hold a RepMLP:
+    and 1x1 convolutions, with C / `bottleneck` inner channels and the stride in the 3x3. The others hold a RepMLP:
 
     - `light`: 1x1, RepMLP, 1x1; the RepMLP has C / r channels.
-    - `bottleneck`: 1x1, 3x3, RepMLP, 3x3, 1x1; the first 3x3 leads from C / 4 to C / 4 / r channels, the last one back.
+    - `bottleneck`: 1x1, 3x3, RepMLP, 3x3, 1x1; the first 3x3 leads from C / `bottleneck` to that / r channels, the last
+      one back.
+
+    Where `output_stride` is less than the stride of a stage, the stage keeps the size of its maps, and the 3x3
+    convolutions of its plain bottlenecks are dilated to see as far as before, the first one's too, as in PSPNet. Those
+    of a stage with RepMLP are not (Sec. 4.4).
 
     The paper leaves open where the activations stand, and whether the bottleneck's Global Perceptron is reduced. ReLU
     stands behind every layer but the last, RepMLP among them, which gives the published logits of the light network;
@@ -38,29 +45,35 @@ class RepMLPResNetSpec:
     (87.0 and 41.07 million).
 
     Raises:
-        ValueError: an unknown style, or channels, blocks and reductions not of the same number of stages.
+        ValueError: an unknown style or output stride, or not one number for each stage.
     """
 
     style: str
-    reductions: tuple[int, ...]  # r of each stage
-    groups: int  # g of FC3 and of the local convolutions
+    reductions: tuple[int, ...]  # r of each stage; 0: no RepMLP
+    groups: tuple[int, ...]  # g of FC3 and of the local convolutions, of each stage
     partition: int  # h = w
     image_size: int | tuple[int, int]
     channels: tuple[int, ...] = (256, 512, 1024, 2048)
     blocks: tuple[int, ...] = (3, 4, 6, 3)
     branches: tuple[int, ...] = (1, 3, 5)  # kernel sizes of the local convolutions
     global_perceptron: bool = True
-    gp_reduction: int = 1
+    gp_reduction: tuple[int, ...] = (1, 1, 1, 1)  # of the Global Perceptron's hidden width, of each stage
     embedding: bool = False  # the head's outputs are an embedding, normalised by a BatchNorm, not logits
+    bottleneck: int = 4  # how many times the first 1x1 convolution of a bottleneck reduces the channels
+    stem_reduction: int = 4  # channels of the first stage / those of the stem
+    output_stride: int = 32  # of the last stage at most
 
     def __post_init__(self) -> None:
         if self.style not in REPMLP_LAYERS:
             raise ValueError(f"unknown style {self.style!r}: choose {' or '.join(REPMLP_LAYERS)}")
-        stages = {"channels": self.channels, "blocks": self.blocks, "reductions": self.reductions}
+        if self.output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f"an output_stride is {', '.join(map(str, OUTPUT_STRIDES))}, not {self.output_stride}")
+        names = ("channels", "blocks", "groups", "gp_reduction", "reductions")
+        stages = {name: getattr(self, name) for name in names}
         if len({len(values) for values in stages.values()}) > 1:
             raise ValueError(f"a network needs one number for each stage, not {stages}")
-        if min((*self.channels, *self.blocks), default=0) < 1:
-            raise ValueError(f"a stage has at least one channel and block: {stages}")
+        if min((n for name in names[:-1] for n in stages[name]), default=0) < 1:
+            raise ValueError(f"only a reduction may be 0: {stages}")
 
     @property
     def depth(self) -> int:
@@ -70,12 +83,21 @@ class RepMLPResNetSpec:
     @property
     def size_step(self) -> int:
         """Of what the height and width of an image are multiples, so that partitions divide the maps."""
-        return max((self.partition * 4 * 2**i for i, r in enumerate(self.reductions) if r), default=1)
+        return max((self.partition * s for s, r in zip(self.strides, self.reductions, strict=True) if r), default=1)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The pixels of an image between two positions of a map, of each stage."""
+        return tuple(min(4 * 2**stage, self.output_stride) for stage in range(len(self.channels)))
+
+    def dilation(self, stage: int) -> int:
+        """Returns the distance between the taps of a stage's 3x3 convolutions."""
+        return 1 if self.reductions[stage] else 4 * 2**stage // self.strides[stage]
 
     @property
     def repmlp_channels(self) -> list[int]:
         """The channels of the RepMLPs of each stage; 0 where it has none."""
-        outer = 1 if self.style == "light" else 4
+        outer = 1 if self.style == "light" else self.bottleneck
         return [c // outer // r if r else 0 for c, r in zip(self.channels, self.reductions, strict=True)]
 
 
@@ -100,8 +122,8 @@ class RepMLP(PartitionBlock):
         fc3_as_conv: kernel size of a convolution that takes the place of FC3; None leaves FC3. No branch is larger.
 
     Raises:
-        ValueError: partitions that do not divide the maps, groups that do not divide the channels, an even kernel, or
-            a branch that is larger than the convolution that it would merge into.
+        ValueError: partitions that do not divide the maps, groups that do not divide the channels, a reduction that
+            leaves nothing, an even kernel, or a branch that is larger than the convolution that it would merge into.
     """
 
     fc1_fc2: nn.Sequential | None
@@ -120,12 +142,16 @@ class RepMLP(PartitionBlock):
     ) -> None:
         super().__init__(h, w, branches, deploy)
         self.channels = channels
+        if channels % groups:
+            raise ValueError(f"{channels} channels can't be divided into {groups} groups")
         if size[0] % h or size[1] % w:
             raise ValueError(f"a {size[0]}x{size[1]} map can't be divided into {h}x{w} partitions")
         self.fc1_fc2 = None
         if gp_reduction and size != (h, w):
             values = channels * (size[0] // h) * (size[1] // w)
             hidden = values // gp_reduction
+            if not hidden:
+                raise ValueError(f"the {values} values of a Global Perceptron can't be reduced {gp_reduction} times")
             self.fc1_fc2 = named(fc1=nn.Linear(values, hidden), act=nn.ReLU(), fc2=nn.Linear(hidden, values))
             self.avg = named(pool=nn.AvgPool2d((h, w)), bn=nn.Identity() if deploy else nn.BatchNorm2d(channels))
         if fc3_as_conv is None:
@@ -178,8 +204,10 @@ class FoldableConvNorm(ConvNorm, Reparameterizable):
         stride: int = 1,
         act: nn.Module | None = None,
         deploy: bool = False,
+        dilation: int = 1,
     ) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=deploy)
+        padding = dilation * (kernel_size // 2)
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=deploy)
         super().__init__(conv, act)
         self.deploy = deploy
         if deploy:
@@ -249,18 +277,19 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def plain_layers(in_channels: int, channels: int, stride: int, deploy: bool) -> dict[str, nn.Module]:
+def plain_layers(
+    in_channels: int, inner: int, channels: int, stride: int, dilation: int, deploy: bool
+) -> dict[str, nn.Module]:
     """Returns the layers of ResNet's bottleneck, of any stride."""
-    inner = channels // 4
     return {
         "conv1": FoldableConvNorm(in_channels, inner, 1, act=nn.ReLU(), deploy=deploy),
-        "conv2": FoldableConvNorm(inner, inner, 3, stride, act=nn.ReLU(), deploy=deploy),
+        "conv2": FoldableConvNorm(inner, inner, 3, stride, nn.ReLU(), deploy, dilation),
         "conv3": FoldableConvNorm(inner, channels, 1, deploy=deploy),
     }
 
 
-def light_layers(channels: int, repmlp: RepMLP, deploy: bool) -> dict[str, nn.Module]:
-    """Returns the layers of a light block: RepMLP takes the place of the 3x3 convolution."""
+def light_layers(channels: int, inner: int, repmlp: RepMLP, deploy: bool) -> dict[str, nn.Module]:
+    """Returns the layers of a light block, which has no `inner` channels but those of RepMLP, in place of the 3x3."""
     return {
         "light_conv1": FoldableConvNorm(channels, repmlp.channels, 1, act=nn.ReLU(), deploy=deploy),
         "light_repmlp": repmlp,
@@ -269,9 +298,8 @@ def light_layers(channels: int, repmlp: RepMLP, deploy: bool) -> dict[str, nn.Mo
     }
 
 
-def bottleneck_layers(channels: int, repmlp: RepMLP, deploy: bool) -> dict[str, nn.Module]:
+def bottleneck_layers(channels: int, inner: int, repmlp: RepMLP, deploy: bool) -> dict[str, nn.Module]:
     """Returns the layers of a RepMLP bottleneck: 3x3 convolutions lead to the fewer channels of RepMLP and back."""
-    inner = channels // 4
     return {
         "btnk_conv1": FoldableConvNorm(channels, inner, 1, act=nn.ReLU(), deploy=deploy),
         "btnk_conv2": FoldableConvNorm(inner, repmlp.channels, 3, act=nn.ReLU(), deploy=deploy),
@@ -284,14 +312,39 @@ def bottleneck_layers(channels: int, repmlp: RepMLP, deploy: bool) -> dict[str, 
 
 REPMLP_LAYERS = {"light": light_layers, "bottleneck": bottleneck_layers}
 
+# Sec. 4.2, 320 pixels: partitions of 10x10 and a fourth kernel; g of c3 and of c4 give the networks their names. Their
+# deploy forms differ as the paper says: from g8/16 to g4/8, 47 % more parameters and 3.6 % more FLOPs.
+_RES50_320 = RepMLPResNetSpec(
+    "bottleneck", (0, 2, 4, 0), (1, 8, 8, 1), partition=10, image_size=320, branches=(1, 3, 5, 7)
+)
+# Sec. 4.3: fewer blocks and half the channels of ResNet-50, but for the stem; no 1x1 convolution reduces or expands.
+# The paper does not say what makes the embedding, of 512 numbers, say: here a linear layer and a BatchNorm behind the
+# pooling, as in face recognition at large.
+_FACE_RES_NET = RepMLPResNetSpec(
+    "bottleneck",
+    (0, 0, 0, 0),
+    (4, 4, 4, 4),
+    partition=6,
+    image_size=96,
+    channels=(128, 256, 512, 1024),
+    blocks=(3, 2, 2, 2),
+    embedding=True,
+    bottleneck=1,
+    stem_reduction=2,
+)
+
 SPECS: dict[str, RepMLPResNetSpec] = {
-    "RepMLP-Res50-light-224": RepMLPResNetSpec("light", (0, 8, 8, 0), groups=4, partition=7, image_size=224),
-    "RepMLP-Res50-bottleneck-224": RepMLPResNetSpec("bottleneck", (0, 2, 4, 0), groups=8, partition=7, image_size=224),
-    # The paper's network for aligned faces. Blocks, channels and pooling are ResNet-50's here; the embedding, of 512
-    # numbers, say, is made by a linear layer and a BatchNorm, as in face recognition at large.
-    "RepMLP-FaceRes": RepMLPResNetSpec(
-        "bottleneck", (2, 2, 2, 0), groups=4, partition=6, image_size=96, embedding=True
+    # With the 4 groups of the published code. The appendix has 8, and 30 % fewer FLOPs than ResNet-50; so counted, 8
+    # groups save 29 % and 4 groups 25 %.
+    "RepMLP-Res50-light-224": RepMLPResNetSpec("light", (0, 8, 8, 0), (4, 4, 4, 4), partition=7, image_size=224),
+    "RepMLP-Res50-bottleneck-224": RepMLPResNetSpec(
+        "bottleneck", (0, 2, 4, 0), (8, 8, 8, 8), partition=7, image_size=224
     ),
+    "RepMLP-Res50-g8-8-320": _RES50_320,
+    "RepMLP-Res50-g8-16-320": replace(_RES50_320, groups=(1, 8, 16, 1)),
+    "RepMLP-Res50-g4-8-320": replace(_RES50_320, groups=(1, 4, 8, 1)),
+    "FaceResNet": _FACE_RES_NET,
+    "RepMLP-FaceRes": replace(_FACE_RES_NET, reductions=(2, 2, 2, 0)),
 }
 
 
@@ -337,14 +390,15 @@ class RepMLPResNet(StagedNetwork):
                 f"{spec.partition}x{spec.partition} divide the maps"
             )
         drop_path = torch.linspace(0, drop_path_rate, spec.depth, device="cpu").split(spec.blocks)
-        stem = FoldableConvNorm(in_chans, spec.channels[0] // 4, 7, 2, act=nn.ReLU(), deploy=deploy)
+        self._stem_channels = spec.channels[0] // spec.stem_reduction
+        stem = FoldableConvNorm(in_chans, self._stem_channels, 7, 2, act=nn.ReLU(), deploy=deploy)
         self.stage0 = nn.Sequential(stem, nn.MaxPool2d(3, 2, 1))
         for stage, rates in enumerate(drop_path):
             blocks = [self._block(stage, depth, float(rate), deploy) for depth, rate in enumerate(rates)]
             self.add_module(f"stage{stage + 1}", nn.Sequential(*blocks))
         self.feature_info = [
-            {"num_chs": channels, "reduction": 4 * 2**stage, "module": f"stage{stage + 1}"}
-            for stage, channels in enumerate(spec.channels)
+            {"num_chs": channels, "reduction": stride, "module": f"stage{stage + 1}"}
+            for stage, (channels, stride) in enumerate(zip(spec.channels, spec.strides, strict=True))
         ]
         self.head_norm = nn.Identity()
         self.num_classes = num_classes
@@ -352,27 +406,29 @@ class RepMLPResNet(StagedNetwork):
 
     def _block(self, stage: int, depth: int, drop_path: float, deploy: bool) -> ResidualBlock:
         spec = self.spec
-        channels = spec.channels[stage]
+        channels, dilation = spec.channels[stage], spec.dilation(stage)
+        inner = channels // spec.bottleneck
         if depth == 0:
-            before, stride = (spec.channels[stage - 1], 2) if stage else (spec.channels[0] // 4, 1)
+            before = spec.channels[stage - 1] if stage else self._stem_channels
+            stride = spec.strides[stage] // spec.strides[stage - 1] if stage else 1
             shortcut = FoldableConvNorm(before, channels, 1, stride, deploy=deploy)
-            return ResidualBlock(plain_layers(before, channels, stride, deploy), shortcut, drop_path)
+            return ResidualBlock(plain_layers(before, inner, channels, stride, dilation, deploy), shortcut, drop_path)
         if spec.reductions[stage]:
-            layers = REPMLP_LAYERS[spec.style](channels, self._repmlp(stage, deploy), deploy)
+            layers = REPMLP_LAYERS[spec.style](channels, inner, self._repmlp(stage, deploy), deploy)
         else:
-            layers = plain_layers(channels, channels, 1, deploy)
+            layers = plain_layers(channels, inner, channels, 1, dilation, deploy)
         return ResidualBlock(layers, nn.Identity(), drop_path)
 
     def _repmlp(self, stage: int, deploy: bool) -> RepMLP:
-        spec, stride = self.spec, 4 * 2**stage
+        spec, stride = self.spec, self.spec.strides[stage]
         return RepMLP(
             spec.repmlp_channels[stage],
             (self.img_size[0] // stride, self.img_size[1] // stride),
             spec.partition,
             spec.partition,
-            spec.groups,
+            spec.groups[stage],
             spec.branches,
-            spec.gp_reduction if spec.global_perceptron else None,
+            spec.gp_reduction[stage] if spec.global_perceptron else None,
             deploy,
         )
 
@@ -380,7 +436,7 @@ class RepMLPResNet(StagedNetwork):
     def built_for(weights: Mapping[str, Tensor], spec: RepMLPResNetSpec, img_size: tuple[int, int]) -> dict[str, Any]:
         """Returns the `in_chans` and `img_size` that weights were made with, see `Family`."""
         stem = weights.get("stage0.0.conv.weight", torch.empty(0, 3))
-        steps = [spec.partition * 4 * 2**stage for stage in range(len(spec.blocks))]
+        steps = [spec.partition * stride for stride in spec.strides]
         img_size = size_of_global_perceptrons(weights, spec.repmlp_channels, steps, img_size)
         return {"in_chans": stem.shape[1:2].numel(), "img_size": img_size}
 
@@ -394,12 +450,8 @@ class RepMLPResNet(StagedNetwork):
         return nn.Linear(self.num_features, num_classes)
 
     def _check_size(self, x: Tensor) -> None:
-        if self.spec.global_perceptron and x.shape[-2:] != self.img_size:
-            (height, width), (h, w) = x.shape[-2:], self.img_size
-            raise ValueError(
-                f"an input of {height}x{width} does not fit a network whose Global Perceptrons are made for {h}x{w}: "
-                f"resize it to {h}x{w}, or build the network with img_size=({height}, {width})"
-            )
+        if self.spec.global_perceptron:
+            check_global_perceptron_size(x, self.img_size)
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Applies one stage, c2 first and with the stem before it, to what the stage before gave, or to the image."""
@@ -433,6 +485,16 @@ def size_of_global_perceptrons(
     return img_size
 
 
+def check_global_perceptron_size(x: Tensor, img_size: tuple[int, int]) -> None:
+    """Raises ValueError where Global Perceptrons are made for images of another size than an input (..., H, W)."""
+    (height, width), (h, w) = x.shape[-2:], img_size
+    if (height, width) != (h, w):
+        raise ValueError(
+            f"an input of {height}x{width} does not fit a network whose Global Perceptrons are made for {h}x{w}: "
+            f"resize it to {h}x{w}, or build the network with img_size=({height}, {width})"
+        )
+
+
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
     return variant_cfg(
         SPECS[name],
@@ -449,6 +511,10 @@ default_cfgs = generate_default_cfgs(
     {
         "repmlp_res50_light_224": _cfg("RepMLP-Res50-light-224"),
         "repmlp_res50_bottleneck_224": _cfg("RepMLP-Res50-bottleneck-224"),
+        "repmlp_res50_g8_8_320": _cfg("RepMLP-Res50-g8-8-320"),
+        "repmlp_res50_g8_16_320": _cfg("RepMLP-Res50-g8-16-320"),
+        "repmlp_res50_g4_8_320": _cfg("RepMLP-Res50-g4-8-320"),
+        "faceresnet": _cfg("FaceResNet", mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD),
         "repmlp_faceres": _cfg("RepMLP-FaceRes", mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD),
     }
 )
@@ -468,6 +534,30 @@ def repmlp_res50_light_224(pretrained: bool = False, **kwargs: Any) -> RepMLPRes
 def repmlp_res50_bottleneck_224(pretrained: bool = False, **kwargs: Any) -> RepMLPResNet:
     """RepMLP-Res50 with RepMLP bottlenecks, of the paper."""
     return _create("RepMLP-Res50-bottleneck-224", pretrained, **kwargs)
+
+
+@register_model
+def repmlp_res50_g8_8_320(pretrained: bool = False, **kwargs: Any) -> RepMLPResNet:
+    """RepMLP-Res50-g8/8, of the paper: 320 pixels, 8 groups in c3 and c4."""
+    return _create("RepMLP-Res50-g8-8-320", pretrained, **kwargs)
+
+
+@register_model
+def repmlp_res50_g8_16_320(pretrained: bool = False, **kwargs: Any) -> RepMLPResNet:
+    """RepMLP-Res50-g8/16, of the paper: 320 pixels, 8 groups in c3 and 16 in c4."""
+    return _create("RepMLP-Res50-g8-16-320", pretrained, **kwargs)
+
+
+@register_model
+def repmlp_res50_g4_8_320(pretrained: bool = False, **kwargs: Any) -> RepMLPResNet:
+    """RepMLP-Res50-g4/8, of the paper: 320 pixels, 4 groups in c3 and 8 in c4."""
+    return _create("RepMLP-Res50-g4-8-320", pretrained, **kwargs)
+
+
+@register_model
+def faceresnet(pretrained: bool = False, **kwargs: Any) -> RepMLPResNet:
+    """FaceResNet, of the paper: embeddings of aligned faces without RepMLP, the baseline of RepMLP-FaceRes."""
+    return _create("FaceResNet", pretrained, **kwargs)
 
 
 @register_model

@@ -1,5 +1,7 @@
 """Semantic segmentation: our networks and timm's under the decoders of segmentation-models-pytorch (extra `seg`)."""
 
+from collections.abc import Mapping
+from itertools import product
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -10,11 +12,14 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from . import schema
-from .build import REGISTRY, canonical_name, changeable, timm_name
+from .build import REGISTRY, canonical_name, changeable, check_changeable, timm_name
 from .checkpoints import Checkpoint, load_weights, versions
 from .dense import DOWNSAMPLINGS, FULL_RANK, DenseBackbone, dense_backbone
 from .reparam import ReparameterizableNetwork, is_reparameterizable
+from .repmlp_resnet import OUTPUT_STRIDES
+from .stages import StagedNetwork
 
+Size = tuple[int, int]  # height, width in pixels
 TASK = "segmentation"  # in the metadata of these networks
 
 
@@ -44,6 +49,7 @@ OPTIONS = {
     "img_size": schema.sequence(schema.integer(1, 2**13), length=2),
     "drop_path_rate": schema.number,
     "deploy": schema.boolean,
+    "output_stride": schema.one_of(*OUTPUT_STRIDES),
     "downsample": schema.one_of(*DOWNSAMPLINGS, None),
     "rank": schema.integer(1, FULL_RANK),
 }
@@ -58,13 +64,14 @@ class SegmentationNetwork(ReparameterizableNetwork):
         decoder: a key of `DECODERS`.
         width: channels of the decoder; the published cost belongs to 512.
         in_chans: channels of the image.
-        **options: of the architecture, and for our own those of `dense_backbone`: `img_size`, `downsample`, ...
+        **options: of the architecture, and for our own those of `dense_backbone`: `img_size`, `downsample`, ... With
+            `output_stride`, a ResNet's last stages keep the size of their maps, as PSPNet has it.
 
     `arguments` holds all of these as plain values.
 
     Raises:
         ValueError: segmentation-models-pytorch is missing, an unknown decoder or architecture, an architecture without
-            levels, or one with too few of them for the decoder.
+            levels, or one with too few of them for the decoder, or whose stride can't be changed.
     """
 
     def __init__(
@@ -81,16 +88,15 @@ class SegmentationNetwork(ReparameterizableNetwork):
             raise ValueError(f"unknown decoder {decoder!r}: choose {' or '.join(DECODERS)}")
         arch = canonical_name(arch)
         library, kind, name = _library(), DECODERS[decoder], timm_name(arch)
-        with torch.device("meta"):
-            backbone: Any = timm.create_model(name, features_only=True)
-        stride = backbone.feature_info.reduction()[-1]
+        strides = _strides(arch, name, {k: v for k, v in options.items() if k == "output_stride"})
+        stride = strides[-1]
         given = {"arch": arch, "num_classes": num_classes, "decoder": decoder, "width": width, "in_chans": in_chans}
         self.arguments: dict[str, Any] = given | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
         self.num_classes, self._stride = num_classes, stride
         self.model: Any = getattr(library, kind.network)(
             encoder_name=f"tu-{name}",
             encoder_weights=None,
-            encoder_depth=stride.bit_length() - 1,  # it counts halvings
+            encoder_depth=strides[0].bit_length() + len(strides) - 2,  # it counts levels, and halvings before the first
             in_channels=in_chans,
             classes=num_classes,
             upsampling=kind.stride or stride,
@@ -100,10 +106,27 @@ class SegmentationNetwork(ReparameterizableNetwork):
         self.model.requires_divisible_input_shape = False  # `forward` pads and crops instead
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image (N, in_chans, H, W), of any size that the backbone takes -> logits (N, K, H, W)."""
+        """Image (N, in_chans, H, W) -> logits (N, K, H, W).
+
+        In training, the image is of any size that the backbone takes. In evaluation, one that is larger is cut into
+        windows, whose logits are averaged where they overlap.
+        """
         height, width = x.shape[-2:]
+        window = None if self.training else _largest_image(self.backbone)
+        if window and (height > window[0] or width > window[1]):
+            return self._forward_windows(x, window)
         x = self.model(F.pad(x, (0, -width % self._stride, 0, -height % self._stride)))
         return x[..., :height, :width]
+
+    def _forward_windows(self, x: Tensor, window: Size) -> Tensor:
+        """Image (N, in_chans, H, W), larger than the window (h, w) -> logits (N, K, H, W)."""
+        total, count = x.new_zeros(len(x), self.num_classes, *x.shape[-2:]), x.new_zeros(x.shape[-2:])
+        rows, columns = (window_starts(side, size) for side, size in zip(x.shape[-2:], window, strict=True))
+        for top, left in product(rows, columns):
+            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            total[place] += self(x[place])
+            count[place] += 1
+        return total / count
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the backbone's activations in the backward pass, which saves memory; the decoder keeps its own."""
@@ -117,8 +140,14 @@ class SegmentationNetwork(ReparameterizableNetwork):
         """The feature extractor below the decoder; of our own architectures a `DenseBackbone`."""
         return cast(nn.Module, self.model.encoder.model)
 
-    def load_backbone(self, trained: nn.Module) -> None:
+    def load_backbone(self, trained: nn.Module) -> list[str]:
         """Loads the weights of a trained classifier of the same structure, which `dense_backbone` changes in place.
+
+        A Global Perceptron that was made for maps of another size, or with another reduction, keeps its initial FC1 and
+        FC2 (arXiv:2105.01883, Sec. 4.4).
+
+        Returns:
+            The names within the backbone that were not loaded.
 
         Raises:
             ValueError: it has another structure, or was converted, or the backbone is not one of ours.
@@ -131,11 +160,57 @@ class SegmentationNetwork(ReparameterizableNetwork):
         if not is_reparameterizable(trained):
             raise ValueError("these weights are converted already: start a training from the training weights")
         replaced = {k: options[k] for k in ("downsample", "rank") if k in options}
-        weights = dense_backbone(trained, backbone.out_indices, **replaced).state_dict()
-        own = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
-        if own != {name: tensor.shape for name, tensor in weights.items()}:
+        weights, own = dense_backbone(trained, backbone.out_indices, **replaced).state_dict(), backbone.state_dict()
+        fresh = _other_global_perceptrons(own, weights)
+        weights |= {name: own[name] for name in fresh}
+        if _shapes(own) != _shapes(weights):
             raise ValueError(f"the weights belong to another structure than this {options['arch']}")
         backbone.load_state_dict(weights)
+        return fresh
+
+
+def _strides(arch: str, name: str, options: dict[str, int]) -> list[int]:
+    """Returns the strides of the levels of an architecture, as `options` change them.
+
+    Raises:
+        ValueError: it has no levels, or not these options.
+    """
+    if arch in REGISTRY:
+        check_changeable(arch, {option: option for option in options})
+    with torch.device("meta"):
+        try:
+            backbone: Any = timm.create_model(name, features_only=True, **options)
+        except (AssertionError, NotImplementedError, TypeError) as error:
+            if not options:
+                raise
+            raise ValueError(f"the stride of {arch} can't be changed: {options}") from error
+    return list(backbone.feature_info.reduction())
+
+
+def _largest_image(backbone: nn.Module) -> Size | None:
+    """Returns the (height, width) beyond which a backbone takes no image; None where it takes all."""
+    if not isinstance(backbone, DenseBackbone):
+        return None
+    network = cast(StagedNetwork, backbone.model)
+    return None if network.takes_multiples else network.img_size
+
+
+def window_starts(side: int, window: int) -> list[int]:
+    """Returns where windows begin that cover a side of an image, each two of them overlapping by a third or more."""
+    count = max(0, -(-(side - window) // max(1, 2 * window // 3)))
+    return [i * (side - window) // count for i in range(count + 1)] if count else [0]
+
+
+def _other_global_perceptrons(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of the FC1 and FC2 of Global Perceptrons that have another shape in weights that are given."""
+    layers = [name for name in own if ".fc1_fc2." in name]
+    differing = [name for name in layers if name in given and given[name].shape != own[name].shape]
+    blocks = {name.partition(".fc1_fc2.")[0] for name in differing}
+    return [name for name in layers if name.partition(".fc1_fc2.")[0] in blocks]
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def describe_segmentation(network: nn.Module, form: str | None, **extra: str | None) -> dict[str, Any]:

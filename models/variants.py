@@ -65,14 +65,22 @@ def parts_of(spec: Any) -> list[str]:
 
 
 def changed_spec(spec: Any, changes: Mapping[str, Any]) -> Any:
-    """Returns a spec with some of its parts changed; lists stand for tuples.
+    """Returns a spec with some of its parts changed; lists stand for tuples, one integer for the same in every stage.
 
     Raises:
         ValueError: a change has another type than the part, or no network can have it.
     """
+    changes = {part: _fitted(value, getattr(spec, part)) for part, value in changes.items()}
     for part, value in changes.items():
         PARTS[type(getattr(spec, part))](part, value)
     return replace(spec, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+
+
+def _fitted(value: Any, own: Any) -> Any:
+    """Turns one integer into one for each stage, and a list of one into an integer, where a spec has that instead."""
+    if isinstance(value, int) and isinstance(own, tuple):
+        return [value] * len(own)
+    return value[0] if type(own) is int and isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def build_variant(

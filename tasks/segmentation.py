@@ -10,9 +10,9 @@ from torch import nn
 from data.cityscapes import CITYSCAPES
 from data.segmentation import IGNORED, MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from engine.metrics import SegmentationMetric
-from engine.task import Size, Task
-from models import default_image_size, list_models
-from models.build import changeable, structure_changes, timm_name
+from engine.task import Size, Task, except_new
+from models import RepMLPNet, default_image_size, list_models
+from models.build import changeable, check_changeable, structure_changes, timm_name
 from models.checkpoints import Checkpoint, Network, build_from, read_checkpoint
 from models.dense import FULL_RANK
 from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
@@ -53,35 +53,47 @@ class Segmentation(Task):
             ValueError: an option does not fit the architecture.
         """
         seg, trained = self.cfg.SEG, self._pretrained
-        options: dict[str, Any] = dict(self.structure)
+        options: dict[str, Any] = {}
+        if trained:
+            options = {"img_size": trained.image_size} | structure_changes(self.arch, trained.model)
+        options |= self.structure
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         if seg.BACKBONE_SIZE:
             options["img_size"] = to_2tuple(seg.BACKBONE_SIZE)
         if seg.DOWNSAMPLE:
             options |= {"downsample": seg.DOWNSAMPLE, "rank": seg.RANK}
+        if seg.OUTPUT_STRIDE:
+            options["output_stride"] = seg.OUTPUT_STRIDE
         if not changeable(self.arch) and (trained or seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure):
             raise ValueError(
                 "MODEL.PRETRAINED, SEG.DOWNSAMPLE, SEG.BACKBONE_SIZE and changes of the structure are for our own "
                 f"architectures, not for {self.arch}"
             )
+        if changeable(self.arch):
+            check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in self.structure})
+        if trained and seg.BACKBONE_SIZE and isinstance(trained.model, RepMLPNet):
+            raise ValueError(
+                f"SEG.BACKBONE_SIZE = {seg.BACKBONE_SIZE}: the partitions of a RepMLPNet are those of its weights in "
+                "MODEL.PRETRAINED; leave SEG.BACKBONE_SIZE out"
+            )
         _check_fixed_size(self.arch, self.train_size, self.test_size(self.train_size))
-        if trained:
-            options |= {"img_size": trained.image_size} | structure_changes(self.arch, trained.model)
         seed_everything(self.cfg.SEED)
         return SegmentationNetwork(self.arch, num_outputs, seg.DECODER, seg.WIDTH, **options)
 
     @cached_property
     def _pretrained(self) -> Network | None:
         path = self.cfg.MODEL.PRETRAINED
-        return build_from(read_checkpoint(path), self.arch, **self.structure) if path else None
+        # The classifier's own Global Perceptrons may be of another width: those of the backbone are drawn anew then.
+        structure = {part: value for part, value in self.structure.items() if part != "gp_reduction"}
+        return build_from(read_checkpoint(path), self.arch, **structure) if path else None
 
     def load_pretrained(self, network: nn.Module) -> str:
         """Loads the backbone from the classifier in MODEL.PRETRAINED."""
         assert isinstance(network, SegmentationNetwork)
         assert self._pretrained is not None
-        network.load_backbone(self._pretrained.model)
-        return f"the classifier in {self.cfg.MODEL.PRETRAINED}, for the backbone"
+        fresh = network.load_backbone(self._pretrained.model)
+        return f"the classifier in {self.cfg.MODEL.PRETRAINED}, for the backbone{except_new(fresh)}"
 
     @classmethod
     def metadata(
@@ -105,10 +117,10 @@ class Segmentation(Task):
         arguments = cast(SegmentationNetwork, network.model).arguments
         settings = {"SEG.DECODER": arguments["decoder"], "SEG.WIDTH": arguments["width"]}
         settings |= {"SEG.DOWNSAMPLE": arguments.get("downsample"), "SEG.RANK": arguments.get("rank", FULL_RANK)}
+        settings |= {"SEG.OUTPUT_STRIDE": arguments.get("output_stride")}
         parts = {part: arguments[part] for part in self.structure if part in arguments}
-        return settings | {
-            f"MODEL.{part.upper()}": tuple(value) if isinstance(value, list) else value for part, value in parts.items()
-        }
+        plain = {part: tuple(value) if isinstance(value, list) else value for part, value in parts.items()}
+        return settings | {f"MODEL.{part.upper()}": value for part, value in plain.items()}
 
     def network_to_evaluate(self, checkpoint: Checkpoint, arch: str | None) -> Network:
         """Builds the network of a checkpoint; DATA.IMG_SIZE, the size of a crop, does not change it."""

@@ -60,8 +60,14 @@ def build(cfg: CfgNode, deploy: bool) -> tuple[nn.Module, tuple[int, int]]:
     """Returns the network of a recipe, and the size of the image that its multiply-adds are stated for."""
     size = default_image_size(cfg.MODEL.ARCH)
     if cfg.TASK == "segmentation":
-        options = {"downsample": cfg.SEG.DOWNSAMPLE, "rank": cfg.SEG.RANK, "deploy": deploy}
-        return SegmentationNetwork(cfg.MODEL.ARCH, 19, cfg.SEG.DECODER, cfg.SEG.WIDTH, **options), (1024, 2048)
+        options = {"downsample": cfg.SEG.DOWNSAMPLE, "rank": cfg.SEG.RANK}
+        image = 1024, 2048
+        if cfg.SEG.BACKBONE_SIZE:  # a network whose cost is stated for a crop
+            image = cfg.DATA.IMG_SIZE
+            options = {"img_size": (cfg.SEG.BACKBONE_SIZE,) * 2, "output_stride": cfg.SEG.OUTPUT_STRIDE}
+            options |= {"gp_reduction": cfg.MODEL.GP_REDUCTION}
+        decoder = cfg.SEG.DECODER, cfg.SEG.WIDTH
+        return SegmentationNetwork(cfg.MODEL.ARCH, 19, *decoder, deploy=deploy, **options), image
     classes = {"cf10": 10, "cf100": 100}.get(cfg.DATA.DATASET, 1000)
     outputs = cfg.FACE.EMBEDDING if cfg.TASK == "verification" else classes
     return create_model(cfg.MODEL.ARCH, outputs, deploy=deploy), size
@@ -116,6 +122,30 @@ def test_the_segmentation_recipe():
     assert given["TRAIN.BASE_LR"] * 8 / 256 == pytest.approx(1e-4)
     other = flatten(load_config(CONFIGS / "cityscapes_pspnet_d256.yaml"))
     assert {key for key in given if given[key] != other[key]} == {"SEG.DECODER", "TAG"}
+
+
+def test_the_recipe_of_pspnet_over_repmlp_resnet():
+    given = flatten(load_config(CONFIGS / "cityscapes_pspnet_repmlp_res50.yaml"))
+    expected = {
+        "TASK": "segmentation",
+        "DATA.DATASET": "cityscapes",
+        "DATA.IMG_SIZE": (713, 713),
+        "DATA.BATCH_SIZE": 2,
+        "MODEL.ARCH": "RepMLP-Res50-g4-8-320",
+        "MODEL.GP_REDUCTION": (1, 4, 8, 1),
+        "SEG.DECODER": "pspnet",
+        "SEG.WIDTH": 512,
+        "SEG.OUTPUT_STRIDE": 8,
+        "SEG.BACKBONE_SIZE": 720,
+        "TRAIN.EPOCHS": 200,
+        "TRAIN.WARMUP_EPOCHS": 0,
+        "TRAIN.WEIGHT_DECAY": 1e-4,
+        "TRAIN.SYNC_BN": True,
+        "TRAIN.OPTIMIZER.NAME": "sgd",
+        "TRAIN.OPTIMIZER.MOMENTUM": 0.9,
+    }
+    assert {key: given[key] for key in expected} == expected
+    assert given["TRAIN.BASE_LR"] * 16 / 256 == pytest.approx(0.01)
 
 
 def test_the_face_recipe():

@@ -59,7 +59,7 @@ def small_options(arch: str) -> dict[str, Any]:
         case RepMLPNetSpec():
             return {"img_size": spec.patch_size * 2 ** len(spec.blocks), "blocks": [min(n, 2) for n in spec.blocks]}
         case RepMLPResNetSpec():
-            narrow = [c // 8 for c in spec.channels]
+            narrow = [c // (8 if max(spec.groups) <= 8 else 4) for c in spec.channels]
             return {"img_size": spec.size_step, "channels": narrow, "blocks": [min(n, 2) for n in spec.blocks]}
         case ResMLPSpec():
             return {"img_size": 3 * spec.patch_size, "width": spec.width // 4, "depth": 2}

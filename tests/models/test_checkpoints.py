@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import RepMLPNet, create_model
+from models.build import classifier_name
 from models.checkpoints import build_from, describe, load_pretrained, load_weights, read_checkpoint
 from models.files import write_checkpoint
 from models.identify import fitting_architectures
@@ -377,13 +378,13 @@ def test_a_bare_state_dict_of_timm_needs_the_architecture(tmp_path: Path) -> Non
     assert same(network.state_dict(), built.model.state_dict())
 
 
-@pytest.mark.parametrize("arch", ["RepMLPNet-T224", "RepMLPNet-L256", "RepMLPNet-C100", "ResMLP-S24-224"])
+@pytest.mark.parametrize("arch", ["RepMLPNet-T224", "RepMLPNet-L256", "RepMLPNet-C100", "ResMLP-S24-224", "FaceResNet"])
 @pytest.mark.parametrize("deploy", [False, True])
 def test_fitting_architectures(arch: str, deploy: bool) -> None:
     with torch.device("meta"):
         state = create_model(arch, 11, deploy=deploy).state_dict()
     assert fitting_architectures(state) == [arch]
-    del state["head.bias"]
+    del state[f"{classifier_name(arch)}.bias"]
     assert fitting_architectures(state) == []
 
 

@@ -54,7 +54,7 @@ def test_forward_intermediates_gives_the_stages_that_are_asked_for(
 
 @pytest.mark.parametrize("style", ["light", "bottleneck"])
 def test_repmlp_resnet_gives_its_stages(style: str) -> None:
-    spec = RepMLPResNetSpec(style, (0, 2, 4, 0), 2, 2, (64, 96), (8, 16, 32, 64), (1, 2, 2, 1))
+    spec = RepMLPResNetSpec(style, (0, 2, 4, 0), (1, 2, 2, 1), 2, (64, 96), (8, 16, 32, 64), (1, 2, 2, 1))
     model = randomised(RepMLPResNet(spec, num_classes=5)).eval()
     x = random_tensor(2, 3, 64, 96)
     by_hand, y = [], model.stage0(x)
@@ -271,7 +271,7 @@ def test_levels_come_in_the_order_of_the_network(asked: int | tuple[int, ...], t
 
 
 def test_an_image_that_is_too_large_for_the_global_perceptrons_is_refused() -> None:
-    spec = RepMLPResNetSpec("light", (0, 2, 4, 0), 2, 2, (64, 96), (8, 16, 32, 64), (1, 2, 2, 1))
+    spec = RepMLPResNetSpec("light", (0, 2, 4, 0), (1, 2, 2, 1), 2, (64, 96), (8, 16, 32, 64), (1, 2, 2, 1))
     backbone = dense_backbone(RepMLPResNet(spec))
     with pytest.raises(ValueError, match="an image of 65x96 is larger than the 64x96 that the backbone is made for"):
         backbone(torch.zeros(1, 3, 65, 96))

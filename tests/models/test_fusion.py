@@ -118,7 +118,7 @@ def test_the_fused_form_can_be_exported():
 
 
 def test_other_networks_and_other_sizes_are_refused():
-    with pytest.raises(ValueError, match="only a RepMLPNet can be fused, not a Linear"):
+    with pytest.raises(ValueError, match="only a RepMLPNet or RepMLPResNet can be fused, not a Linear"):
         fuse_batch_norms(nn.Linear(2, 2))
     model = network("not square, grey, three classes")
     with pytest.raises(ValueError, match=r"an input of 8x8 does not fit .* made for 8x12"):

@@ -7,12 +7,13 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from model_helpers import largest_difference, random_tensor, randomised
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
 from models.checkpoints import read_checkpoint
 from models.files import write_checkpoint
 from models.reparam import is_reparameterizable, to_deploy
-from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
+from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from, window_starts
 
 # RepMLPNet-D256, much smaller: four stages of 16x16 to 2x2 maps.
 STRUCTURE = {"channels": [4, 8, 8, 16], "blocks": [1, 1, 2, 1], "share_sets": [1, 2, 4, 8]}
@@ -167,3 +168,134 @@ def test_a_backbone_of_timm_at_a_size_that_its_strides_do_not_divide(decoder: st
     model = SegmentationNetwork("convnext_atto", 5, decoder, width=8).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 70, 90)).shape == (1, 5, 70, 90)
+
+
+# RepMLP-Res50 much smaller, with partitions of 2x2: a classifier for 64x64 pixels, and the backbone of PSPNet that it
+# becomes for 48x80.
+RESNET = {
+    "channels": [8, 16, 32, 64],
+    "blocks": [1, 2, 2, 2],
+    "reductions": [0, 1, 2, 0],
+    "groups": [1, 2, 2, 1],
+    "partition": 2,
+}
+PSPNET = RESNET | {"img_size": (48, 80), "output_stride": 8, "gp_reduction": [1, 4, 8, 1]}
+
+
+def pspnet(**options: object) -> SegmentationNetwork:
+    return SegmentationNetwork("RepMLP-Res50-g4-8-320", 5, "pspnet", width=8, **PSPNET | options)
+
+
+def test_a_dilated_repmlp_resnet_below_pspnet() -> None:
+    """Sec. 4.4 of the first paper: c4 and c5 keep the size of c3's maps, and only c5, without RepMLP, is dilated."""
+    model = randomised(pspnet()).eval()
+    x, deploy = random_tensor(1, 3, 47, 80), to_deploy(model)
+    assert [m.shape[1:] for m in model.backbone(x)] == [(8, 12, 20), (16, 6, 10), (32, 6, 10), (64, 6, 10)]
+    assert model(x).shape == (1, 5, 47, 80)
+    assert largest_difference(model(x), deploy(x)) < 1e-12
+    network = model.backbone.model
+    convs = {n: m for n, m in network.named_modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)}
+    dilated = {name for name, conv in convs.items() if conv.dilation != (1, 1)}
+    assert dilated == {f"stage4.{block}.conv2.conv" for block in range(2)}
+    assert {(conv.dilation, conv.padding, conv.stride) for name, conv in convs.items() if name in dilated} == {
+        ((4, 4), (4, 4), (1, 1))
+    }
+    assert network.stage3[0].conv2.conv.stride == (1, 1)
+    assert network.stage3[0].shortcut.conv.stride == (1, 1)
+    fc1 = [network.get_submodule(f"stage{i}.1.btnk_repmlp.fc1_fc2.fc1") for i in (2, 3)]
+    assert [tuple(layer.weight.shape) for layer in fc1] == [(4 * 15 // 4, 4 * 15), (4 * 15 // 8, 4 * 15)]
+
+
+def test_a_dilated_stage_samples_as_it_did_with_its_stride() -> None:
+    """On every fourth position of the maps that c5 is given, dilated convolutions see what strided ones saw."""
+    options = {k: v for k, v in RESNET.items() if k != "partition"} | {"reductions": [0, 0, 0, 0], "img_size": 128}
+    strided, dilated = (
+        randomised(create_model("RepMLP-Res50-bottleneck-224", **options, output_stride=stride)).eval()
+        for stride in (32, 16)
+    )
+    x = random_tensor(1, 3, 128, 128)
+    whole, part = dilated.forward_features(x), strided.forward_features(x)
+    assert (whole.shape, part.shape) == ((1, 64, 8, 8), (1, 64, 4, 4))
+    # The first 3x3 of the stage is dilated too, as in PSPNet: only that of a trained stride is not.
+    dilated.stage4[0].conv2.conv.dilation = dilated.stage4[0].conv2.conv.padding = (1, 1)
+    assert largest_difference(part, dilated.forward_features(x)[..., ::2, ::2]) < 1e-12
+    assert largest_difference(part, whole[..., ::2, ::2]) > 1e-3
+
+
+def test_global_perceptrons_for_maps_of_another_size_are_drawn_anew() -> None:
+    trained = randomised(create_model("RepMLP-Res50-g4-8-320", img_size=64, **RESNET))
+    pretrained = {name: value.clone() for name, value in trained.state_dict().items()}
+    model = pspnet()
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    fresh = model.load_backbone(trained)
+    layers = [f"{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")]
+    assert fresh == [f"model.stage{i}.1.btnk_repmlp.fc1_fc2.{layer}" for i in (2, 3) for layer in layers]
+    for name, value in model.backbone.state_dict().items():
+        expected = before[name] if name in fresh else pretrained[name.removeprefix("model.")].to(value)
+        assert torch.equal(value, expected), name
+
+
+def test_a_global_perceptron_of_the_same_size_is_kept() -> None:
+    trained = randomised(create_model("RepMLP-Res50-g4-8-320", img_size=64, **RESNET))
+    model = SegmentationNetwork("RepMLP-Res50-g4-8-320", 5, "pspnet", width=8, img_size=(64, 64), **RESNET)
+    assert model.load_backbone(trained) == []
+    with pytest.raises(ValueError, match="another structure than this RepMLP-Res50-g4-8-320"):
+        model.load_backbone(create_model("RepMLP-Res50-g4-8-320", img_size=64, **RESNET | {"groups": [1, 4, 2, 1]}))
+
+
+def test_images_larger_than_the_backbone_takes_are_cut_into_windows() -> None:
+    model = randomised(pspnet()).eval()
+    x = random_tensor(2, 3, 50, 99)
+    (rows, columns), (h, w) = ((0, 2), (0, 19)), (48, 80)
+    total, count = torch.zeros(2, 5, 50, 99, dtype=torch.float64), torch.zeros(50, 99, dtype=torch.float64)
+    for top in rows:
+        for left in columns:
+            total[..., top : top + h, left : left + w] += model(x[..., top : top + h, left : left + w])
+            count[top : top + h, left : left + w] += 1
+    assert largest_difference(total / count, model(x)) < 1e-12
+    with pytest.raises(ValueError, match="larger than the 48x80 that the backbone is made for"):
+        model.train()(x)
+
+
+@pytest.mark.parametrize(
+    ("side", "window", "starts"),
+    [(5, 9, [0]), (9, 9, [0]), (10, 9, [0, 1]), (15, 9, [0, 6]), (16, 9, [0, 3, 7]), (2048, 720, [0, 442, 885, 1328])],
+)
+def test_windows_overlap_by_a_third_at_least(side: int, window: int, starts: list[int]) -> None:
+    assert window_starts(side, window) == starts
+
+
+def test_architectures_of_timm_take_an_output_stride_where_they_can() -> None:
+    model = SegmentationNetwork("resnet18", 4, "pspnet", width=8, output_stride=8).eval()
+    assert [m.shape[-1] for m in model.backbone(torch.zeros(1, 3, 64, 64))] == [32, 16, 8, 8, 8]
+    assert model(torch.zeros(1, 3, 60, 64)).shape == (1, 4, 60, 64)
+    with pytest.raises(ValueError, match="stride of swin_tiny_patch4_window7_224 can't be changed"):
+        SegmentationNetwork("swin_tiny_patch4_window7_224", 4, output_stride=8)
+    with pytest.raises(ValueError, match="RepMLPNet-D256 has no output_stride to change"):
+        SegmentationNetwork(**SMALL, output_stride=8)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "parameters", "multiply_adds"),
+    [
+        ("resnet50", {}, 29_891_667, 214.848e9),
+        (
+            "RepMLP-Res50-g4-8-320",
+            {"img_size": (720, 720), "gp_reduction": [1, 4, 8, 1], "deploy": True},
+            158_713_963,
+            207.540e9,
+        ),
+    ],
+)
+def test_the_cost_of_pspnet_at_713_pixels(arch: str, options: dict, parameters: int, multiply_adds: float) -> None:
+    """The paper counts 46.56 M and 350.004 G over ResNet-50; with its decoder's 3x3 in place of the library's 1x1."""
+    with torch.device("meta"):
+        model = SegmentationNetwork(arch, 19, "pspnet", output_stride=8, **options).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 713, 713))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert counter.get_total_flops() / 2 == pytest.approx(multiply_adds, rel=1e-5)
+    if arch == "resnet50":
+        taps = 8 * 4096 * 512  # that the decoder's convolution lacks
+        assert (parameters + taps) / 1e6 == pytest.approx(46.56, rel=3e-3)
+        assert (multiply_adds + 90 * 90 * taps) / 1e9 == pytest.approx(350.004, rel=3e-3)

@@ -86,12 +86,37 @@ def test_a_run_starts_from_the_classifier(script, classifier: Path, cityscapes_f
     assert checkpoint.meta["network"]["img_size"] == [32, 32]
 
 
+def test_global_perceptrons_of_another_size_are_drawn_anew(script, cityscapes_folder: Path, tmp_path: Path) -> None:
+    arch = "RepMLP-Res50-g4-8-320"
+    structure = {"channels": [8, 16, 32, 64], "blocks": [1, 2, 2, 1], "reductions": [0, 1, 2, 0], "partition": 2}
+    model = create_model(arch, num_classes=4, img_size=64, groups=[1, 2, 2, 1], **structure)
+    classifier = tmp_path / "classifier.pth"
+    meta = describe(arch, model, model.img_size, "train")
+    write_checkpoint(classifier, {"model": model.state_dict(), "meta": meta})
+    changes = (
+        f"MODEL.ARCH {arch} MODEL.GP_REDUCTION 1,4,8,1 SEG.DECODER pspnet SEG.DOWNSAMPLE null SEG.OUTPUT_STRIDE 8 "
+        "SEG.BACKBONE_SIZE 48 DATA.IMG_SIZE 45 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR 0"
+    )
+    result = script("main_repmlp.py", *words(cityscapes_folder, tmp_path, f"--pretrained {classifier}", changes))
+    assert result.status == 0, result.err
+    names = "(model.stage2.1.btnk_repmlp.fc1_fc2.fc1.weight ... model.stage3.1.btnk_repmlp.fc1_fc2.fc2.bias)"
+    assert f"for the backbone but for 8 tensors, which are new {names}" in result.out
+    checkpoint = read_checkpoint(tmp_path / arch / "run" / "latest.pth")
+    network = segmentation_from(checkpoint)
+    assert (network.arguments["img_size"], network.arguments["gp_reduction"]) == ([48, 48], [1, 4, 8, 1])
+    assert network.backbone.feature_info.reduction() == [4, 8, 8, 8]
+    kernel = network.backbone.model.stage2[1].btnk_repmlp.fc3.weight
+    assert torch.equal(kernel, model.stage2[1].btnk_repmlp.fc3.weight)
+
+
 @pytest.mark.parametrize(
     ("flags", "changes", "message"),
     [
         ("--arch RepMLPNet-D255", "MODEL.ARCH RepMLPNet-D255", "did you mean RepMLPNet-D256"),
         ("--pretrained {classifier}", "SEG.RANK 9", "from 1 to 4"),
         ("--pretrained {classifier}", "SEG.BACKBONE_SIZE 64", "leave SEG.BACKBONE_SIZE out"),
+        ("--pretrained {classifier}", "SEG.OUTPUT_STRIDE 8", "no output_stride to change"),
+        ("--pretrained {classifier}", "MODEL.GROUPS 1,1,1,1", "no groups to change"),
         ("", "MODEL.ARCH resnet18", "are for our own architectures, not for resnet18"),
         ("--pretrained {segmenter}/latest.pth", "TAG x", "segmentation"),
         ("--pretrained {deploy}", "", "converted already"),

@@ -1,0 +1,229 @@
+"""RepMLP-ResNet for inference: channels last, 1x1 convolutions and FC3 as matrix products, additions in place.
+
+Made by `models.fusion.fuse_batch_norms` from the deploy form, and exactly equal to it. Maps are (N, H, W, C): a 1x1
+convolution is then one product over all positions of a batch, and larger ones are faster on a CPU.
+
+A block ends with y = relu(x + W h + b), where x is its shortcut. The product is added to x in place. So is b, but not
+by a pass of its own: within a stage the shortcut holds x + B, where B is the sum of the b of the blocks to come. Then
+y + B' = max(x + B + W h, B') with B = b + B'. The first layer of a block, which reads the shortcut, has B in its bias.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import ConvNorm
+from .repmlp_resnet import RepMLP, RepMLPResNet, ResidualBlock, check_global_perceptron_size
+
+
+class FusedPointwise(nn.Module):
+    """A 1x1 convolution (N, H, W, I) -> (N, H / stride, W / stride, O).
+
+    Args:
+        conv: the convolution.
+        given: (I,) constants that the input has in excess.
+        wanted: (O,) constants that the output is to have in excess.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, given: Tensor | float = 0.0, wanted: Tensor | float = 0.0) -> None:
+        super().__init__()
+        weight = conv.weight.flatten(1)
+        self.stride = conv.stride[0]
+        self.register_buffer("weight", weight.t().contiguous())
+        self.register_buffer("bias", _bias(conv) + wanted - (weight * given).sum(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
+        if self.stride > 1:
+            x = x[:, :: self.stride, :: self.stride]
+        n, h, w, _ = x.shape
+        return torch.addmm(self.bias, _rows(x), self.weight).view(n, h, w, -1)
+
+
+class FusedConv(nn.Module):
+    """A larger convolution (N, H, W, I) -> (N, H / stride, W / stride, O)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.register_buffer("weight", conv.weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", _bias(conv))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
+        x = x.permute(0, 3, 1, 2)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, cast(str, self.padding), self.dilation)
+        return x.permute(0, 2, 3, 1)
+
+
+class FusedGlobalPerceptron(nn.Module):
+    """FC1 and FC2, with their values in the order of a map of partitions: (N, H/h, W/w, C) -> the same."""
+
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+    def __init__(self, fc1_fc2: nn.Sequential, channels: int) -> None:
+        super().__init__()
+        fc1, fc2 = cast(nn.Linear, fc1_fc2.fc1), cast(nn.Linear, fc1_fc2.fc2)
+        order = torch.arange(fc1.in_features, device=fc1.weight.device).view(channels, -1).t().flatten()
+        self.register_buffer("weight1", fc1.weight[:, order])
+        self.register_buffer("bias1", fc1.bias)
+        self.register_buffer("weight2", fc2.weight[order])
+        self.register_buffer("bias2", fc2.bias[order])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H/h, W/w, C) -> (N, H/h, W/w, C)."""
+        hidden = F.linear(x.flatten(1), self.weight1, self.bias1).relu_()
+        return F.linear(hidden, self.weight2, self.bias2).view_as(x)
+
+
+class FusedRepMLP(nn.Module):
+    """Global Perceptron and FC3: (N, H, W, C) -> (N, H, W, C)."""
+
+    kernel: Tensor
+    bias: Tensor
+
+    def __init__(self, block: RepMLP) -> None:
+        super().__init__()
+        self.h, self.w, fc3 = block.h, block.w, block.fc3
+        groups, positions, c = fc3.groups, self.h * self.w, block.channels // fc3.groups
+        kernel = fc3.weight.reshape(
+            groups, c, positions, c, positions
+        )  # group, output, its position, input, its position
+        self.register_buffer("kernel", kernel.permute(0, 4, 3, 2, 1).reshape(groups, positions * c, -1))
+        bias = cast(Tensor, fc3.bias).view(groups, c, positions)
+        self.register_buffer("bias", bias.transpose(1, 2).reshape(groups, 1, -1))
+        self.gp = None if block.fc1_fc2 is None else FusedGlobalPerceptron(block.fc1_fc2, block.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        n, height, width, c = x.shape
+        groups, p, q = len(self.kernel), height // self.h, width // self.w
+        parts = x.reshape(n, p, self.h, q, self.w, c)
+        if self.gp is not None:
+            parts = parts + self.gp(parts.mean((2, 4)))[:, :, None, :, None]
+        parts = parts.view(n, p, self.h, q, self.w, groups, c // groups).permute(5, 0, 1, 3, 2, 4, 6)
+        out = torch.baddbmm(self.bias, parts.reshape(groups, n * p * q, -1), self.kernel)
+        return out.view(parts.shape).permute(1, 2, 4, 3, 5, 0, 6).reshape(x.shape)
+
+
+class FusedBlock(nn.Module):
+    """A residual block whose shortcut has constants in excess, see the top of this file.
+
+    Args:
+        block: in deploy form.
+        given: (I,) constants that its input has in excess.
+        wanted: (O,) constants that its output is to have in excess.
+    """
+
+    weight: Tensor
+    floor: Tensor
+
+    def __init__(self, block: ResidualBlock, given: Tensor | float, wanted: Tensor) -> None:
+        super().__init__()
+        *before, last = (layer for layer in map(block.get_submodule, block.layers) if not isinstance(layer, nn.ReLU))
+        conv = cast(ConvNorm, last).conv
+        first, *others = before
+        layers = [FusedPointwise(cast(ConvNorm, first).conv, given), *map(_fused, others)]
+        self.layers = nn.ModuleList(layers)
+        self.shortcut = None
+        if isinstance(block.shortcut, ConvNorm):
+            self.shortcut = FusedPointwise(block.shortcut.conv, given, _bias(conv) + wanted)
+        self.register_buffer("weight", conv.weight.flatten(1).t().contiguous())
+        self.register_buffer("floor", wanted)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, I) -> (N, H / stride, W / stride, O), written into x where its shortcut has no layer."""
+        hidden = x
+        for layer in self.layers:
+            hidden = layer(hidden).relu_()
+        out = x if self.shortcut is None else self.shortcut(x)
+        rows = out.view(-1, out.shape[-1])
+        torch.addmm(rows, _rows(hidden), self.weight, out=rows)
+        return out.clamp_(min=self.floor)
+
+
+class FusedRepMLPResNet(nn.Module):
+    """A RepMLP-ResNet for inference; made by `models.fusion.fuse_batch_norms`.
+
+    Args:
+        model: in deploy form.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, model: RepMLPResNet) -> None:
+        super().__init__()
+        self.img_size, self.num_classes, self.global_pool = model.img_size, model.num_classes, model.global_pool
+        self.step, self.any_size = model.spec.size_step, not model.spec.global_perceptron
+        stem, self.pool = cast(ConvNorm, model.stage0[0]), model.stage0[1]
+        self.stem = FusedConv(stem.conv)
+        stages = [model.get_submodule(info["module"]).children() for info in model.feature_info]
+        self.blocks = nn.ModuleList(block for stage in stages for block in _fused_stage(stage))
+        if isinstance(model.linear, nn.Linear):
+            weight, bias = model.linear.weight, model.linear.bias
+        else:  # the pooled features
+            weight = torch.eye(model.num_features).to(stem.conv.weight)
+            bias = weight.new_zeros(model.num_features)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (N, in_chans, H, W) -> logits (N, num_classes), or pooled features (N, C) of a network without head.
+
+        Those of a network without pooling are (N, num_classes, h, w) and (N, C, h, w).
+
+        Raises:
+            ValueError: H or W does not fit the network.
+        """
+        if not self.any_size:
+            check_global_perceptron_size(x, self.img_size)
+        elif x.shape[2] % self.step or x.shape[3] % self.step:
+            raise ValueError(f"an input of {x.shape[2]}x{x.shape[3]} must be a multiple of {self.step}")
+        x = self.stem(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.pool(x).relu_().permute(0, 2, 3, 1)  # the largest is the same before ReLU, which is cheaper behind
+        for block in self.blocks:
+            x = block(x)
+        if self.global_pool:
+            return F.linear(x.mean((1, 2)), self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+def _fused_stage(blocks: Iterable[nn.Module]) -> list[FusedBlock]:
+    """Fuses the blocks of a stage, the last one first, since each needs the constants of those behind it."""
+    fused: list[FusedBlock] = []
+    wanted: Tensor | None = None
+    for block in reversed([cast(ResidualBlock, block) for block in blocks]):
+        bias = _bias(cast(ConvNorm, block.get_submodule(block.layers[-1])).conv)
+        wanted = torch.zeros_like(bias) if wanted is None else wanted
+        given = 0.0 if isinstance(block.shortcut, ConvNorm) else bias + wanted
+        fused.insert(0, FusedBlock(block, given, wanted))
+        wanted = bias + wanted
+    return fused
+
+
+def _fused(layer: nn.Module) -> nn.Module:
+    """Returns the fused form of a layer behind the first one of a block."""
+    return FusedRepMLP(layer) if isinstance(layer, RepMLP) else FusedConv(cast(ConvNorm, layer).conv)
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return cast(Tensor, conv.bias).detach()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N * H * W, C), a view where the map is contiguous."""
+    return x.reshape(-1, x.shape[-1])
