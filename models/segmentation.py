@@ -121,15 +121,18 @@ class SegmentationNetwork(ReparameterizableNetwork):
         """Loads the weights of a trained classifier of the same structure, which `dense_backbone` changes in place.
 
         Raises:
-            ValueError: it has another structure, or was converted, or the backbone is not one of ours.
+            ValueError: it has another structure or form, or the backbone is not one of ours.
         """
         backbone, options = self.backbone, self.arguments
         if not isinstance(backbone, DenseBackbone):
             raise ValueError(
                 f"weights for the backbone can be given to our own architectures, not to {options['arch']}"
             )
-        if not is_reparameterizable(trained):
-            raise ValueError("these weights are converted already: start a training from the training weights")
+        if is_reparameterizable(trained) != is_reparameterizable(backbone):
+            forms = ("training", "deploy") if is_reparameterizable(backbone) else ("deploy", "training")
+            raise ValueError(
+                "the backbone has the {} structure and the weights the {} structure: build both alike".format(*forms)
+            )
         replaced = {k: options[k] for k in ("downsample", "rank") if k in options}
         weights = dense_backbone(trained, backbone.out_indices, **replaced).state_dict()
         own = {name: tensor.shape for name, tensor in backbone.state_dict().items()}

@@ -1,6 +1,5 @@
 """Semantic segmentation: one class per pixel, a decoder on the levels of a backbone, mean IoU."""
 
-from functools import cached_property
 from typing import Any, cast
 
 import timm
@@ -13,7 +12,7 @@ from engine.metrics import SegmentationMetric
 from engine.task import Size, Task
 from models import default_image_size, list_models
 from models.build import changeable, structure_changes, timm_name
-from models.checkpoints import Checkpoint, Network, build_from, read_checkpoint
+from models.checkpoints import Checkpoint, Network, build_from
 from models.dense import FULL_RANK
 from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
 from utils.seed import seed_everything
@@ -46,42 +45,45 @@ class Segmentation(Task):
             return len(CITYSCAPES)
         return len(self.train_source.classes)
 
-    def build_network(self, num_outputs: int) -> nn.Module:
+    def build_network(self, num_outputs: int, weights: Checkpoint | None = None) -> nn.Module:
         """Builds decoder and backbone with fresh weights, in the structure of MODEL.PRETRAINED if it is set.
+
+        Args:
+            num_outputs: classes of a pixel.
+            weights: the classifier MODEL.PRETRAINED; otherwise those of the whole network, or None.
 
         Raises:
             ValueError: an option does not fit the architecture.
         """
-        seg, trained = self.cfg.SEG, self._pretrained
-        options: dict[str, Any] = dict(self.structure)
+        seg, pretrained = self.cfg.SEG, self.cfg.MODEL.PRETRAINED
+        options: dict[str, Any] = self.structure | self.form_options(weights)
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         if seg.BACKBONE_SIZE:
             options["img_size"] = to_2tuple(seg.BACKBONE_SIZE)
         if seg.DOWNSAMPLE:
             options |= {"downsample": seg.DOWNSAMPLE, "rank": seg.RANK}
-        if not changeable(self.arch) and (trained or seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure):
+        if not changeable(self.arch) and (pretrained or seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure):
             raise ValueError(
                 "MODEL.PRETRAINED, SEG.DOWNSAMPLE, SEG.BACKBONE_SIZE and changes of the structure are for our own "
                 f"architectures, not for {self.arch}"
             )
         _check_fixed_size(self.arch, self.train_size, self.test_size(self.train_size))
-        if trained:
+        if pretrained and weights is not None:
+            trained = self._classifier(weights)
             options |= {"img_size": trained.image_size} | structure_changes(self.arch, trained.model)
         seed_everything(self.cfg.SEED)
         return SegmentationNetwork(self.arch, num_outputs, seg.DECODER, seg.WIDTH, **options)
 
-    @cached_property
-    def _pretrained(self) -> Network | None:
-        path = self.cfg.MODEL.PRETRAINED
-        return build_from(read_checkpoint(path), self.arch, **self.structure) if path else None
+    def _classifier(self, checkpoint: Checkpoint) -> Network:
+        """Builds the pretrained classifier."""
+        return build_from(checkpoint, self.arch, **self.structure)
 
-    def load_pretrained(self, network: nn.Module) -> str:
-        """Loads the backbone from the classifier in MODEL.PRETRAINED."""
+    def load_pretrained(self, network: nn.Module, checkpoint: Checkpoint) -> str:
+        """Loads the backbone from a classifier."""
         assert isinstance(network, SegmentationNetwork)
-        assert self._pretrained is not None
-        network.load_backbone(self._pretrained.model)
-        return f"the classifier in {self.cfg.MODEL.PRETRAINED}, for the backbone"
+        network.load_backbone(self._classifier(checkpoint).model)
+        return f"the classifier in {checkpoint.path}, for the backbone"
 
     @classmethod
     def metadata(

@@ -76,12 +76,14 @@ def test_what_a_network_is_unless_it_is_told_otherwise() -> None:
     assert (model.num_classes, model.model.segmentation_head[0].in_channels) == (4, 512)
 
 
+@pytest.mark.parametrize("deploy", [False, True])
 @pytest.mark.parametrize("downsample", [None, "conv5"])
-def test_a_trained_classifier_becomes_the_backbone(downsample: str | None) -> None:
+def test_a_trained_classifier_becomes_the_backbone(downsample: str | None, deploy: bool) -> None:
     options = {k: v for k, v in SMALL.items() if k in ("img_size", *STRUCTURE)}
     trained, x = randomised(create_model("RepMLPNet-D256", **options)).eval(), random_tensor(1, 3, 64, 128)
+    trained = to_deploy(trained) if deploy else trained
     expected = trained.forward_intermediates(x, intermediates_only=True)
-    model = SegmentationNetwork(**SMALL, downsample=downsample).double().eval()
+    model = SegmentationNetwork(**SMALL, downsample=downsample, deploy=deploy).double().eval()
     model.load_backbone(trained)
     for before, after in zip(expected, model.backbone(x), strict=True):
         assert largest_difference(before, after) < 1e-13
@@ -91,8 +93,10 @@ def test_a_classifier_that_does_not_fit_is_refused() -> None:
     model = SegmentationNetwork(**SMALL)
     with pytest.raises(ValueError, match="another structure than this RepMLPNet-D256"):
         model.load_backbone(create_model("RepMLPNet-D256", img_size=64, **STRUCTURE | {"blocks": [1, 1, 1, 1]}))
-    with pytest.raises(ValueError, match="converted already"):
-        model.load_backbone(create_model("RepMLPNet-Digits", deploy=True))
+    with pytest.raises(ValueError, match="the training structure and the weights the deploy structure"):
+        model.load_backbone(create_model("RepMLPNet-D256", img_size=64, deploy=True, **STRUCTURE))
+    with pytest.raises(ValueError, match="the deploy structure and the weights the training structure"):
+        to_deploy(model).load_backbone(create_model("RepMLPNet-D256", img_size=64, **STRUCTURE))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -94,7 +94,11 @@ def test_a_run_starts_from_the_classifier(script, classifier: Path, cityscapes_f
         ("--pretrained {classifier}", "SEG.BACKBONE_SIZE 64", "leave SEG.BACKBONE_SIZE out"),
         ("", "MODEL.ARCH resnet18", "are for our own architectures, not for resnet18"),
         ("--pretrained {segmenter}/latest.pth", "TAG x", "segmentation"),
-        ("--pretrained {deploy}", "", "converted already"),
+        (
+            "--pretrained {deploy}",
+            "MODEL.BRANCHES 1,3",
+            "are converted and have no branches",
+        ),
         ("--eval --resume {classifier}", "", "is no checkpoint of a segmentation network"),
         ("", "DATA.BATCH_SIZE 1", "set DATA.BATCH_SIZE higher"),
         ("", "AUG.MIXUP 0.4", "TASK segmentation does not use AUG.MIXUP"),
