@@ -125,6 +125,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "SEG.WIDTH": at_least(1, 2**14),
     "SEG.DOWNSAMPLE": one_of(DOWNSAMPLINGS),
     "SEG.RANK": from_to(1, FULL_RANK),
+    "SEG.AUX_WEIGHT": from_to(0, 10),
     "SEG.BACKBONE_SIZE": PIXELS,
     "SEG.SCALE": range_within(0.1, 10),
     "FACE.EMBEDDING": at_least(1, 2**16),

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import timm
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 
 from data.cityscapes import CITYSCAPES
 from data.segmentation import IGNORED, MaskedDataset, segmentation_eval_transform, segmentation_train_transform
@@ -16,6 +16,20 @@ from models.checkpoints import Checkpoint, Network, build_from
 from models.dense import FULL_RANK
 from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
 from utils.seed import seed_everything
+
+
+class AuxiliaryLoss(nn.Module):
+    """The loss of the logits plus a multiple of that of an auxiliary head's logits."""
+
+    def __init__(self, criterion: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.criterion, self.weight = criterion, weight
+
+    def forward(self, outputs: tuple[Tensor, Tensor], masks: Tensor) -> Tensor:
+        """Takes a pair of logits (N, K, H, W), the auxiliary ones second, and masks (N, H, W)."""
+        logits, auxiliary = outputs
+        loss: Tensor = self.criterion(logits, masks) + self.weight * self.criterion(auxiliary, masks)
+        return loss
 
 
 class Segmentation(Task):
@@ -61,15 +75,18 @@ class Segmentation(Task):
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         if seg.BACKBONE_SIZE:
             options["img_size"] = to_2tuple(seg.BACKBONE_SIZE)
+        if seg.AUX_WEIGHT:
+            options["auxiliary"] = True
         if seg.DOWNSAMPLE:
             options |= {"downsample": seg.DOWNSAMPLE, "rank": seg.RANK}
-        if not changeable(self.arch) and (pretrained or seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure):
+        own = changeable(self.arch)
+        if not own and (seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure):
             raise ValueError(
-                "MODEL.PRETRAINED, SEG.DOWNSAMPLE, SEG.BACKBONE_SIZE and changes of the structure are for our own "
-                f"architectures, not for {self.arch}"
+                "SEG.DOWNSAMPLE, SEG.BACKBONE_SIZE and changes of the structure are for our own architectures, not for "
+                f"{self.arch}"
             )
         _check_fixed_size(self.arch, self.train_size, self.test_size(self.train_size))
-        if pretrained and weights is not None:
+        if pretrained and weights is not None and own:
             trained = self._classifier(weights)
             options |= {"img_size": trained.image_size} | structure_changes(self.arch, trained.model)
         seed_everything(self.cfg.SEED)
@@ -116,7 +133,9 @@ class Segmentation(Task):
 
     def build_criterion(self, num_outputs: int) -> nn.Module:
         """Builds the mean cross-entropy of logits (N, K, H, W) and masks (N, H, W) over the labelled pixels."""
-        return nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING)
+        criterion = nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING)
+        weight = self.cfg.SEG.AUX_WEIGHT
+        return AuxiliaryLoss(criterion, weight) if weight else criterion
 
     def build_metric(self, num_outputs: int) -> SegmentationMetric:
         """Builds the metric of logits (N, K, H, W)."""

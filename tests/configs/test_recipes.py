@@ -59,7 +59,8 @@ def build(cfg: CfgNode, deploy: bool) -> tuple[nn.Module, tuple[int, int]]:
     """Returns the network of a recipe, and the size of the image that its multiply-adds are stated for."""
     size = default_image_size(cfg.MODEL.ARCH)
     if cfg.TASK == "segmentation":
-        options = {"downsample": cfg.SEG.DOWNSAMPLE, "rank": cfg.SEG.RANK, "deploy": deploy}
+        own = {"downsample": cfg.SEG.DOWNSAMPLE, "rank": cfg.SEG.RANK, "deploy": deploy}
+        options = {"auxiliary": cfg.SEG.AUX_WEIGHT > 0 and not deploy} | (own if cfg.SEG.DOWNSAMPLE else {})
         return SegmentationNetwork(cfg.MODEL.ARCH, 19, cfg.SEG.DECODER, cfg.SEG.WIDTH, **options), (1024, 2048)
     outputs = cfg.FACE.EMBEDDING if cfg.TASK == "verification" else {"cf100": 100}.get(cfg.DATA.DATASET, 1000)
     return create_model(cfg.MODEL.ARCH, outputs, deploy=deploy), size
@@ -101,7 +102,8 @@ def test_the_segmentation_recipe():
         "SEG.DECODER": "upernet",
         "SEG.WIDTH": 512,
         "SEG.DOWNSAMPLE": "conv3",
-        "SEG.RANK": 4,
+        "SEG.RANK": 1,
+        "SEG.AUX_WEIGHT": 0.4,
         "TRAIN.EPOCHS": 215,
         "TRAIN.WARMUP_EPOCHS": 4,
         "TRAIN.WEIGHT_DECAY": 0.05,
@@ -114,6 +116,24 @@ def test_the_segmentation_recipe():
     assert given["TRAIN.BASE_LR"] * 8 / 256 == pytest.approx(1e-4)
     other = flatten(load_config(CONFIGS / "cityscapes_pspnet_d256.yaml"))
     assert {key for key in given if given[key] != other[key]} == {"SEG.DECODER", "TAG"}
+
+
+def test_the_segmentation_recipe_of_resnet():
+    ours = flatten(load_config(CONFIGS / "cityscapes_upernet_d256.yaml"))
+    given = flatten(load_config(CONFIGS / "cityscapes_upernet_resnet101.yaml"))
+    expected = {
+        "MODEL.ARCH": "resnet101c",
+        "SEG.DOWNSAMPLE": None,
+        "SEG.RANK": 4,
+        "TRAIN.WARMUP_EPOCHS": 0,
+        "TRAIN.BASE_LR": 0.32,
+        "TRAIN.MIN_LR": 0.0032,
+        "TRAIN.WEIGHT_DECAY": 5e-4,
+        "TRAIN.SYNC_BN": True,
+        "TRAIN.LR_SCHEDULER.NAME": "linear",
+        "TRAIN.OPTIMIZER.NAME": "sgd",
+    }
+    assert {key: value for key, value in given.items() if ours[key] != value} == expected
 
 
 def test_the_face_recipe():
