@@ -45,9 +45,9 @@ def evaluate_checkpoint(run: Run) -> None:
         batches, metric = task.eval_loader(network.image_size), task.build_metric(network.num_classes)
         result = evaluate(model, batches, metric, task.normalize(), device, autocast(device, run.dtype))
         refuse_nonfinite(result)
-        logger.info(f"* {result}")
         for line in result.details(task.val_source.classes):
             logger.info(f"  {line}")
+        logger.info(f"* {result}")
 
 
 @torch.inference_mode()

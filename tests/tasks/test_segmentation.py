@@ -96,7 +96,7 @@ def test_a_run_starts_from_the_classifier(script, classifier: Path, cityscapes_f
         ("--pretrained {classifier}", "SEG.RANK 9", "from 1 to 4"),
         ("--pretrained {classifier}", "SEG.BACKBONE_SIZE 64", "leave SEG.BACKBONE_SIZE out"),
         ("", "MODEL.ARCH resnet18", "are for our own architectures, not for resnet18"),
-        ("--pretrained {classifier}", "MODEL.ARCH resnet18 SEG.DOWNSAMPLE null", "does not fit the network"),
+        ("--pretrained {classifier}", "MODEL.ARCH resnet18 SEG.DOWNSAMPLE null", "resnet18 has no channels to change"),
         ("--pretrained {segmenter}/latest.pth", "TAG x", "segmentation"),
         (
             "--pretrained {deploy}",
