@@ -1,10 +1,10 @@
-"""What the down-sampling of a segmentation network costs, beside the published figures, and how it starts."""
+"""What segmentation networks cost, beside the published figures, and how their down-sampling starts."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.dense import FULL_RANK, Downsampling
@@ -13,8 +13,9 @@ from models.segmentation import SegmentationNetwork
 from utils import cli
 
 SIZE = (1024, 2048)
-# UPerNet with RepMLPNet-D256, in G: what the paper gives by the kind of down-sampling.
-PUBLISHED = {"conv3": 1960.01, "conv5": 1960.16}
+BASELINE = "resnet101c"
+# What the paper gives for UPerNet, in G: over RepMLPNet-D256 by the kind of down-sampling, and over ResNet-101.
+PUBLISHED = {"conv3": 1960.01, "conv5": 1960.16, BASELINE: 2049.82}
 CASES: list[dict[str, Any]] = [
     {},
     {"downsample": "conv3", "rank": 1},
@@ -39,6 +40,30 @@ def multiply_adds(options: dict[str, Any]) -> tuple[float, float]:
 
 
 @torch.no_grad()
+def mmsegmentation_count(arch: str, **options: Any) -> float:
+    """Returns the G operations of UPerNet for one image as MMSegmentation counts them.
+
+    A multiply-add of a convolution is one, and so are an added bias, an element of a ReLU and an input of a pooling.
+    Synchronised BatchNorm, which it trains with, GELU and resizing are not counted.
+    """
+    counts = [0]
+
+    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            counts[0] += output.numel() * (module.weight[0].numel() + (module.bias is not None))
+        else:
+            counts[0] += inputs[0].numel()
+
+    with torch.device("meta"):
+        network = SegmentationNetwork(arch, 19, **options).eval()
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ReLU | nn.MaxPool2d | nn.AdaptiveAvgPool2d):
+                module.register_forward_hook(count)
+        network(torch.empty(1, 3, *SIZE))
+    return counts[0] / 1e9
+
+
+@torch.no_grad()
 def start_error(inputs: int, outputs: int, rank: int) -> float:
     """Returns how far a `Downsampling` starts from a fresh 2x2 embedding: |difference| / |output| on white noise."""
     torch.manual_seed(0)
@@ -57,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind, rank = options.get("downsample", "2x2, as pretrained"), options.get("rank", "")
         published = PUBLISHED.get(kind, "") if rank == 1 else ""
         print(f"| {kind} | {rank} | {whole:.2f} | {published} | {backbone:.2f} |")
+    print("\n| UPerNet, as MMSegmentation counts | G | published (G) |\n|---|---|---|")
+    print(f"| {BASELINE} | {mmsegmentation_count(BASELINE):.2f} | {PUBLISHED[BASELINE]} |")
+    for options in CASES[1:3]:
+        kind, count = options["downsample"], mmsegmentation_count("RepMLPNet-D256", deploy=True, **options)
+        print(f"| RepMLPNet-D256 {kind} | {count:.2f} | {PUBLISHED[kind]} |")
     print("\n| rank | difference to fresh embeddings of 80, 160 and 320 channels |\n|---|---|")
     for rank in range(1, FULL_RANK + 1):
         errors = (start_error(channels, 2 * channels, rank) for channels in (80, 160, 320))

@@ -140,6 +140,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "SEG.WIDTH": at_least(1, 2**14),
     "SEG.DOWNSAMPLE": one_of(DOWNSAMPLINGS),
     "SEG.RANK": from_to(1, FULL_RANK),
+    "SEG.AUX_WEIGHT": from_to(0, 10),
     "SEG.BACKBONE_SIZE": PIXELS,
     "SEG.OUTPUT_STRIDE": Constraint("8, 16 or 32", lambda value: value in OUTPUT_STRIDES),
     "SEG.SCALE": range_within(0.1, 10),

@@ -108,6 +108,9 @@ _C.SEG.WIDTH = 512
 _C.SEG.DOWNSAMPLE = None
 # Rank of the replacement's approximation of an embedding, 1 to 4: 4 is exact at the start, 1 is the cheapest.
 _C.SEG.RANK = 4
+# Weight of the loss of an auxiliary FCN head on the last level but one, in training alone: 0 (no such head) to 10; 0.4
+# in MMSegmentation.
+_C.SEG.AUX_WEIGHT = 0.0
 # Side of the images in pixels, or [height, width], that the partitions of a RepMLPNet or the Global Perceptrons of a
 # RepMLP-ResNet are made for; null: that of the pretrained weights, or the architecture's own. A RepMLP-ResNet may have
 # another size than its pretrained weights: its Global Perceptrons are drawn anew then.

@@ -1,4 +1,4 @@
-"""The checkpoint files of a run: which ones a state is written to, and which one the run resumes from."""
+"""The checkpoint files of a run: which one the run resumes from, and which ones a state is written to."""
 
 import errno
 import logging
@@ -21,6 +21,56 @@ from .trainer import Trainer
 LATEST, BEST, BEST_EMA = "latest.pth", "best_ckpt.pth", "best_ema.pth"
 # Metadata that may differ within a run.
 INCIDENTAL = {"versions", "form", "weights"}
+
+
+def find_checkpoint(folder: Path, logger: logging.Logger) -> Checkpoint | None:
+    """Deletes the leftovers of a killed run and returns the newest checkpoint; a collective operation.
+
+    Rank 0 chooses the file for all processes, which must share the folder.
+    """
+    found: Checkpoint | None = None
+
+    def find() -> Path | None:
+        nonlocal found
+        clear_leftovers(folder)
+        found = newest(folder, logger)
+        return None if found is None else found.path
+
+    path = broadcast_from_rank0(find)
+    return found if found is not None or path is None else read_state(path)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Deletes the temporary files of a run that was killed while it saved."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def newest(folder: Path, logger: logging.Logger) -> Checkpoint | None:
+    """Reads the checkpoint with the most updates; None without checkpoints. Skips damaged files with a warning.
+
+    Raises:
+        ValueError: no checkpoint can be read.
+    """
+    names = [folder / LATEST, *reversed(numbered(folder)), folder / BEST, folder / BEST_EMA]
+    found = [path for path in names if path.is_file()]
+    for path in sorted(found, key=_updates, reverse=True):
+        try:
+            return read_state(path)
+        except ValueError as error:
+            logger.warning(f"passing over a checkpoint: {error}")
+    if found:
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {folder} can be read: move them away to start from scratch, or "
+            "give this run another TAG"
+        )
+    return None
+
+
+def numbered(folder: Path) -> list[Path]:
+    """Returns the numbered checkpoints, oldest first."""
+    names = {path: re.fullmatch(r"ckpt_epoch_(\d+)\.pth", path.name) for path in folder.glob("*.pth")}
+    return [path for _, path in sorted((int(name[1]), path) for path, name in names.items() if name)]
 
 
 class CheckpointFolder:
@@ -55,7 +105,10 @@ class CheckpointFolder:
                 self._write(payload)
 
     def complete(self, checkpoint: Checkpoint) -> None:
-        """Writes the files of a state that are missing because the run was killed while it saved; rank 0 writes."""
+        """Writes the files of a state that are missing because the run was killed while it saved; rank 0 writes.
+
+        The state must be restored, and so known to be sound.
+        """
         payload = checkpoint.payload
         if "saved_as" in payload and rank() == 0:
             update = payload["progress"]["update"]
@@ -76,8 +129,8 @@ class CheckpointFolder:
                 meta |= {"weights": "ema"} if averaged else {}
                 write_checkpoint(path, payload | {"meta": meta})
             first = path if first is None and not averaged else first
-        numbered = self.periodic()
-        for outdated in numbered[: max(0, len(numbered) - self._keep)]:
+        periodic = numbered(self.folder)
+        for outdated in periodic[: max(0, len(periodic) - self._keep)]:
             outdated.unlink()
 
     def _paths(self, payload: dict[str, Any]) -> list[Path]:
@@ -86,62 +139,16 @@ class CheckpointFolder:
         names = [LATEST] + [BEST] * kinds["best"] + [BEST_EMA] * kinds["best_ema"] + [number] * kinds["numbered"]
         return [self.folder / name for name in names]
 
-    def periodic(self) -> list[Path]:
-        """Returns the numbered checkpoints, oldest first."""
-        names = {path: re.fullmatch(r"ckpt_epoch_(\d+)\.pth", path.name) for path in self.folder.glob("*.pth")}
-        return [path for _, path in sorted((int(name[1]), path) for path, name in names.items() if name)]
-
-    def clear_leftovers(self) -> None:
-        """Deletes the temporary files of a run that was killed while it saved."""
-        for path in self.folder.glob(".*.tmp"):
-            path.unlink()
-
-    def start(self, logger: logging.Logger) -> Checkpoint | None:
-        """Deletes the leftovers of a killed run and returns the newest checkpoint; a collective operation.
-
-        Rank 0 chooses the file for all processes, which must share the folder. Once the state is restored, and so known
-        to be sound, `complete` writes its missing files.
-        """
-        found: Checkpoint | None = None
-
-        def find() -> Path | None:
-            nonlocal found
-            self.clear_leftovers()
-            found = self.newest(logger)
-            return None if found is None else found.path
-
-        path = broadcast_from_rank0(find)
-        return found if found is not None or path is None else read_state(path)
-
-    def newest(self, logger: logging.Logger) -> Checkpoint | None:
-        """Reads the checkpoint with the most updates; None without checkpoints. Skips damaged files with a warning.
-
-        Raises:
-            ValueError: no checkpoint can be read, or the newest is of another experiment.
-        """
-        names = [self.folder / LATEST, *reversed(self.periodic()), self.folder / BEST, self.folder / BEST_EMA]
-        found = [path for path in names if path.is_file()]
-        for path in sorted(found, key=_updates, reverse=True):
-            try:
-                checkpoint = read_state(path)
-            except ValueError as error:
-                logger.warning(f"passing over a checkpoint: {error}")
-            else:
-                self.check_experiment(checkpoint)
-                return checkpoint
-        if found:
-            raise ValueError(
-                f"none of the {len(found)} checkpoints in {self.folder} can be read: move them away to start from "
-                "scratch, or give this run another TAG"
-            )
-        return None
-
     def check_experiment(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError if a checkpoint has another architecture, data set, image size or number of classes."""
+        """Raises ValueError for a checkpoint of another architecture, data set, image size, structure or classes."""
         known = self._meta.keys() & checkpoint.meta.keys() - INCIDENTAL
-        other = [key for key in self._meta if key in known and checkpoint.meta[key] != self._meta[key]]
+        pairs = {key: (checkpoint.meta[key], self._meta[key]) for key in self._meta if key in known}
+        forms = checkpoint.form, self._meta.get("form")
+        if "deploy" in forms:  # otherwise older files may name one where there is none
+            pairs["form"] = forms
+        other = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
         if other:
-            changes = ", ".join(f"{key} {checkpoint.meta[key]} instead of {self._meta[key]}" for key in other)
+            changes = ", ".join(f"{key} {theirs} instead of {own}" for key, (theirs, own) in other.items())
             raise ValueError(
                 f"{checkpoint.path} is of another experiment, with {changes}: restore these settings, give this run "
                 "another TAG, or start from the weights with MODEL.PRETRAINED"

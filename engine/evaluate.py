@@ -45,6 +45,8 @@ def evaluate_checkpoint(run: Run) -> None:
         batches, metric = task.eval_loader(network.image_size), task.build_metric(network.num_classes)
         result = evaluate(model, batches, metric, task.normalize(), device, autocast(device, run.dtype))
         refuse_nonfinite(result)
+        for line in result.details(task.val_source.classes):
+            logger.info(f"  {line}")
         logger.info(f"* {result}")
 
 
@@ -72,6 +74,7 @@ def evaluate(
     """
     was_training, unreadable = network.training, list[str]()
     network.eval()
+    metric.begin(network)
     for batch in batches:
         with precision:
             outputs = network(normalize(batch.images.to(device, non_blocking=True)))
@@ -130,6 +133,8 @@ def compare(
     """Evaluates two networks in evaluation mode side by side, in one process; otherwise as `evaluate`."""
     largest, scale, same, compared = torch.zeros(4, dtype=torch.float64, device=device)
     unreadable: list[str] = []
+    for metric, network in zip(metrics, (first, second), strict=True):
+        metric.begin(network)
     for batch in batches:
         images = normalize(batch.images.to(device, non_blocking=True))
         with precision:

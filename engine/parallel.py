@@ -1,7 +1,7 @@
 """The network as it is trained: with its loss, compiled and distributed."""
 
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,15 @@ class NetworkWithLoss(nn.Module):
         precision.
         """
         outputs = self.network(images)
-        with torch.autocast(outputs.device.type, enabled=False):
-            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-            return cast(Tensor, self.criterion(outputs, targets))
+        with torch.autocast(images.device.type, enabled=False):
+            return cast(Tensor, self.criterion(in_float32(outputs), targets))
+
+
+def in_float32(outputs: Any) -> Any:
+    """Returns a tensor, or each of a tuple, in float32 at least."""
+    if isinstance(outputs, tuple):
+        return tuple(map(in_float32, outputs))
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def wrap(network: nn.Module, criterion: nn.Module, cfg: CfgNode, rank_info: RankInfo) -> nn.Module:

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 import data
 from models import canonical_name, create_model, default_image_size
-from models.build import check_changeable
+from models.build import REGISTRY, check_changeable
 from models.checkpoints import Checkpoint, Network, build_from, describe, load_pretrained, read_checkpoint
 from utils.distributed import RankInfo
 from utils.seed import seed_everything
@@ -177,22 +177,49 @@ class Task(ABC):
     def num_outputs(self) -> int:
         """Returns the number of outputs of the network per image, or pixel; may open the images to count classes."""
 
-    def build_network(self, num_outputs: int) -> nn.Module:
+    def build_network(self, num_outputs: int, weights: Checkpoint | None = None) -> nn.Module:
         """Builds the network with fresh weights, the same on every process.
 
+        Args:
+            num_outputs: per image, or pixel.
+            weights: that it is to take, whose form decides the structure; None for the training structure.
+
         Raises:
-            ValueError: the architecture does not have a part of the structure that is set.
+            ValueError: the architecture does not have a part of the structure that is set, or the weights do not.
         """
         check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in self.structure})
-        options = self.structure | {"img_size": self.train_size}
+        options = self.structure | self.form_options(weights) | {"img_size": self.train_size}
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         seed_everything(self.cfg.SEED)
         return create_model(self.arch, num_outputs, **options)
 
-    def load_pretrained(self, network: nn.Module) -> str:
-        """Loads the weights MODEL.PRETRAINED; describes them, and the tensors that stay fresh, for the log."""
-        checkpoint = read_checkpoint(self.cfg.MODEL.PRETRAINED)
+    def is_converted(self, weights: Checkpoint | None) -> bool:
+        """Returns whether weights belong to the deploy structure of the architecture."""
+        return weights is not None and weights.form == "deploy" and self.arch in REGISTRY
+
+    def form_options(self, weights: Checkpoint | None) -> dict[str, Any]:
+        """Returns the options of a network that is to take these weights: `deploy` for converted ones.
+
+        Raises:
+            ValueError: MODEL.BRANCHES asks for branches that converted weights do not have.
+        """
+        if weights is None or not self.is_converted(weights):
+            return {}
+        if self.cfg.MODEL.BRANCHES:
+            raise ValueError(
+                f"MODEL.BRANCHES {','.join(map(str, self.cfg.MODEL.BRANCHES))}: the weights in {weights.path} are "
+                "converted and have no branches: set MODEL.BRANCHES to null, or give the training weights that they "
+                "were converted from"
+            )
+        return {"deploy": True}
+
+    def read_pretrained(self) -> Checkpoint | None:
+        """Reads the weights MODEL.PRETRAINED that a new run starts from; None where it is not set."""
+        return read_checkpoint(self.cfg.MODEL.PRETRAINED) if self.cfg.MODEL.PRETRAINED else None
+
+    def load_pretrained(self, network: nn.Module, checkpoint: Checkpoint) -> str:
+        """Loads the weights to start from; describes them, and the tensors that stay fresh, for the log."""
         if "network" in checkpoint.meta:
             trained_for = checkpoint.meta.get("task")
             raise ValueError(

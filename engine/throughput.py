@@ -22,11 +22,13 @@ def measure_throughput(run: Run) -> None:
     with open_log(run, task.arch) as logger:
         if cfg.MODEL.RESUME:
             logger.warning("MODEL.RESUME is ignored: speed is measured with fresh weights")
-        network = run.place(task.build_network(task.num_outputs())).eval()
+        pretrained = task.read_pretrained()
+        network = run.place(task.build_network(task.num_outputs(), pretrained)).eval()
         size = task.test_size(task.train_size) or task.train_size
         images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *size, device=device)
         precision = autocast(device, run.dtype)
-        forms = [("training structure", network, images, precision)]
+        structure = "deploy structure" if task.is_converted(pretrained) else "training structure"
+        forms = [(structure, network, images, precision)]
         if is_reparameterizable(network):
             forms.append(("deploy structure", to_deploy(network), images, precision))
         if is_fusible(network):  # fused, it computes in the dtype of its weights

@@ -4,7 +4,7 @@ import logging
 import math
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from timm.utils import distribute_bn
@@ -12,13 +12,14 @@ from torch import nn
 from tqdm import tqdm
 
 from data import BatchLoader
+from models.checkpoints import Checkpoint
 from models.reparam import is_reparameterizable
 from utils import distributed
 from utils.files import write_text
 from utils.log import MetricsWriter
 from utils.signals import Stopped, StopRequest
 
-from .checkpoint import CheckpointFolder
+from .checkpoint import CheckpointFolder, clear_leftovers, find_checkpoint
 from .ema import ModelEma
 from .evaluate import evaluate
 from .optimizer import build_optimizer
@@ -40,13 +41,14 @@ def train(run: Run) -> None:
         images, test_images = task.train_source, task.val_source
         logger.info(f"{len(images)} training and {len(test_images)} validation images of {len(images.classes)} classes")
         loader, eval_loader = task.train_loader(), task.eval_loader(task.train_size)
-        network = build_network(run, logger)
+        resumed = checkpoint_to_resume(run, folder, logger)
+        network, form = build_network(run, resumed, logger)
         stop = StopRequest()
-        form = "train" if is_reparameterizable(network) else None
         meta = task.metadata(task.arch, network, task.train_size, form, task.dataset_name)
         checkpoints = CheckpointFolder(folder, cfg, meta, task.metric)
         trainer = build_trainer(run, network, loader, logger)
-        recorded = start_or_resume(run, trainer, checkpoints)
+        recorded = start_or_resume(run, trainer, checkpoints, resumed)
+        del resumed  # a copy of the whole state
         if run.rank_info.is_main:
             trainer.metrics = MetricsWriter(folder, recorded, trainer.progress.epoch)
             write_text(folder / "config.yaml", cfg.dump(sort_keys=False))
@@ -55,8 +57,25 @@ def train(run: Run) -> None:
         log_end(run, trainer, folder)
 
 
-def build_network(run: Run, logger: logging.Logger) -> nn.Module:
-    """Builds the network on the device, with fresh or pretrained weights.
+def checkpoint_to_resume(run: Run, folder: Path, logger: logging.Logger) -> Checkpoint | None:
+    """Returns the run's own newest checkpoint, or else MODEL.RESUME; None for a new run."""
+    cfg, own = run.cfg, None
+    if cfg.TRAIN.AUTO_RESUME:
+        own = find_checkpoint(folder, logger)
+    else:
+        distributed.broadcast_from_rank0(lambda: clear_leftovers(folder))
+    if own is not None and cfg.MODEL.RESUME and not own.path.samefile(cfg.MODEL.RESUME):
+        logger.warning(f"resuming from this run's own {own.path} instead of {cfg.MODEL.RESUME}")
+    return read_state(cfg.MODEL.RESUME) if own is None and cfg.MODEL.RESUME else own
+
+
+def build_network(
+    run: Run, resumed: Checkpoint | None, logger: logging.Logger
+) -> tuple[nn.Module, Literal["train", "deploy"] | None]:
+    """Builds the network on the device, with fresh or pretrained weights, in the structure of converted ones.
+
+    Returns:
+        The network and its form; None for a network that has one structure only.
 
     Raises:
         ValueError: the images do not suit the network or the task, or the weights do not fit.
@@ -64,17 +83,27 @@ def build_network(run: Run, logger: logging.Logger) -> nn.Module:
     cfg, task = run.cfg, run.task
     num_outputs = task.num_outputs()
     task.build_metric(num_outputs)  # fails now rather than after an epoch if the test images can't be evaluated
-    network = run.place(task.build_network(num_outputs))
+    pretrained = _read_pretrained(run)
+    weights = pretrained or resumed
+    network = run.place(task.build_network(num_outputs, weights))
+    deploy = task.is_converted(weights)
+    if weights is not None and deploy:
+        logger.info(f"{task.arch} in the deploy structure, since the weights in {weights.path} are converted")
     test_size = task.test_size(task.train_size)
     if test_size and test_size != task.train_size:
         _check_size(network, test_size, run.rank_info.device)
-    if cfg.MODEL.PRETRAINED:
-        folder, path = run_folder(cfg, task.arch), Path(cfg.MODEL.PRETRAINED)
-        if path.resolve().parent == folder.resolve():
-            raise ValueError(f"{path} would be replaced by this run's own: give the run another TAG")
-        logger.info(f"starting from {task.load_pretrained(network)}")
+    if pretrained is not None:
+        logger.info(f"starting from {task.load_pretrained(network, pretrained)}")
     cast(Any, network).set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
-    return network
+    return network, "train" if is_reparameterizable(network) else "deploy" if deploy else None
+
+
+def _read_pretrained(run: Run) -> Checkpoint | None:
+    """Reads MODEL.PRETRAINED, if it is set; raises ValueError for a file in the folder of the run."""
+    folder, path = run_folder(run.cfg, run.task.arch), run.cfg.MODEL.PRETRAINED
+    if path and Path(path).resolve().parent == folder.resolve():
+        raise ValueError(f"{path} would be replaced by this run's own: give the run another TAG")
+    return run.task.read_pretrained()
 
 
 @torch.inference_mode()
@@ -118,29 +147,21 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
     )
 
 
-def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder) -> int:
-    """Resumes from the run's own newest checkpoint, or from MODEL.RESUME, or starts at TRAIN.START_EPOCH.
+def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
+    """Resumes from a checkpoint, or starts at TRAIN.START_EPOCH without one.
 
     Returns:
         The last update whose record `metrics.jsonl` keeps.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another experiment.
+        ValueError: the checkpoint is of another experiment.
     """
-    cfg, logger, checkpoint = run.cfg, trainer.logger, None
-    if cfg.TRAIN.AUTO_RESUME:
-        checkpoint = checkpoints.start(logger)
-    else:
-        distributed.broadcast_from_rank0(checkpoints.clear_leftovers)
-    if checkpoint is not None and cfg.MODEL.RESUME and not checkpoint.path.samefile(cfg.MODEL.RESUME):
-        logger.warning(f"resuming from this run's own {checkpoint.path} instead of {cfg.MODEL.RESUME}")
-    elif checkpoint is None and cfg.MODEL.RESUME:
-        checkpoint = read_state(cfg.MODEL.RESUME)
-        checkpoints.check_experiment(checkpoint)
+    cfg, logger = run.cfg, trainer.logger
     if checkpoint is None:
         trainer.progress.epoch = cfg.TRAIN.START_EPOCH
         trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.plan.updates_per_epoch
         return trainer.progress.update
+    checkpoints.check_experiment(checkpoint)
     recorded = restore(trainer, checkpoint)
     logger.info(f"resuming from {checkpoint.path}, update {trainer.progress.update}")
     changed = run.changed_settings(checkpoint.payload["config"]) if "saved_as" in checkpoint.payload else []

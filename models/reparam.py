@@ -189,14 +189,19 @@ class Reparameterizable(nn.Module, ABC):
         self.local_inject()
 
 
+def inject_blocks(model: nn.Module) -> None:
+    """Turns every block of a network, in place, into its deploy structure."""
+    for module in model.modules():
+        if isinstance(module, Reparameterizable):
+            module.local_inject()
+
+
 class ReparameterizableNetwork(nn.Module):
     """A network that injects all its `Reparameterizable` blocks."""
 
     def locality_injection(self) -> None:
         """Turns every block, in place, into its deploy structure; calling it twice is harmless."""
-        for module in self.modules():
-            if isinstance(module, Reparameterizable):
-                module.local_inject()
+        inject_blocks(self)
 
     def switch_to_deploy(self) -> None:
         """The name by which MMPretrain, RepVGG and their like call `locality_injection`."""
@@ -229,9 +234,10 @@ def to_deploy(model: nn.Module) -> nn.Module:
             "injected already"
         )
     copy = deepcopy(model).eval()
-    for module in copy.modules():
-        if isinstance(module, Reparameterizable):
-            module.local_inject()
+    if isinstance(copy, ReparameterizableNetwork):
+        copy.locality_injection()
+    else:
+        inject_blocks(copy)
     return copy
 
 

@@ -419,6 +419,13 @@ class RepMLPResNet(StagedNetwork):
             layers = plain_layers(channels, inner, channels, 1, dilation, deploy)
         return ResidualBlock(layers, nn.Identity(), drop_path)
 
+    @property
+    def partition(self) -> tuple[int, int] | None:
+        """(height, width) of the smallest partitions, in pixels of the image; None without a RepMLP."""
+        stages = zip(self.feature_info, self.spec.reductions, self.spec.blocks, strict=False)  # some may be removed
+        sides = [self.spec.partition * info["reduction"] for info, r, blocks in stages if r and blocks > 1]
+        return to_2tuple(min(sides)) if sides else None
+
     def _repmlp(self, stage: int, deploy: bool) -> RepMLP:
         spec, stride = self.spec, self.spec.strides[stage]
         return RepMLP(

@@ -244,6 +244,11 @@ class RepMLPNet(StagedNetwork):
         names = "conv_embedding.conv.weight", "stages.0.0.repmlp_block.fc3.weight"
         return input_of(weights, *names, spec.patch_size, img_size)
 
+    @property
+    def partition(self) -> tuple[int, int]:
+        """(height, width) of the partitions of every stage, in pixels of the image."""
+        return self.img_size
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns patterns that sort parameters by depth; an embedding belongs to the first block behind it."""
         first = () if coarse else (0,)

@@ -15,6 +15,7 @@ from . import schema
 from .build import REGISTRY, canonical_name, changeable, check_changeable, timm_name
 from .checkpoints import Checkpoint, load_weights, versions
 from .dense import DOWNSAMPLINGS, FULL_RANK, DenseBackbone, dense_backbone
+from .layers import ConvNorm
 from .reparam import ReparameterizableNetwork, is_reparameterizable
 from .repmlp_resnet import OUTPUT_STRIDES
 from .stages import StagedNetwork
@@ -52,7 +53,19 @@ OPTIONS = {
     "output_stride": schema.one_of(*OUTPUT_STRIDES),
     "downsample": schema.one_of(*DOWNSAMPLINGS, None),
     "rank": schema.integer(1, FULL_RANK),
+    "auxiliary": schema.boolean,
 }
+
+
+class AuxiliaryHead(nn.Sequential):
+    """A second classifier of pixels, for training alone: the FCN head that MMSegmentation's UPerNet and PSPNet have.
+
+    A 3x3 convolution to 256 channels with BatchNorm and ReLU, dropout, and a 1x1 convolution to the classes.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        hidden = nn.Conv2d(in_channels, 256, 3, padding=1, bias=False)
+        super().__init__(ConvNorm(hidden, nn.ReLU()), nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
 
 
 class SegmentationNetwork(ReparameterizableNetwork):
@@ -64,6 +77,9 @@ class SegmentationNetwork(ReparameterizableNetwork):
         decoder: a key of `DECODERS`.
         width: channels of the decoder; the published cost belongs to 512.
         in_chans: channels of the image.
+        **options: of the architecture, and for our own those of `dense_backbone`: `img_size`, `downsample`, ... With
+            `output_stride`, a ResNet's last stages keep the size of their maps, as PSPNet has it.
+        auxiliary: add an `AuxiliaryHead` on the last level but one, which the conversion removes.
         **options: of the architecture, and for our own those of `dense_backbone`: `img_size`, `downsample`, ... With
             `output_stride`, a ResNet's last stages keep the size of their maps, as PSPNet has it.
 
@@ -81,6 +97,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
         decoder: str = "upernet",
         width: int = 512,
         in_chans: int = 3,
+        auxiliary: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -91,6 +108,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
         strides = _strides(arch, name, {k: v for k, v in options.items() if k == "output_stride"})
         stride = strides[-1]
         given = {"arch": arch, "num_classes": num_classes, "decoder": decoder, "width": width, "in_chans": in_chans}
+        given |= {"auxiliary": True} if auxiliary else {}
         self.arguments: dict[str, Any] = given | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
         self.num_classes, self._stride = num_classes, stride
         self.model: Any = getattr(library, kind.network)(
@@ -104,19 +122,33 @@ class SegmentationNetwork(ReparameterizableNetwork):
             **options,
         )
         self.model.requires_divisible_input_shape = False  # `forward` pads and crops instead
+        channels = self.model.encoder.out_channels[-2]
+        self.auxiliary = AuxiliaryHead(channels, num_classes) if auxiliary else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Image (N, in_chans, H, W) -> logits (N, K, H, W).
 
-        In training, the image is of any size that the backbone takes. In evaluation, one that is larger is cut into
-        windows, whose logits are averaged where they overlap.
+        In training, the image is of any size that the backbone takes, and with an auxiliary head the result is a pair
+        of logits, the second by that head. In evaluation, an image that is larger is cut into windows, whose logits are
+        averaged where they overlap.
         """
         height, width = x.shape[-2:]
         window = None if self.training else _largest_image(self.backbone)
         if window and (height > window[0] or width > window[1]):
             return self._forward_windows(x, window)
-        x = self.model(F.pad(x, (0, -width % self._stride, 0, -height % self._stride)))
-        return x[..., :height, :width]
+        x = F.pad(x, (0, -width % self._stride, 0, -height % self._stride))
+        features = self.model.encoder(x)
+        logits = self.model.segmentation_head(self.model.decoder(features))[..., :height, :width]
+        if self.auxiliary is None or not self.training:
+            return cast(Tensor, logits)
+        auxiliary = F.interpolate(self.auxiliary(features[-2]), x.shape[-2:], mode="bilinear")
+        return logits, auxiliary[..., :height, :width]
+
+    def locality_injection(self) -> None:
+        """Turns every block, in place, into its deploy structure and removes the auxiliary head."""
+        super().locality_injection()
+        self.auxiliary = None
+        self.arguments.pop("auxiliary", None)
 
     def _forward_windows(self, x: Tensor, window: Size) -> Tensor:
         """Image (N, in_chans, H, W), larger than the window (h, w) -> logits (N, K, H, W)."""
@@ -140,8 +172,14 @@ class SegmentationNetwork(ReparameterizableNetwork):
         """The feature extractor below the decoder; of our own architectures a `DenseBackbone`."""
         return cast(nn.Module, self.model.encoder.model)
 
+    @property
+    def partition(self) -> Size | None:
+        """(height, width) of the backbone's smallest partitions, in pixels of the image; None for one without any."""
+        network = self.backbone.model if isinstance(self.backbone, DenseBackbone) else None
+        return network.partition if isinstance(network, StagedNetwork) else None
+
     def load_backbone(self, trained: nn.Module) -> list[str]:
-        """Loads the weights of a trained classifier of the same structure, which `dense_backbone` changes in place.
+        """Loads the weights of a trained classifier of the same structure; `dense_backbone` changes ours in place.
 
         A Global Perceptron that was made for maps of another size, or with another reduction, keeps its initial FC1 and
         FC2 (arXiv:2105.01883, Sec. 4.4).
@@ -150,17 +188,20 @@ class SegmentationNetwork(ReparameterizableNetwork):
             The names within the backbone that were not loaded.
 
         Raises:
-            ValueError: it has another structure, or was converted, or the backbone is not one of ours.
+            ValueError: it has another structure or form.
         """
         backbone, options = self.backbone, self.arguments
-        if not isinstance(backbone, DenseBackbone):
+        if is_reparameterizable(trained) != is_reparameterizable(backbone):
+            forms = ("training", "deploy") if is_reparameterizable(backbone) else ("deploy", "training")
             raise ValueError(
-                f"weights for the backbone can be given to our own architectures, not to {options['arch']}"
+                "the backbone has the {} structure and the weights the {} structure: build both alike".format(*forms)
             )
-        if not is_reparameterizable(trained):
-            raise ValueError("these weights are converted already: start a training from the training weights")
-        replaced = {k: options[k] for k in ("downsample", "rank") if k in options}
-        weights, own = dense_backbone(trained, backbone.out_indices, **replaced).state_dict(), backbone.state_dict()
+        if isinstance(backbone, DenseBackbone):
+            replaced = {k: options[k] for k in ("downsample", "rank") if k in options}
+            weights = dense_backbone(trained, backbone.out_indices, **replaced).state_dict()
+        else:
+            weights = _weights_of_levels(backbone, trained)
+        own = backbone.state_dict()
         fresh = _other_global_perceptrons(own, weights)
         weights |= {name: own[name] for name in fresh}
         if _shapes(own) != _shapes(weights):
@@ -254,6 +295,23 @@ def check_arguments(arguments: Any) -> None:
     unknown = arguments.keys() - {*ARGUMENTS, *OPTIONS, *changeable(arguments["arch"])}
     if unknown:
         raise ValueError(f"meta.network has {min(unknown)!r}, which is no argument of {arguments['arch']}")
+
+
+def _weights_of_levels(backbone: nn.Module, trained: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights of a network of timm under the names that its extractor of levels has for them.
+
+    An extractor holds some of the network's modules, `stages.0` perhaps as `stages_0`, or the network as `model`.
+    Weights of these modules that it has no place for keep their own names.
+    """
+
+    def plain(name: str) -> str:
+        return name.replace("_", ".")
+
+    given = {plain(name): tensor for name, tensor in trained.state_dict().items()}
+    names = {name: plain(name.removeprefix("model.")) for name in backbone.state_dict()}
+    modules, sources = {source.split(".")[0] for source in names.values()}, {*names.values()}
+    left = {name: tensor for name, tensor in given.items() if name not in sources and name.split(".")[0] in modules}
+    return left | {name: given[source] for name, source in names.items() if source in given}
 
 
 def _library() -> ModuleType:

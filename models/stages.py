@@ -55,6 +55,14 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         super().__init__()
         self.drop_rate, self.global_pool = drop_rate, checked_pooling(global_pool)
 
+    @property
+    def partition(self) -> tuple[int, int] | None:
+        """(height, width) of the smallest partitions, in pixels of the image; None for a network without any.
+
+        Partitions tile an image from its top left; the borders of larger ones, in later stages, are borders of these.
+        """
+        return None
+
     @abstractmethod
     def _check_size(self, x: Tensor) -> None:
         """Raises ValueError for an image (N, in_chans, H, W) of a size that does not fit."""

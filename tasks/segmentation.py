@@ -1,11 +1,10 @@
 """Semantic segmentation: one class per pixel, a decoder on the levels of a backbone, mean IoU."""
 
-from functools import cached_property
 from typing import Any, cast
 
 import timm
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 
 from data.cityscapes import CITYSCAPES
 from data.segmentation import IGNORED, MaskedDataset, segmentation_eval_transform, segmentation_train_transform
@@ -13,10 +12,24 @@ from engine.metrics import SegmentationMetric
 from engine.task import Size, Task, except_new
 from models import RepMLPNet, default_image_size, list_models
 from models.build import changeable, check_changeable, structure_changes, timm_name
-from models.checkpoints import Checkpoint, Network, build_from, read_checkpoint
+from models.checkpoints import Checkpoint, Network, build_from
 from models.dense import FULL_RANK
 from models.segmentation import SegmentationNetwork, describe_segmentation, segmentation_from
 from utils.seed import seed_everything
+
+
+class AuxiliaryLoss(nn.Module):
+    """The loss of the logits plus a multiple of that of an auxiliary head's logits."""
+
+    def __init__(self, criterion: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.criterion, self.weight = criterion, weight
+
+    def forward(self, outputs: tuple[Tensor, Tensor], masks: Tensor) -> Tensor:
+        """Takes a pair of logits (N, K, H, W), the auxiliary ones second, and masks (N, H, W)."""
+        logits, auxiliary = outputs
+        loss: Tensor = self.criterion(logits, masks) + self.weight * self.criterion(auxiliary, masks)
+        return loss
 
 
 class Segmentation(Task):
@@ -46,54 +59,68 @@ class Segmentation(Task):
             return len(CITYSCAPES)
         return len(self.train_source.classes)
 
-    def build_network(self, num_outputs: int) -> nn.Module:
+    def build_network(self, num_outputs: int, weights: Checkpoint | None = None) -> nn.Module:
         """Builds decoder and backbone with fresh weights, in the structure of MODEL.PRETRAINED if it is set.
+
+        Args:
+            num_outputs: classes of a pixel.
+            weights: the classifier MODEL.PRETRAINED; otherwise those of the whole network, or None.
 
         Raises:
             ValueError: an option does not fit the architecture.
         """
-        seg, trained = self.cfg.SEG, self._pretrained
+        seg, own = self.cfg.SEG, changeable(self.arch)
+        if own:
+            check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in self.structure})
+        elif seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure:
+            raise ValueError(
+                "SEG.DOWNSAMPLE, SEG.BACKBONE_SIZE and changes of the structure are for our own architectures, not for "
+                f"{self.arch}"
+            )
+        _check_fixed_size(self.arch, self.train_size, self.test_size(self.train_size))
         options: dict[str, Any] = {}
-        if trained:
-            options = {"img_size": trained.image_size} | structure_changes(self.arch, trained.model)
-        options |= self.structure
+        if own and self.cfg.MODEL.PRETRAINED and weights is not None:
+            options = self._options_of(self._classifier(weights))
+        options |= self.structure | self.form_options(weights)
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         if seg.BACKBONE_SIZE:
             options["img_size"] = to_2tuple(seg.BACKBONE_SIZE)
+        if seg.AUX_WEIGHT:
+            options["auxiliary"] = True
         if seg.DOWNSAMPLE:
             options |= {"downsample": seg.DOWNSAMPLE, "rank": seg.RANK}
         if seg.OUTPUT_STRIDE:
             options["output_stride"] = seg.OUTPUT_STRIDE
-        if not changeable(self.arch) and (trained or seg.DOWNSAMPLE or seg.BACKBONE_SIZE or self.structure):
-            raise ValueError(
-                "MODEL.PRETRAINED, SEG.DOWNSAMPLE, SEG.BACKBONE_SIZE and changes of the structure are for our own "
-                f"architectures, not for {self.arch}"
-            )
-        if changeable(self.arch):
-            check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in self.structure})
-        if trained and seg.BACKBONE_SIZE and isinstance(trained.model, RepMLPNet):
-            raise ValueError(
-                f"SEG.BACKBONE_SIZE = {seg.BACKBONE_SIZE}: the partitions of a RepMLPNet are those of its weights in "
-                "MODEL.PRETRAINED; leave SEG.BACKBONE_SIZE out"
-            )
-        _check_fixed_size(self.arch, self.train_size, self.test_size(self.train_size))
         seed_everything(self.cfg.SEED)
         return SegmentationNetwork(self.arch, num_outputs, seg.DECODER, seg.WIDTH, **options)
 
-    @cached_property
-    def _pretrained(self) -> Network | None:
-        path = self.cfg.MODEL.PRETRAINED
-        # The classifier's own Global Perceptrons may be of another width: those of the backbone are drawn anew then.
-        structure = {part: value for part, value in self.structure.items() if part != "gp_reduction"}
-        return build_from(read_checkpoint(path), self.arch, **structure) if path else None
+    def _classifier(self, checkpoint: Checkpoint) -> Network:
+        """Builds the pretrained classifier.
 
-    def load_pretrained(self, network: nn.Module) -> str:
-        """Loads the backbone from the classifier in MODEL.PRETRAINED."""
+        Its own Global Perceptrons may be of another width: those of the backbone are drawn anew then.
+        """
+        structure = {part: value for part, value in self.structure.items() if part != "gp_reduction"}
+        return build_from(checkpoint, self.arch, **structure)
+
+    def _options_of(self, trained: Network) -> dict[str, Any]:
+        """Returns the image size and structure of a pretrained classifier, which are those of the backbone.
+
+        Raises:
+            ValueError: SEG.BACKBONE_SIZE asks for partitions that the weights do not have.
+        """
+        if self.cfg.SEG.BACKBONE_SIZE and isinstance(trained.model, RepMLPNet):
+            raise ValueError(
+                f"SEG.BACKBONE_SIZE = {self.cfg.SEG.BACKBONE_SIZE}: the partitions of a RepMLPNet are those of its "
+                "weights in MODEL.PRETRAINED; leave SEG.BACKBONE_SIZE out"
+            )
+        return {"img_size": trained.image_size} | structure_changes(self.arch, trained.model)
+
+    def load_pretrained(self, network: nn.Module, checkpoint: Checkpoint) -> str:
+        """Loads the backbone from a classifier."""
         assert isinstance(network, SegmentationNetwork)
-        assert self._pretrained is not None
-        fresh = network.load_backbone(self._pretrained.model)
-        return f"the classifier in {self.cfg.MODEL.PRETRAINED}, for the backbone{except_new(fresh)}"
+        fresh = network.load_backbone(self._classifier(checkpoint).model)
+        return f"the classifier in {checkpoint.path}, for the backbone{except_new(fresh)}"
 
     @classmethod
     def metadata(
@@ -128,7 +155,9 @@ class Segmentation(Task):
 
     def build_criterion(self, num_outputs: int) -> nn.Module:
         """Builds the mean cross-entropy of logits (N, K, H, W) and masks (N, H, W) over the labelled pixels."""
-        return nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING)
+        criterion = nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING)
+        weight = self.cfg.SEG.AUX_WEIGHT
+        return AuxiliaryLoss(criterion, weight) if weight else criterion
 
     def build_metric(self, num_outputs: int) -> SegmentationMetric:
         """Builds the metric of logits (N, K, H, W)."""

@@ -61,7 +61,8 @@ RECIPES = {
     "segmentation": Recipe(
         write_streets,
         "MODEL.ARCH RepMLPNet-D256 MODEL.CHANNELS 8,16,16,32 MODEL.BLOCKS 1,1,1,1 MODEL.SHARE_SETS 1,2,4,8 "
-        "SEG.WIDTH 16 SEG.DOWNSAMPLE conv3 SEG.BACKBONE_SIZE 32 DATA.DATASET cityscapes DATA.IMG_SIZE 64",
+        "SEG.WIDTH 16 SEG.AUX_WEIGHT 0.4 SEG.DOWNSAMPLE conv3 SEG.BACKBONE_SIZE 32 "
+        "DATA.DATASET cityscapes DATA.IMG_SIZE 64",
         r"mIoU ([\d.]+) ",
     ),
     "verification": Recipe(

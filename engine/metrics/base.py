@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import Batch
 
@@ -28,6 +28,9 @@ class Result(ABC):
 
 class Metric(ABC):
     """Accumulates the outputs of each batch of a process, then computes the figures over all processes."""
+
+    def begin(self, network: nn.Module) -> None:  # noqa: B027 - most metrics need the outputs alone
+        """Takes from the network what the figures depend on besides its outputs; called once, before `update`."""
 
     @abstractmethod
     def update(self, outputs: Tensor, batch: Batch) -> None:

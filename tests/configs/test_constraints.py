@@ -62,6 +62,7 @@ EDGES = [
     ("MODEL.GP_REDUCTION", "1 1,4,8,1 None", "[] 0 1,0 -1", "at least 1 each"),
     ("SEG.WIDTH", "1 16384", "0 16385", "at least 1"),
     ("SEG.RANK", "4", "0 5", "from 1 to 4"),
+    ("SEG.AUX_WEIGHT", "0 10", "-0.1 10.1", "from 0 to 10"),
     ("SEG.BACKBONE_SIZE", "1 1,2 None", "0 0,224", "at least 1 pixel"),
     ("SEG.OUTPUT_STRIDE", "8 16 32 None", "0 4 12 64", "8, 16 or 32"),
     ("SEG.SCALE", "0.1,10 0.5,0.6", "0,1 1,1 2,0.5 -1,1 1,11", "two numbers from 0.1 to 10, the smaller first"),

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from configs import flatten, load_config
 from configs.schema import DEFAULTS
 from engine.plan import plan_training
-from models import create_model, default_image_size
+from models import create_model, default_image_size, list_models
 from models.segmentation import SegmentationNetwork
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -60,14 +60,17 @@ def build(cfg: CfgNode, deploy: bool) -> tuple[nn.Module, tuple[int, int]]:
     """Returns the network of a recipe, and the size of the image that its multiply-adds are stated for."""
     size = default_image_size(cfg.MODEL.ARCH)
     if cfg.TASK == "segmentation":
-        options = {"downsample": cfg.SEG.DOWNSAMPLE, "rank": cfg.SEG.RANK}
-        image = 1024, 2048
+        image, options = (1024, 2048), {"auxiliary": cfg.SEG.AUX_WEIGHT > 0 and not deploy}
+        if cfg.SEG.DOWNSAMPLE:
+            options |= {"downsample": cfg.SEG.DOWNSAMPLE, "rank": cfg.SEG.RANK}
         if cfg.SEG.BACKBONE_SIZE:  # a network whose cost is stated for a crop
             image = cfg.DATA.IMG_SIZE
-            options = {"img_size": (cfg.SEG.BACKBONE_SIZE,) * 2, "output_stride": cfg.SEG.OUTPUT_STRIDE}
+            options |= {"img_size": (cfg.SEG.BACKBONE_SIZE,) * 2, "output_stride": cfg.SEG.OUTPUT_STRIDE}
             options |= {"gp_reduction": cfg.MODEL.GP_REDUCTION}
+        if cfg.MODEL.ARCH in list_models():
+            options |= {"deploy": deploy}
         decoder = cfg.SEG.DECODER, cfg.SEG.WIDTH
-        return SegmentationNetwork(cfg.MODEL.ARCH, 19, *decoder, deploy=deploy, **options), image
+        return SegmentationNetwork(cfg.MODEL.ARCH, 19, *decoder, **options), image
     classes = {"cf10": 10, "cf100": 100}.get(cfg.DATA.DATASET, 1000)
     outputs = cfg.FACE.EMBEDDING if cfg.TASK == "verification" else classes
     return create_model(cfg.MODEL.ARCH, outputs, deploy=deploy), size
@@ -109,7 +112,8 @@ def test_the_segmentation_recipe():
         "SEG.DECODER": "upernet",
         "SEG.WIDTH": 512,
         "SEG.DOWNSAMPLE": "conv3",
-        "SEG.RANK": 4,
+        "SEG.RANK": 1,
+        "SEG.AUX_WEIGHT": 0.4,
         "TRAIN.EPOCHS": 215,
         "TRAIN.WARMUP_EPOCHS": 4,
         "TRAIN.WEIGHT_DECAY": 0.05,
@@ -146,6 +150,24 @@ def test_the_recipe_of_pspnet_over_repmlp_resnet():
     }
     assert {key: given[key] for key in expected} == expected
     assert given["TRAIN.BASE_LR"] * 16 / 256 == pytest.approx(0.01)
+
+
+def test_the_segmentation_recipe_of_resnet():
+    ours = flatten(load_config(CONFIGS / "cityscapes_upernet_d256.yaml"))
+    given = flatten(load_config(CONFIGS / "cityscapes_upernet_resnet101.yaml"))
+    expected = {
+        "MODEL.ARCH": "resnet101c",
+        "SEG.DOWNSAMPLE": None,
+        "SEG.RANK": 4,
+        "TRAIN.WARMUP_EPOCHS": 0,
+        "TRAIN.BASE_LR": 0.32,
+        "TRAIN.MIN_LR": 0.0032,
+        "TRAIN.WEIGHT_DECAY": 5e-4,
+        "TRAIN.SYNC_BN": True,
+        "TRAIN.LR_SCHEDULER.NAME": "linear",
+        "TRAIN.OPTIMIZER.NAME": "sgd",
+    }
+    assert {key: value for key, value in given.items() if ours[key] != value} == expected
 
 
 def test_the_face_recipe():

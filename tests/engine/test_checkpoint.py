@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 import models
 from data import Batch, Normalize
-from engine.checkpoint import CheckpointFolder
+from engine.checkpoint import CheckpointFolder, find_checkpoint, newest, numbered
 from engine.optimizer import OPTIMIZERS, parameter_groups
 from engine.state import ALWAYS, SOMETIMES, read_state
 from engine.trainer import Progress, Trainer
@@ -90,9 +90,9 @@ def names(path: Path) -> set[str]:
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
-    assert folder(tmp_path).newest(LOGGER) is None
-    assert folder(tmp_path / "absent").newest(LOGGER) is None
-    assert folder(tmp_path).periodic() == []
+    assert newest(tmp_path, LOGGER) is None
+    assert newest(tmp_path / "absent", LOGGER) is None
+    assert numbered(tmp_path) == []
 
 
 def test_names_of_checkpoints(tmp_path, run_of):
@@ -105,7 +105,7 @@ def test_names_of_checkpoints(tmp_path, run_of):
     assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth"}
     checkpoints.save(trainer, best=True, best_ema=True)
     assert names(tmp_path) == {"latest.pth", "ckpt_epoch_1.pth", "best_ckpt.pth", "best_ema.pth"}
-    assert checkpoints.newest(LOGGER).path == tmp_path / "latest.pth"
+    assert newest(tmp_path, LOGGER).path == tmp_path / "latest.pth"
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])
@@ -115,7 +115,7 @@ def test_the_newest_numbered_checkpoints_are_kept(tmp_path, run_of, keep):
         trainer.progress.epoch = finished + 1
         checkpoints.save(trainer, periodic=True, best=finished == 2)
     expected = [f"ckpt_epoch_{finished}.pth" for finished in (2, 9, 10, 11)[4 - keep :]]
-    assert [path.name for path in checkpoints.periodic()] == expected
+    assert [path.name for path in numbered(tmp_path)] == expected
     assert names(tmp_path) == {"latest.pth", "best_ckpt.pth", *expected}
     assert read_checkpoint(tmp_path / "latest.pth").payload["epoch"] == 11
     assert read_checkpoint(tmp_path / "best_ckpt.pth").payload["epoch"] == 2
@@ -128,7 +128,7 @@ def test_without_a_latest_one_the_highest_number_is_the_newest(tmp_path, run_of)
         checkpoints.save(trainer, periodic=True)
     (tmp_path / "latest.pth").unlink()
     (tmp_path / "ckpt_epoch_best.pth").touch()
-    assert checkpoints.newest(LOGGER).path == tmp_path / "ckpt_epoch_10.pth"
+    assert newest(tmp_path, LOGGER).path == tmp_path / "ckpt_epoch_10.pth"
 
 
 def test_a_checkpoint_is_plain_data_with_its_description(tmp_path, run_of):
@@ -424,7 +424,7 @@ def test_an_invalid_payload_is_refused(tmp_path, run_of, whole, place, value):
     checked_later = re.match("(model|ema|criterion|optimizer|rank_statistics)/?", place)
     assert checked_later or all(torch.equal(v, weights[k]) for k, v in fresh.network.state_dict().items())
     if not checked_later:
-        assert folder(tmp_path).start(LOGGER).path.name in ("best_ckpt.pth", "ckpt_epoch_0.pth")
+        assert find_checkpoint(tmp_path, LOGGER).path.name in ("best_ckpt.pth", "ckpt_epoch_0.pth")
         assert {entry: entry.read_bytes() for entry in tmp_path.rglob("*.pth") if entry != path} == {
             entry: content for entry, content in before.items() if entry != path
         }
@@ -443,7 +443,7 @@ def test_a_file_name_contains_only_a_number_from_the_checkpoint(tmp_path, run_of
         path.unlink()
     torch.save(payload, run / "latest.pth")
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
-        folder(run).start(LOGGER)
+        find_checkpoint(run, LOGGER)
     assert victim.read_bytes() == b"somebody's weights"
 
 
@@ -498,9 +498,9 @@ def test_missing_files_are_restored_from_any_file_of_a_killed_run(tmp_path, run_
     for path in tmp_path.glob("*.pth"):
         if path.name != left:
             path.unlink()
-    newest = checkpoints.start(LOGGER)
-    assert newest.path.name == left
-    checkpoints.complete(newest)
+    found = find_checkpoint(tmp_path, LOGGER)
+    assert found.path.name == left
+    checkpoints.complete(found)
     after = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pth")}
     for name in before:
         assert_equal(before[name], after[name])
@@ -535,11 +535,14 @@ def test_best_ema_evaluates_the_average_and_resumes_like_any_other(tmp_path, run
 def test_another_experiment_does_not_resume(tmp_path, run_of, other):
     meta = META | {"dataset": "digits", "structure": {}}
     checkpoint_folder(tmp_path, keep=1, meta=meta).save(run_of(1))
+    found = find_checkpoint(tmp_path, LOGGER)
     ((key, value),) = other.items()
     with pytest.raises(ValueError, match=re.escape(f"another experiment, with {key} {meta[key]} instead of {value}")):
-        checkpoint_folder(tmp_path, keep=1, meta=meta | other).start(LOGGER)
-    versions = {"versions": {"torch": "0"}, "form": None}
-    assert checkpoint_folder(tmp_path, keep=1, meta=meta | versions).start(LOGGER) is not None
+        checkpoint_folder(tmp_path, keep=1, meta=meta | other).check_experiment(found)
+    for same in ({"versions": {"torch": "0"}}, {"form": None}):
+        checkpoint_folder(tmp_path, keep=1, meta=meta | same).check_experiment(found)
+    with pytest.raises(ValueError, match="another experiment, with form train instead of deploy"):
+        checkpoint_folder(tmp_path, keep=1, meta=meta | {"form": "deploy"}).check_experiment(found)
 
 
 def test_an_absent_file(tmp_path, run_of):
@@ -552,9 +555,9 @@ def test_a_run_that_was_killed_while_it_saved_gets_its_best_checkpoint(tmp_path,
     folder.save(run_of(1), best=True)
     (tmp_path / "best_ckpt.pth").unlink()
     (tmp_path / ".latest.pth.abc.tmp").touch()
-    newest = folder.start(logging.getLogger())
-    assert newest.path == tmp_path / "latest.pth"
-    folder.complete(newest)
+    found = find_checkpoint(tmp_path, logging.getLogger())
+    assert found.path == tmp_path / "latest.pth"
+    folder.complete(found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best_ckpt.pth", "latest.pth"]
 
 
@@ -610,9 +613,9 @@ def test_a_run_killed_between_two_files_of_a_state_gets_the_newer_one(tmp_path, 
     (tmp_path / "best_ckpt.pth").write_bytes(older[0])
     (tmp_path / "ckpt_epoch_1.pth").unlink()
     (tmp_path / "ckpt_epoch_0.pth").write_bytes(older[1])
-    newest = checkpoints.start(LOGGER)
-    assert newest.path == tmp_path / "latest.pth"
-    checkpoints.complete(newest)
+    found = find_checkpoint(tmp_path, LOGGER)
+    assert found.path == tmp_path / "latest.pth"
+    checkpoints.complete(found)
     assert names(tmp_path) == {"latest.pth", "best_ckpt.pth", "ckpt_epoch_1.pth"}
     updates = [read_checkpoint(path).payload["progress"]["update"] for path in sorted(tmp_path.iterdir())]
     assert updates == [10, 10, 10]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from training_parts import checkpoint_folder, optimizer_of, resume
 
 from data import Batch
+from engine.checkpoint import clear_leftovers, newest
 from engine.optimizer import OPTIMIZERS
 from utils.lock import folder_lock
 from utils.log import MetricsWriter
@@ -223,7 +224,7 @@ def test_a_damaged_checkpoint_is_skipped(trainer_of, tmp_path, caplog: pytest.Lo
         checkpoints.save(trainer, periodic=True)
     damaged(tmp_path / "latest.pth")
     with caplog.at_level(logging.WARNING, logger="tests.engine"):
-        assert checkpoints.newest(LOGGER).path == tmp_path / "ckpt_epoch_4.pth"
+        assert newest(tmp_path, LOGGER).path == tmp_path / "ckpt_epoch_4.pth"
     assert f"{tmp_path / 'latest.pth'} is damaged" in caplog.text
 
 
@@ -234,7 +235,7 @@ def test_the_newest_is_the_one_with_the_most_updates(trainer_of, tmp_path):
     (tmp_path / "latest.pth").rename(tmp_path / "best_ckpt.pth")
     trainer.progress.epoch, trainer.progress.update = 2, 20
     checkpoints.save(trainer, periodic=True)
-    assert checkpoints.newest(LOGGER).path == tmp_path / "best_ckpt.pth"
+    assert newest(tmp_path, LOGGER).path == tmp_path / "best_ckpt.pth"
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_from_scratch(trainer_of, tmp_path):
@@ -242,14 +243,14 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_from_scratch(trainer
     checkpoints.save(trainer_of(network()))
     damaged(tmp_path / "latest.pth")
     with pytest.raises(ValueError, match=re.escape(f"none of the 1 checkpoints in {tmp_path} can be read")) as error:
-        checkpoints.newest(LOGGER)
+        newest(tmp_path, LOGGER)
     assert "another TAG" in str(error.value)
 
 
 def test_temporary_files_of_a_killed_run_are_deleted(tmp_path):
     (tmp_path / ".latest.pth.x1.tmp").touch()
     (tmp_path / "notes.tmp").touch()
-    checkpoint_folder(tmp_path, keep=3).clear_leftovers()
+    clear_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.tmp"]
 
 

@@ -65,8 +65,76 @@ def test_a_step_of_training_reaches_every_weight(decoder: str) -> None:
 def test_architectures_of_timm_are_backbones_too() -> None:
     model = SegmentationNetwork("resnet18", 4, width=8).eval()
     assert model(torch.zeros(1, 3, 70, 64)).shape == (1, 4, 70, 64)
-    with pytest.raises(ValueError, match="to our own architectures, not to resnet18"):
-        model.load_backbone(create_model("RepMLPNet-Digits"))
+    with pytest.raises(ValueError, match="another structure than this resnet18"):
+        model.load_backbone(create_model("resnet34", 1, pretrained=False))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet101c", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_a_classifier_of_timm_becomes_the_backbone(arch: str) -> None:
+    with torch.device("meta"):  # names and shapes
+        model, trained = SegmentationNetwork(arch, 4, width=8), create_model(arch, 3)
+    if arch != "resnet18":
+        model.load_backbone(trained)
+        return
+    model = SegmentationNetwork(arch, 4, width=8).double().eval()
+    trained = randomised(create_model(arch, 3)).eval()
+    model.load_backbone(trained)
+    x = random_tensor(1, 3, 64, 64)
+    last = model.backbone(x)[-1]
+    assert largest_difference(last, trained.forward_features(x)) < 1e-13
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_auxiliary_head_is_for_training_alone(case: str) -> None:
+    torch.manual_seed(0)
+    plain = SegmentationNetwork(**CASES[case])
+    torch.manual_seed(0)
+    model = SegmentationNetwork(**CASES[case], auxiliary=True)
+    x = torch.randn(2, 3, 50, 99)
+    with torch.no_grad():
+        torch.manual_seed(1)  # of dropout
+        logits, auxiliary = model(x)
+        assert logits.shape == auxiliary.shape == (2, CASES[case]["num_classes"], 50, 99)
+        torch.manual_seed(1)
+        assert torch.equal(logits, plain(x))
+        assert torch.equal(model.eval()(x), plain.eval()(x))
+    assert {name for name in model.state_dict() if name not in plain.state_dict()} == {
+        f"auxiliary.{name}" for name in model.auxiliary.state_dict()
+    }
+    assert model.auxiliary[0].conv.weight.shape[0] == 256
+    assert model.auxiliary[0].conv.in_channels == model.model.encoder.out_channels[-2]
+    deploy = to_deploy(model)
+    assert model.auxiliary is not None
+    assert deploy.state_dict().keys() == to_deploy(plain).state_dict().keys()
+    assert deploy.arguments == plain.arguments
+    assert model.arguments == plain.arguments | {"auxiliary": True}
+
+
+def test_a_step_of_training_reaches_the_auxiliary_head_and_what_is_below_it() -> None:
+    torch.manual_seed(0)
+    model = SegmentationNetwork(**SMALL, auxiliary=True)
+    model(torch.randn(2, 3, 192, 192))[1].sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {name for name, _ in model.named_parameters() if name.startswith("auxiliary")} < reached
+    assert "model.encoder.model.model.stages.2.0.repmlp_block.fc3.weight" in reached
+    assert not [name for name in reached if "stages.3" in name or "decoder" in name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "partition"),
+    [
+        (SMALL, (64, 64)),
+        (SMALL | {"img_size": (64, 96)}, (64, 96)),
+        ({"arch": "RepMLP-Res50-light-224"}, (56, 56)),
+        ({"arch": "RepMLP-Res50-light-224", "reductions": (0, 0, 8, 0)}, (112, 112)),
+        ({"arch": "RepMLP-Res50-light-224", "reductions": (0, 0, 0, 0)}, None),
+        ({"arch": "RepMLP-Res50-light-224", "reductions": (0, 8, 8, 0), "blocks": (3, 1, 6, 3)}, (112, 112)),
+        ({"arch": "resnet18"}, None),
+    ],
+)
+def test_the_partitions_in_pixels_of_the_image(arguments: dict, partition: tuple[int, int] | None) -> None:
+    with torch.device("meta"):
+        assert SegmentationNetwork(**{"num_classes": 2, "width": 8} | arguments).partition == partition
 
 
 def test_what_a_network_is_unless_it_is_told_otherwise() -> None:
@@ -77,12 +145,14 @@ def test_what_a_network_is_unless_it_is_told_otherwise() -> None:
     assert (model.num_classes, model.model.segmentation_head[0].in_channels) == (4, 512)
 
 
+@pytest.mark.parametrize("deploy", [False, True])
 @pytest.mark.parametrize("downsample", [None, "conv5"])
-def test_a_trained_classifier_becomes_the_backbone(downsample: str | None) -> None:
+def test_a_trained_classifier_becomes_the_backbone(downsample: str | None, deploy: bool) -> None:
     options = {k: v for k, v in SMALL.items() if k in ("img_size", *STRUCTURE)}
     trained, x = randomised(create_model("RepMLPNet-D256", **options)).eval(), random_tensor(1, 3, 64, 128)
+    trained = to_deploy(trained) if deploy else trained
     expected = trained.forward_intermediates(x, intermediates_only=True)
-    model = SegmentationNetwork(**SMALL, downsample=downsample).double().eval()
+    model = SegmentationNetwork(**SMALL, downsample=downsample, deploy=deploy).double().eval()
     model.load_backbone(trained)
     for before, after in zip(expected, model.backbone(x), strict=True):
         assert largest_difference(before, after) < 1e-13
@@ -92,8 +162,10 @@ def test_a_classifier_that_does_not_fit_is_refused() -> None:
     model = SegmentationNetwork(**SMALL)
     with pytest.raises(ValueError, match="another structure than this RepMLPNet-D256"):
         model.load_backbone(create_model("RepMLPNet-D256", img_size=64, **STRUCTURE | {"blocks": [1, 1, 1, 1]}))
-    with pytest.raises(ValueError, match="converted already"):
-        model.load_backbone(create_model("RepMLPNet-Digits", deploy=True))
+    with pytest.raises(ValueError, match="the training structure and the weights the deploy structure"):
+        model.load_backbone(create_model("RepMLPNet-D256", img_size=64, deploy=True, **STRUCTURE))
+    with pytest.raises(ValueError, match="the deploy structure and the weights the training structure"):
+        to_deploy(model).load_backbone(create_model("RepMLPNet-D256", img_size=64, **STRUCTURE))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -235,7 +235,7 @@ ROWS = [
     (
         "resume_deploy",
         f"{FRESH} --resume {{weights.deploy_run}} --opts {SHORT}",
-        ["deploy weights of RepMLPNet-Digits"],
+        ["the optimizer's state in", "does not fit", "MODEL.PRETRAINED"],
     ),
     (
         "resume_converted",
@@ -254,9 +254,9 @@ ROWS = [
         ["optimizer"],
     ),
     (
-        "pretrained_deploy",
-        f"{FRESH} --pretrained {{weights.deploy}} --opts {SHORT}",
-        ["deploy weights of RepMLPNet-Digits"],
+        "pretrained_deploy_with_branches",
+        f"{FRESH} --pretrained {{weights.deploy}} --opts {SHORT} MODEL.BRANCHES 1,3",
+        ["MODEL.BRANCHES 1,3", "deploy.pth are converted", "set MODEL.BRANCHES to null", "training weights"],
     ),
     ("pretrained_other", f"{FRESH} --pretrained {{weights.resnet}} --opts {SHORT}", ["does not fit the network"]),
     ("test_deploy_as_train", "test.py digits train {weights.deploy}", ["holds deploy weights", "mode deploy"]),

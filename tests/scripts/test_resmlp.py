@@ -95,3 +95,18 @@ def test_converted_weights_load_in_timm(converted):
         network.eval().load_state_dict(state)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(model(images), timms(images))
+
+
+def test_converted_weights_are_trained_on_in_the_structure_of_timm(converted, images, script, train):
+    options = SHORT.replace("BASE_LR 0.1 MODEL.BRANCHES 3,5", "BASE_LR 0.0")
+    run = train(f"--pretrained {converted} --data-path {images} {options}", arch=ARCH)
+    assert f"{ARCH} in the deploy structure, since the weights in {converted} are converted" in run.result.out
+    payload, given = torch.load(run.folder / "latest.pth", weights_only=True), torch.load(converted, weights_only=True)
+    assert payload["meta"]["form"] == "deploy"
+    assert payload["model"].keys() == given["model"].keys()
+    assert all(torch.equal(value, given["model"][name]) for name, value in payload["model"].items())
+    again = train(f"--data-path {images} {options.replace('EPOCHS 1', 'EPOCHS 2')}", arch=ARCH, output=run.output)
+    assert (
+        f"in the deploy structure, since the weights in {run.folder / 'latest.pth'} are converted" in again.result.out
+    )
+    assert len(again.records("eval")) == 2

@@ -71,13 +71,15 @@ class TaskRuns:
         assert set(statuses) == {0}, [process.out + process.err for process in started]
         return Run(output, self.folder_in(output, changes), Result(0, started[0].out, started[0].err))
 
-    def interrupt(self, output: Path, update: int, changes: str = "", *, processes: int = 1, kill: bool) -> None:
+    def interrupt(
+        self, output: Path, update: int, changes: str = "", *, processes: int = 1, kill: bool, **how: Any
+    ) -> None:
         """Ends a training before an update by SIGKILL, or at the end of it by SIGUSR1, which saves its state."""
         plan = {"kill_at_update": update} if kill else {"signal_at_update": [update, signal.SIGUSR1]}
         if processes == 1:
-            started = [self.start(output, changes, plan=plan)]
+            started = [self.start(output, changes, plan=plan, **how)]
         else:
-            started = self.start_ranks(processes, output, f"{TWO_PROCESSES} {changes}", plan=plan)
+            started = self.start_ranks(processes, output, f"{TWO_PROCESSES} {changes}", plan=plan, **how)
         expected = -signal.SIGKILL if kill else 128 + signal.SIGUSR1
         assert {process.wait() for process in started} == {expected}, [p.out + p.err for p in started]
 

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from settings import settings
 from task_recipes import keys_of
+from training_parts import ALONE
 
 from models import create_model
 from models.checkpoints import describe, read_checkpoint
 from models.files import write_checkpoint
 from models.segmentation import segmentation_from
+from tasks.segmentation import Segmentation
 
 ARCH = "RepMLPNet-D256"
 STRUCTURE = {"channels": [8, 16, 16, 32], "blocks": [1, 1, 1, 1], "share_sets": [1, 2, 4, 8]}
@@ -118,8 +121,13 @@ def test_global_perceptrons_of_another_size_are_drawn_anew(script, cityscapes_fo
         ("--pretrained {classifier}", "SEG.OUTPUT_STRIDE 8", "no output_stride to change"),
         ("--pretrained {classifier}", "MODEL.GROUPS 1,1,1,1", "no groups to change"),
         ("", "MODEL.ARCH resnet18", "are for our own architectures, not for resnet18"),
+        ("--pretrained {classifier}", "MODEL.ARCH resnet18 SEG.DOWNSAMPLE null", "resnet18 has no channels to change"),
         ("--pretrained {segmenter}/latest.pth", "TAG x", "segmentation"),
-        ("--pretrained {deploy}", "", "converted already"),
+        (
+            "--pretrained {deploy}",
+            "MODEL.BRANCHES 1,3",
+            "are converted and have no branches",
+        ),
         ("--eval --resume {classifier}", "", "is no checkpoint of a segmentation network"),
         ("", "DATA.BATCH_SIZE 1", "set DATA.BATCH_SIZE higher"),
         ("", "AUG.MIXUP 0.4", "TASK segmentation does not use AUG.MIXUP"),
@@ -168,3 +176,17 @@ def test_a_backbone_of_one_size_names_it(refused, cityscapes_folder: Path, tmp_p
     changes = "MODEL.ARCH swin_tiny_patch4_window7_224 SEG.DOWNSAMPLE null"
     error = refused("main_repmlp.py", *words(cityscapes_folder, tmp_path, changes=changes))
     assert "swin_tiny_patch4_window7_224 takes images of 224x224 only: set DATA.IMG_SIZE and DATA.TEST_SIZE" in error
+
+
+def test_a_classifier_of_timm_is_the_start_of_its_backbone(cityscapes_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, trained = tmp_path / "resnet.pth", create_model("resnet18", 3)
+    torch.save(trained.state_dict(), path)
+    keys = f"TASK segmentation DATA.DATASET cityscapes DATA.DATA_PATH {cityscapes_folder} SEG.WIDTH 8 DATA.IMG_SIZE 64"
+    task = Segmentation(settings(f"{keys} MODEL.ARCH resnet18 MODEL.PRETRAINED {path}"), ALONE)
+    weights = task.read_pretrained()
+    network = task.build_network(task.num_outputs(), weights)
+    assert task.load_pretrained(network, weights) == f"the classifier in {path}, for the backbone"
+    levels, given = network.backbone.state_dict(), trained.state_dict()
+    assert given.keys() - levels.keys() == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, given[name]) for name, value in levels.items())
