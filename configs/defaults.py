@@ -81,6 +81,9 @@ _C.MODEL.BRANCHES = None
 _C.MODEL.SHARE_SETS = None
 # Whether the blocks have a Global Perceptron; null: the architecture's own.
 _C.MODEL.GLOBAL_PERCEPTRON = None
+# Whether the structure to train is the converted one with a BatchNorm behind every FC3, to fine-tune converted weights
+# (PRETRAINED); null: the architecture's own, which is not.
+_C.MODEL.INSERT_BN = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Segmentation
@@ -272,6 +275,7 @@ SPECIAL: dict[str, FieldType] = {
     "MODEL.BRANCHES": optional(INTEGERS),
     "MODEL.SHARE_SETS": optional(INTEGERS),
     "MODEL.GLOBAL_PERCEPTRON": optional(BOOLEAN),
+    "MODEL.INSERT_BN": optional(BOOLEAN),
     "SEG.DOWNSAMPLE": optional(TEXT),
     "SEG.BACKBONE_SIZE": optional(SIZE),
     "FACE.MARGIN": optional(NUMBER),

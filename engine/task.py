@@ -160,6 +160,7 @@ class Task(ABC):
             "branches": model.BRANCHES,
             "share_sets": model.SHARE_SETS,
             "global_perceptron": model.GLOBAL_PERCEPTRON,
+            "insert_bn": model.INSERT_BN,
         }
         return {part: value for part, value in parts.items() if value is not None}
 

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import register_flop_formula
 
 from .layers import ConvNorm
-from .reparam import fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
+from .reparam import check_blocks, fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
 from .repmlpnet import GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_size
 
 # Columns of an FFN that are computed at a time on a CPU: few enough that the hidden ones stay in the cache, enough that
@@ -37,10 +37,11 @@ def fuse_batch_norms(model: nn.Module) -> "FusedRepMLPNet":
     trained.
 
     Raises:
-        ValueError: the network is no RepMLPNet.
+        ValueError: the network is no RepMLPNet, or something stands in a block that would not be counted.
     """
     if not isinstance(model, RepMLPNet):
         raise ValueError(f"only a RepMLPNet can be fused, not a {type(model).__name__}")
+    check_blocks(model)
     double = deepcopy(model).double()
     fused = FusedRepMLPNet(cast(RepMLPNet, to_deploy(double) if is_reparameterizable(double) else double))
     return fused.to(model.head_norm.weight.dtype).eval()

@@ -13,6 +13,7 @@ from . import schema
 from .build import REGISTRY, canonical_name, changeable, timm_name
 from .checkpoints import Checkpoint, load_weights, versions
 from .dense import DOWNSAMPLINGS, FULL_RANK, DenseBackbone, dense_backbone
+from .inserted_bn import insert_into_blocks
 from .reparam import ReparameterizableNetwork, is_reparameterizable
 
 TASK = "segmentation"  # in the metadata of these networks
@@ -112,6 +113,15 @@ class SegmentationNetwork(ReparameterizableNetwork):
         network: Any = backbone.model if isinstance(backbone, FeatureGetterNet) else backbone
         network.set_grad_checkpointing(enable)
 
+    def insert_bn(self) -> None:
+        """Puts a BatchNorm behind every FC3 of the backbone's deploy structure, in place, see `StagedNetwork.insert_bn`.
+
+        Raises:
+            ValueError: the network is in its training structure.
+        """
+        insert_into_blocks(self)
+        self.arguments["insert_bn"] = True
+
     @property
     def backbone(self) -> nn.Module:
         """The feature extractor below the decoder; of our own architectures a `DenseBackbone`."""
@@ -128,6 +138,8 @@ class SegmentationNetwork(ReparameterizableNetwork):
             raise ValueError(
                 f"weights for the backbone can be given to our own architectures, not to {options['arch']}"
             )
+        if options.get("insert_bn") and not is_reparameterizable(trained):
+            insert_into_blocks(trained)
         if not is_reparameterizable(trained):
             raise ValueError("these weights are converted already: start a training from the training weights")
         replaced = {k: options[k] for k in ("downsample", "rank") if k in options}

@@ -106,7 +106,8 @@ class Segmentation(Task):
         settings = {"SEG.DECODER": arguments["decoder"], "SEG.WIDTH": arguments["width"]}
         settings |= {"SEG.DOWNSAMPLE": arguments.get("downsample"), "SEG.RANK": arguments.get("rank", FULL_RANK)}
         parts = {part: arguments[part] for part in self.structure if part in arguments}
-        return settings | {f"MODEL.{part.upper()}": tuple(value) for part, value in parts.items()}
+        plain = {part: tuple(value) if isinstance(value, list) else value for part, value in parts.items()}
+        return settings | {f"MODEL.{part.upper()}": value for part, value in plain.items()}
 
     def network_to_evaluate(self, checkpoint: Checkpoint, arch: str | None) -> Network:
         """Builds the network of a checkpoint; DATA.IMG_SIZE, the size of a crop, does not change it."""
