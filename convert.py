@@ -12,13 +12,14 @@ if __name__ == "__main__":  # the imports below take seconds
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from models import list_models
 from models.build import check_changeable
+from models.checkpoints import Network
 from models.files import write_checkpoint
 from models.reparam import (
     injection_error,
@@ -83,6 +84,30 @@ def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> 
     return difference
 
 
+def convert(network: Network, insert_bn: bool) -> tuple[nn.Module, float]:
+    """Converts a network, and verifies the result.
+
+    Args:
+        network: with `insert_bn` in either form.
+        insert_bn: put a BatchNorm behind every FC3 of the deploy network.
+
+    Returns:
+        The converted network and the largest relative difference of its logits.
+
+    Raises:
+        ValueError: the network can't be converted, or the result is not equivalent.
+    """
+    deploy, difference = network.model, 0.0
+    if is_reparameterizable(deploy) or not insert_bn:
+        deploy = to_deploy(network.model)
+        difference = verify(network.model, deploy, network.image_size)
+    if not insert_bn:
+        return deploy, difference
+    inserted: Any = deepcopy(deploy)
+    inserted.insert_bn()
+    return inserted, max(difference, verify(inserted, deploy, network.image_size))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, converts, verifies, writes."""
     args = parser().parse_args(argv)
@@ -96,14 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{source} is converted already: it holds deploy weights")
     except ValueError as error:
         raise ValueError(f"{error}; nothing was written") from error
-    form, converted = "deploy", network.model
-    if is_reparameterizable(converted) or not args.insert_bn:
-        converted = to_deploy(converted)
-        difference = verify(network.model, converted, network.image_size)
-    if args.insert_bn:
-        form, deploy, converted = "train", converted, deepcopy(converted)
-        cast(Any, converted).insert_bn()
-        difference = verify(converted, deploy, network.image_size)
+    converted, difference = convert(network, args.insert_bn)
+    form = "train" if args.insert_bn else "deploy"
     meta = task.metadata(network.arch, converted, network.image_size, form, checkpoint.meta.get("dataset"))
     write_checkpoint(target, {"model": converted.state_dict(), "meta": meta})
     before, after = (sum(v.numel() for v in m.parameters()) for m in (network.model, converted))

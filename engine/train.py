@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import BatchLoader
+from models.inserted_bn import calibrate, inserted_norms
 from models.reparam import is_reparameterizable
 from utils import distributed
 from utils.files import write_text
@@ -32,6 +33,9 @@ from .sync_batch_norm import synchronise_batch_norms
 from .task import Size
 from .trainer import Trainer
 
+# Batches of each process from which inserted BatchNorms get their first statistics.
+CALIBRATION_BATCHES = 32
+
 
 def train(run: Run) -> None:
     """Trains in the folder of the run, which is locked meanwhile; resumes from a checkpoint found there."""
@@ -46,7 +50,7 @@ def train(run: Run) -> None:
         meta = task.metadata(task.arch, network, task.train_size, form, task.dataset_name)
         checkpoints = CheckpointFolder(folder, cfg, meta, task.metric)
         trainer = build_trainer(run, network, loader, logger)
-        recorded = start_or_resume(run, trainer, checkpoints)
+        recorded = start_or_resume(run, trainer, checkpoints, loader)
         if run.rank_info.is_main:
             trainer.metrics = MetricsWriter(folder, recorded, trainer.progress.epoch)
             write_text(folder / "config.yaml", cfg.dump(sort_keys=False))
@@ -118,7 +122,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
     )
 
 
-def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder) -> int:
+def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder, loader: BatchLoader) -> int:
     """Resumes from the run's own newest checkpoint, or from MODEL.RESUME, or starts at TRAIN.START_EPOCH.
 
     Returns:
@@ -138,6 +142,8 @@ def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder) -
         checkpoint = read_state(cfg.MODEL.RESUME)
         checkpoints.check_experiment(checkpoint)
     if checkpoint is None:
+        if cfg.MODEL.PRETRAINED and inserted_norms(trainer.network):
+            calibrate_inserted_norms(run, trainer, loader)
         trainer.progress.epoch = cfg.TRAIN.START_EPOCH
         trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.plan.updates_per_epoch
         return trainer.progress.update
@@ -151,6 +157,22 @@ def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder) -
     if trainer.progress.epoch >= cfg.TRAIN.EPOCHS:
         logger.info(f"already complete: {trainer.progress.epoch} of {cfg.TRAIN.EPOCHS} epochs are done")
     return recorded
+
+
+def calibrate_inserted_norms(run: Run, trainer: Trainer, loader: BatchLoader) -> None:
+    """Gives the BatchNorms inserted into a trained network the statistics of training images; a collective operation.
+
+    Training would otherwise begin by normalising outputs that the network was not trained to have normalised.
+    """
+    cfg, device = run.cfg, run.rank_info.device
+    left_out = max(0, len(loader) - CALIBRATION_BATCHES)
+    loader.set_position(cfg.TRAIN.START_EPOCH, left_out * cfg.DATA.BATCH_SIZE * run.rank_info.world_size)
+    images = (trainer.normalize(batch.images.to(device, non_blocking=True)) for batch in loader)
+    with autocast(device, run.dtype):
+        calibrate(trainer.network, images, distributed.all_reduce_sum)
+    if trainer.ema is not None:
+        trainer.ema.module.load_state_dict(trainer.network.state_dict())
+    trainer.logger.info(f"inserted BatchNorms calibrated on {len(loader)} batches of each process")
 
 
 def run_epochs(

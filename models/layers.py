@@ -264,9 +264,9 @@ class PartitionBlock(Reparameterizable):
             raise ValueError("a BatchNorm can be inserted into the deploy structure only: convert the network first")
         if not isinstance(self.fc3_bn, nn.Identity):
             return
-        norm = nn.BatchNorm2d(self.norm_channels())
+        norm = nn.BatchNorm2d(self.norm_channels()).to(self.fc3.weight).train(self.training)
         nn.init.constant_(norm.weight, math.sqrt(1 + norm.eps))  # its running variance is 1
-        self.fc3_bn = norm.to(self.fc3.weight).train(self.training)
+        self.fc3_bn = norm
 
     def _terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns, in float64, what makes the equal FC: a factor (O*h*w, 1) for FC3, a bias (O*h*w,), a convolution."""

@@ -136,7 +136,7 @@ class RepMLP(PartitionBlock):
         return self._restore(out, x.shape)
 
     @property
-    def deploy(self) -> bool:
+    def deploy(self) -> bool:  # type: ignore[override]  # as in the base class
         """Whether nothing is left to inject, neither into FC3 nor into FC1."""
         return super().deploy and (self.fc1_fc2 is None or isinstance(self.avg.bn, nn.Identity))
 
@@ -152,7 +152,7 @@ class RepMLP(PartitionBlock):
         layers = dict(self.fc1_fc2.named_children())
         if layers.keys() != kinds.keys() or not all(isinstance(layers[name], kind) for name, kind in kinds.items()):
             raise ValueError(f"fc1_fc2 is {describe_module(self.fc1_fc2)}: two linear layers with ReLU belong there")
-        norm = self.avg.bn
+        norm = self.avg.get_submodule("bn")
         if not isinstance(norm, nn.Identity) and not (
             isinstance(norm, _BatchNorm) and norm.num_features == self.channels
         ):
