@@ -1,4 +1,8 @@
-"""Turns a training checkpoint of any task into a deploy checkpoint by Locality Injection, and verifies it first."""
+"""Turns a training checkpoint of any task into a deploy checkpoint by Locality Injection, and verifies it first.
+
+With --insert-bn, the deploy network gets a BatchNorm behind every FC3, to be fine-tuned and converted again. Then the
+checkpoint may be a converted one already.
+"""
 
 if __name__ == "__main__":  # the imports below take seconds
     from utils.interrupt import end_on_interrupt
@@ -8,13 +12,22 @@ if __name__ == "__main__":  # the imports below take seconds
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from models import list_models
+from models.build import check_changeable
+from models.checkpoints import Network
 from models.files import write_checkpoint
-from models.reparam import injection_error, input_channels, relative_difference, to_deploy
+from models.reparam import (
+    injection_error,
+    input_channels,
+    is_reparameterizable,
+    relative_difference,
+    to_deploy,
+)
 from tasks.inference import add_checkpoint_options, load_checkpoint
 from utils import cli
 from utils.files import check_target
@@ -30,6 +43,8 @@ def parser() -> cli.Parser:
     result = cli.Parser(description=__doc__, epilog=architectures, argument_default=None)
     result.add_argument("load", metavar="TRAIN", help="training checkpoint: ours, the published code's, MMPretrain's")
     result.add_argument("save", metavar="DEPLOY", help="where to write; .safetensors is possible too")
+    text = "insert a BatchNorm behind every FC3 of the deploy network, for fine-tuning; TRAIN may be converted"
+    result.add_argument("--insert-bn", action="store_true", default=False, help=text)
     add_checkpoint_options(result)
     return result
 
@@ -69,6 +84,30 @@ def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> 
     return difference
 
 
+def convert(network: Network, insert_bn: bool) -> tuple[nn.Module, float]:
+    """Converts a network, and verifies the result.
+
+    Args:
+        network: with `insert_bn` in either form.
+        insert_bn: put a BatchNorm behind every FC3 of the deploy network.
+
+    Returns:
+        The converted network and the largest relative difference of its logits.
+
+    Raises:
+        ValueError: the network can't be converted, or the result is not equivalent.
+    """
+    deploy, difference = network.model, 0.0
+    if is_reparameterizable(deploy) or not insert_bn:
+        deploy = to_deploy(network.model)
+        difference = verify(network.model, deploy, network.image_size)
+    if not insert_bn:
+        return deploy, difference
+    inserted: Any = deepcopy(deploy)
+    inserted.insert_bn()
+    return inserted, max(difference, verify(inserted, deploy, network.image_size))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, converts, verifies, writes."""
     args = parser().parse_args(argv)
@@ -76,15 +115,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_target(target, [source])
     try:
         task, checkpoint, network = load_checkpoint(source, args.arch, args.ema)
-        if checkpoint.form == "deploy":
+        if args.insert_bn:
+            check_changeable(network.arch, {"--insert-bn": "insert_bn"})
+        elif checkpoint.form == "deploy":
             raise ValueError(f"{source} is converted already: it holds deploy weights")
     except ValueError as error:
         raise ValueError(f"{error}; nothing was written") from error
-    deploy = to_deploy(network.model)
-    difference = verify(network.model, deploy, network.image_size)
-    meta = task.metadata(network.arch, deploy, network.image_size, "deploy", checkpoint.meta.get("dataset"))
-    write_checkpoint(target, {"model": deploy.state_dict(), "meta": meta})
-    before, after = (sum(v.numel() for v in m.parameters()) for m in (network.model, deploy))
+    converted, difference = convert(network, args.insert_bn)
+    form = "train" if args.insert_bn else "deploy"
+    meta = task.metadata(network.arch, converted, network.image_size, form, checkpoint.meta.get("dataset"))
+    write_checkpoint(target, {"model": converted.state_dict(), "meta": meta})
+    before, after = (sum(v.numel() for v in m.parameters()) for m in (network.model, converted))
     print(printable(f"{network.arch}: {checkpoint} ({before:,} parameters) -> {target} ({after:,} parameters)"))
     print(f"verified on random images: largest relative logit difference {difference:.1e}")
 

@@ -235,6 +235,11 @@ CONFLICTS = (
         "the rank is that of the replaced embeddings; set SEG.DOWNSAMPLE as well",
     ),
     Conflict(
+        ("MODEL.INSERT_BN", "MODEL.BRANCHES"),
+        lambda inserted, branches: inserted and branches,
+        "a converted network has no branches; leave MODEL.BRANCHES out",
+    ),
+    Conflict(
         ("DISTILL.ARCH", "DISTILL.TEACHER"),
         lambda arch, teacher: arch and not teacher,
         "the architecture is that of the teacher; give its weights as DISTILL.TEACHER",

@@ -94,6 +94,9 @@ _C.MODEL.GLOBAL_PERCEPTRON = None
 # What mixes the positions in the blocks of a PureMLP: repmlp | fc3_as_conv9 | conv9 | conv3 (convolutions in place of
 # FC3 or of RepMLP); null: the architecture's own.
 _C.MODEL.MIXER = None
+# Whether the structure to train is the converted one with a BatchNorm behind every FC3, to fine-tune converted weights
+# (PRETRAINED); null: the architecture's own, which is not.
+_C.MODEL.INSERT_BN = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Segmentation
@@ -316,6 +319,7 @@ SPECIAL: dict[str, FieldType] = {
     "MODEL.GP_REDUCTION": optional(INTEGERS),
     "MODEL.GLOBAL_PERCEPTRON": optional(BOOLEAN),
     "MODEL.MIXER": optional(TEXT),
+    "MODEL.INSERT_BN": optional(BOOLEAN),
     "SEG.DOWNSAMPLE": optional(TEXT),
     "SEG.BACKBONE_SIZE": optional(SIZE),
     "SEG.OUTPUT_STRIDE": optional(INTEGER),

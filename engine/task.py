@@ -170,6 +170,7 @@ class Task(ABC):
             "gp_reduction": model.GP_REDUCTION,
             "global_perceptron": model.GLOBAL_PERCEPTRON,
             "mixer": model.MIXER,
+            "insert_bn": model.INSERT_BN,
         }
         return {part: value for part, value in parts.items() if value is not None}
 
@@ -195,8 +196,9 @@ class Task(ABC):
         return create_model(self.arch, num_outputs, **options)
 
     def is_converted(self, weights: Checkpoint | None) -> bool:
-        """Returns whether weights belong to the deploy structure of the architecture."""
-        return weights is not None and weights.form == "deploy" and self.arch in REGISTRY
+        """Returns whether a network that is to take these weights has the deploy structure of the architecture."""
+        converted = weights is not None and weights.form == "deploy" and self.arch in REGISTRY
+        return converted and not self.cfg.MODEL.INSERT_BN
 
     def form_options(self, weights: Checkpoint | None) -> dict[str, Any]:
         """Returns the options of a network that is to take these weights: `deploy` for converted ones.

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from data import BatchLoader
 from models.checkpoints import Checkpoint
+from models.inserted_bn import calibrate, inserted_norms
 from models.reparam import is_reparameterizable
 from utils import distributed
 from utils.files import write_text
@@ -33,6 +34,9 @@ from .sync_batch_norm import synchronise_batch_norms
 from .task import Size
 from .trainer import Trainer
 
+# Batches of each process from which inserted BatchNorms get their first statistics.
+CALIBRATION_BATCHES = 32
+
 
 def train(run: Run) -> None:
     """Trains in the folder of the run, which is locked meanwhile; resumes from a checkpoint found there."""
@@ -47,7 +51,7 @@ def train(run: Run) -> None:
         meta = task.metadata(task.arch, network, task.train_size, form, task.dataset_name)
         checkpoints = CheckpointFolder(folder, cfg, meta, task.metric)
         trainer = build_trainer(run, network, loader, logger)
-        recorded = start_or_resume(run, trainer, checkpoints, resumed)
+        recorded = start_or_resume(run, trainer, checkpoints, resumed, loader)
         del resumed  # a copy of the whole state
         if run.rank_info.is_main:
             trainer.metrics = MetricsWriter(folder, recorded, trainer.progress.epoch)
@@ -147,7 +151,9 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
     )
 
 
-def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
+def start_or_resume(
+    run: Run, trainer: Trainer, checkpoints: CheckpointFolder, checkpoint: Checkpoint | None, loader: BatchLoader
+) -> int:
     """Resumes from a checkpoint, or starts at TRAIN.START_EPOCH without one.
 
     Returns:
@@ -158,6 +164,8 @@ def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder, c
     """
     cfg, logger = run.cfg, trainer.logger
     if checkpoint is None:
+        if cfg.MODEL.PRETRAINED and inserted_norms(trainer.network):
+            calibrate_inserted_norms(run, trainer, loader)
         trainer.progress.epoch = cfg.TRAIN.START_EPOCH
         trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.plan.updates_per_epoch
         return trainer.progress.update
@@ -172,6 +180,22 @@ def start_or_resume(run: Run, trainer: Trainer, checkpoints: CheckpointFolder, c
     if trainer.progress.epoch >= cfg.TRAIN.EPOCHS:
         logger.info(f"already complete: {trainer.progress.epoch} of {cfg.TRAIN.EPOCHS} epochs are done")
     return recorded
+
+
+def calibrate_inserted_norms(run: Run, trainer: Trainer, loader: BatchLoader) -> None:
+    """Gives the BatchNorms inserted into a trained network the statistics of training images; a collective operation.
+
+    Training would otherwise begin by normalising outputs that the network was not trained to have normalised.
+    """
+    cfg, device = run.cfg, run.rank_info.device
+    left_out = max(0, len(loader) - CALIBRATION_BATCHES)
+    loader.set_position(cfg.TRAIN.START_EPOCH, left_out * cfg.DATA.BATCH_SIZE * run.rank_info.world_size)
+    images = (trainer.normalize(batch.images.to(device, non_blocking=True)) for batch in loader)
+    with autocast(device, run.dtype):
+        calibrate(trainer.network, images, distributed.all_reduce_sum)
+    if trainer.ema is not None:
+        trainer.ema.module.load_state_dict(trainer.network.state_dict())
+    trainer.logger.info(f"inserted BatchNorms calibrated on {len(loader)} batches of each process")
 
 
 def run_epochs(

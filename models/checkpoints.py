@@ -23,7 +23,16 @@ from .build import (
 )
 from .containers import find_weights, metadata
 from .files import read_payload
-from .identify import Identity, fitting_architectures, form_of, identify, is_deploy, remedy
+from .identify import (
+    Identity,
+    fitting_architectures,
+    form_of,
+    identify,
+    inserted_bn_names,
+    is_deploy,
+    remedy,
+    structure_of,
+)
 from .locality import branch_names
 
 # The dtypes of weights in files; others, such as float8, need a scale that is not part of the tensor.
@@ -177,7 +186,7 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) 
 def _build_options(checkpoint: Checkpoint, arch: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments with which `create_model` builds what a checkpoint's weights were made with."""
     changed = {k: v for k, v in changes.items() if k != "img_size"}
-    structure: dict[str, Any] = checkpoint.meta.get("structure", {}) | changed
+    structure: dict[str, Any] = checkpoint.meta.get("structure", {}) | structure_of(checkpoint.state_dict) | changed
     height, width = changes.get("img_size") or checkpoint.meta.get("image_size") or default_image_size(arch)
     options: dict[str, Any] = {"img_size": (height, width)}
     with _structure_errors(checkpoint):
@@ -197,7 +206,8 @@ def _try_out(checkpoint: Checkpoint, arch: str, classes: int, options: Mapping[s
     with torch.device("meta"), _structure_errors(checkpoint):
         model = create_model(arch, classes, **options)
     form = "deploy" if options["deploy"] else "train"
-    check_fit(model, checkpoint, Identity(arch, options["img_size"], classes, form))
+    inserted = form == "train" and options.get("insert_bn", False)
+    check_fit(model, checkpoint, Identity(arch, options["img_size"], classes, form, inserted))
 
 
 @contextmanager
@@ -254,10 +264,11 @@ def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list
 
     A head for another number of classes keeps its initial weights. So do the branches of `LocalityLinear` layers where
     the weights have none at all, as those of timm's ResMLP, except the scale of their BatchNorms, which becomes 0: new
-    branches do not change the output until they are trained.
+    branches do not change the output until they are trained. So do BatchNorms inserted behind FC3, which are the
+    identity at first, where the weights have none.
 
     Returns:
-        The names that were not loaded: none, those of the head, those of the branches.
+        The names that were not loaded: none, those of the head, those of the branches, those of inserted BatchNorms.
 
     Raises:
         ValueError: anything else differs.
@@ -269,6 +280,9 @@ def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list
     branches = branch_names(model)
     if not any(k in checkpoint.state_dict for k in branches):
         fresh = fresh + branches
+    inserted = inserted_bn_names(own)
+    if not any(k in checkpoint.state_dict for k in inserted):
+        fresh = fresh + inserted
     kept = {k: torch.zeros_like(own[k]) if k in branches and k.endswith("bn.weight") else own[k] for k in fresh}
     load_weights(model, Checkpoint(checkpoint.path, checkpoint.state_dict | kept, checkpoint.form))
     return fresh
@@ -304,5 +318,6 @@ def _identify_file(checkpoint: Checkpoint) -> list[Identity]:
     meta = checkpoint.meta
     if {"arch", "image_size", "num_classes"} <= meta.keys():
         height, width = meta["image_size"]
-        return [Identity(canonical_name(meta["arch"]), (height, width), meta["num_classes"], checkpoint.form)]
+        arch, inserted = canonical_name(meta["arch"]), bool(structure_of(checkpoint.state_dict))
+        return [Identity(arch, (height, width), meta["num_classes"], checkpoint.form, inserted)]
     return identify(checkpoint.state_dict)

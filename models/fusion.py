@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .fused_resnet import FusedRepMLPResNet
 from .layers import ConvNorm
-from .reparam import fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
+from .reparam import check_blocks, fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
 from .repmlp_resnet import RepMLPResNet
 from .repmlpnet import GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_size
 
@@ -44,11 +44,12 @@ def fuse_batch_norms(model: nn.Module) -> "Fused":
     trained.
 
     Raises:
-        ValueError: the network has no inference form.
+        ValueError: the network has no inference form, or something stands in a block that would not be counted.
     """
     if not is_fusible(model):
         known = " or ".join(network.__name__ for network in FUSED)
         raise ValueError(f"only a {known} can be fused, not a {type(model).__name__}")
+    check_blocks(model)
     double = deepcopy(model).double()
     fused = FUSED[type(model)](to_deploy(double) if is_reparameterizable(double) else double)
     return fused.to(next(model.parameters()).dtype).eval()

@@ -7,20 +7,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .build import REGISTRY, classifier_name, create_model, default_image_size, own_spec
+from .build import REGISTRY, changeable, classifier_name, create_model, default_image_size, own_spec
 
 
 class Identity(NamedTuple):
-    """What weights are: their architecture, image size (height, width), number of classes and form."""
+    """What weights are: their architecture, image size (height, width), number of classes and form.
+
+    `insert_bn` tells whether those of form "train" are converted weights with a BatchNorm inserted behind every FC3.
+    """
 
     arch: str
     image_size: tuple[int, int]
     num_classes: int
     form: str | None
+    insert_bn: bool = False
 
     def __str__(self) -> str:
         height, width = self.image_size
-        form = f"{self.form or ''} weights".lstrip()
+        form = f"{self.form or ''} weights".lstrip() + " with inserted BatchNorms" * self.insert_bn
         return f"{form} of {self.arch} with {self.num_classes} classes at {height}x{width}"
 
 
@@ -36,17 +40,20 @@ def identify(state_dict: Mapping[str, Tensor]) -> list[Identity]:
     """Returns what weights may be by names and shapes, in the order and by the rule of `fitting_architectures`."""
     form, exact, resized = form_of(state_dict), list[Identity](), list[Identity]()
     given = {name: tensor.shape for name, tensor in state_dict.items()}
+    structure = structure_of(state_dict)
     for name in REGISTRY:
+        if not structure.keys() <= {*changeable(name)}:
+            continue
         deploy, head = is_deploy(name, form), f"{classifier_name(name)}."
-        own = _shapes(name, deploy)
+        own = _shapes(name, deploy, **structure)
         if own.keys() != given.keys():
             continue
         made = REGISTRY[name].network.built_for(state_dict, own_spec(name, {}), default_image_size(name))
         classes = given[f"{head}weight"][:1].numel()
         if _same_but(head, own, given):
-            exact.append(Identity(name, default_image_size(name), classes, form))
-        elif _same_but(head, _shapes(name, deploy, **made), given):
-            resized.append(Identity(name, made["img_size"], classes, form))
+            exact.append(Identity(name, default_image_size(name), classes, form, bool(structure)))
+        elif _same_but(head, _shapes(name, deploy, **made, **structure), given):
+            resized.append(Identity(name, made["img_size"], classes, form, bool(structure)))
     return exact or resized
 
 
@@ -79,17 +86,30 @@ def form_of(names: Iterable[str]) -> str | None:
 
     The stem of a RepMLP-ResNet shows it even without RepMLP.
     """
-    names = [*names]
-    if any(name.endswith(("fc3.bias", "stage0.0.conv.bias")) for name in names):
-        return "deploy"
-    trained = (".fc3_bn.", ".repconv", "stage0.0.bn.")
-    return "train" if any(part in name for name in names for part in trained) else None
+    names = list(names)
+    if any(part in name for name in names for part in (".fc3_bn.", ".repconv", "stage0.0.bn.")):
+        return "train"
+    return "deploy" if any(name.endswith(("fc3.bias", "stage0.0.conv.bias")) for name in names) else None
+
+
+def inserted_bn_names(names: Iterable[str]) -> list[str]:
+    """Returns the names of inserted BatchNorms: those behind an FC3 that, being converted, has a bias."""
+    names = list(names)
+    converted = any(name.endswith("fc3.bias") for name in names)
+    return [name for name in names if converted and ".fc3_bn." in name]
+
+
+def structure_of(names: Iterable[str]) -> dict[str, Any]:
+    """Returns the parts of a structure that names alone show, where they differ from every architecture's own."""
+    return {"insert_bn": True} if inserted_bn_names(names) else {}
 
 
 def remedy(file: Identity, network: Identity) -> str:
     """Returns what to change so that the weights of a file fit, as the end of a message; empty where nothing helps."""
     if file.arch != network.arch:
         return f": set MODEL.ARCH to {file.arch}"
+    if file.form == network.form and file.insert_bn != network.insert_bn:
+        return ": set MODEL.INSERT_BN to True" if file.insert_bn else ": convert them first (convert.py)"
     if file.form != network.form:
         converted = "give the training weights that they were converted from"
         return f": {converted if file.form == 'deploy' else 'convert them first (convert.py)'}"

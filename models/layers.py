@@ -1,6 +1,8 @@
 """The layers that the networks have in common, under the names that the published checkpoints give them."""
 
-from collections.abc import Callable, Sequence
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -50,14 +52,18 @@ class GroupedFC(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, C, h, w) -> (M, O, h, w), the result strided as (groups, M, O / groups * h * w)."""
+        return self.apply_kernel(x, self.weight, self.bias)
+
+    def apply_kernel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Does what `forward` does with another weight and bias, in the shapes of its own."""
         m, _, h, w = x.shape
         groups, values, dtype = self.groups, self.in_channels // self.groups, autocast_dtype(x)
         rows = x.reshape(m, groups, values).transpose(0, 1).to(dtype)
-        kernel = self.weight.reshape(groups, -1, values).to(dtype)
-        if self.bias is None:
+        kernel = weight.reshape(groups, -1, values).to(dtype)
+        if bias is None:
             out: Tensor = _BatchedLinear.apply(rows, kernel)
         else:
-            out = torch.baddbmm(self.bias.reshape(groups, 1, -1).to(dtype), rows, kernel.transpose(1, 2))
+            out = torch.baddbmm(bias.reshape(groups, 1, -1).to(dtype), rows, kernel.transpose(1, 2))
         return out.transpose(0, 1).reshape(m, self.out_channels // (h * w), h, w)
 
     def merged(self, factor: Tensor, kernel: Tensor | None, size: tuple[int, int]) -> Tensor:
@@ -84,6 +90,10 @@ class PartitionConv(nn.Conv2d):
 
     def __init__(self, channels: int, kernel_size: int, groups: int, bias: bool) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=bias)
+
+    def apply_kernel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Does what `forward` does with another weight and bias, in the shapes of its own."""
+        return F.conv2d(x, weight, bias, padding=self.padding, groups=self.groups)
 
     def merged(self, factor: Tensor, kernel: Tensor | None, size: tuple[int, int]) -> Tensor:
         """As that of `GroupedFC`, with a factor (O, 1) and a convolution that is no larger than this one."""
@@ -155,9 +165,44 @@ def fold_branches(branches: Sequence[ConvNorm]) -> tuple[Tensor, Tensor]:
     Returns:
         The kernel (O, I, kh, kw), of the largest height and width, and the bias (O,).
     """
-    folded = [fold_batch_norm(branch.conv.weight.double(), None, branch.bn) for branch in branches]
+    folded = [fold_batch_norm(branch.conv.weight.double(), branch.conv.bias, branch.bn) for branch in branches]
     kernels, biases = zip(*folded, strict=True)
     return merge_kernels(kernels), torch.stack(biases).sum(0)
+
+
+def check_branch(name: str, branch: nn.Module, kernel_size: int) -> None:
+    """Raises ValueError where a branch is not a convolution of this size, which keeps the map's, and a BatchNorm."""
+    layers = dict(branch.named_children())
+    conv, bn = layers.get("conv"), layers.get("bn")
+    sound = (
+        isinstance(branch, ConvNorm)
+        and len(layers) == 2
+        and isinstance(conv, nn.Conv2d)
+        and (conv.kernel_size, conv.padding) == ((kernel_size,) * 2, (kernel_size // 2,) * 2)
+        and conv.stride == conv.dilation == (1, 1)
+        and isinstance(bn, _BatchNorm)
+        and bn.num_features == conv.out_channels
+    )
+    if not sound:
+        raise ValueError(
+            f"{name} is {describe_module(branch)}: a convolution of {kernel_size}x{kernel_size} that keeps the size of "
+            "the map, and its BatchNorm, belong there"
+        )
+
+
+def check_layers(block: nn.Module, branches: Sequence[int], others: Collection[str]) -> None:
+    """Raises ValueError where a block has something else than these local branches and layers of these names."""
+    for k in branches:
+        check_branch(f"repconv{k}", block.get_submodule(f"repconv{k}"), k)
+    known = {*others, *(f"repconv{k}" for k in branches)}
+    for name, module in block.named_children():
+        if name not in known:
+            raise ValueError(f"{name} is {describe_module(module)}: nothing of that name belongs there")
+
+
+def describe_module(module: nn.Module | None) -> str:
+    """Returns a module in one line, as messages name it."""
+    return " ".join(repr(module).split())
 
 
 class PartitionBlock(Reparameterizable):
@@ -171,18 +216,30 @@ class PartitionBlock(Reparameterizable):
         branches: kernel sizes of the Local Perceptron's convolutions; may be empty.
         deploy: build the structure that `local_inject` leaves.
 
+    Attributes:
+        constraint: applied to the equivalent kernel in the forward pass; None for none. `quantization.constrain` sets
+            it.
+
     Raises:
         ValueError: kernel sizes that are even, or the same twice.
     """
 
     fc3: GroupedFC | PartitionConv
     fc3_bn: nn.Module
+    constraint: Callable[[Tensor], Tensor] | None
 
     def __init__(self, h: int, w: int, branches: Sequence[int], deploy: bool) -> None:
         super().__init__()
         check_kernel_sizes(branches)
-        self.h, self.w, self.deploy = h, w, deploy
+        self.h, self.w = h, w
         self.branches = () if deploy else tuple(branches)
+        self.constraint = None
+
+    @property
+    def deploy(self) -> bool:  # type: ignore[override]  # follows from the layers, so that none of them is overlooked
+        """Whether nothing is left to inject: FC3 has a bias, no BatchNorm, no branches and no constraint."""
+        plain = self.fc3.bias is not None and isinstance(self.fc3_bn, nn.Identity)
+        return plain and not self.branches and self.constraint is None
 
     def add_branches(self, conv: Callable[[int], nn.Conv2d]) -> None:
         """Adds a convolution without bias, `conv(kernel_size)`, and its BatchNorm for every branch."""
@@ -210,14 +267,55 @@ class PartitionBlock(Reparameterizable):
         x = partitions.reshape(n, height // self.h, width // self.w, c, self.h, self.w)
         return x.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
+    @abstractmethod
+    def norm_channels(self) -> int:
+        """Returns the number of channels of a BatchNorm behind FC3."""
+
+    @abstractmethod
+    def other_layers(self) -> set[str]:
+        """Returns the names of the layers besides FC3, its BatchNorm and the branches.
+
+        Raises:
+            ValueError: one of them is of another kind than the block's own.
+        """
+
+    def check_structure(self) -> None:
+        """Raises ValueError where something stands in the block that Locality Injection would not count."""
+        norm, channels = self.fc3_bn, self.norm_channels()
+        if not isinstance(norm, nn.Identity) and not (isinstance(norm, _BatchNorm) and norm.num_features == channels):
+            raise ValueError(
+                f"fc3_bn is {describe_module(norm)}: a BatchNorm of {channels} channels, or nothing, belongs there"
+            )
+        check_layers(self, self.branches, {"fc3", "fc3_bn", "constraint", *self.other_layers()})
+
+    def insert_bn(self) -> None:
+        """Puts a BatchNorm behind the FC3 of the deploy structure, in place, to be trained; `local_inject` folds it.
+
+        In evaluation mode it is the identity at first; `inserted_bn.calibrate` makes it so in training mode too. Does
+        nothing where one has been inserted already.
+
+        Raises:
+            ValueError: the block is in its training structure.
+        """
+        self.check_structure()
+        if self.fc3.bias is None or self.branches or self.constraint is not None:
+            raise ValueError("a BatchNorm can be inserted into the deploy structure only: convert the network first")
+        if not isinstance(self.fc3_bn, nn.Identity):
+            return
+        norm = nn.BatchNorm2d(self.norm_channels()).to(self.fc3.weight).train(self.training)
+        nn.init.constant_(norm.weight, math.sqrt(1 + norm.eps))  # its running variance is 1
+        self.fc3_bn = norm
+
     def _terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns, in float64, what makes the equal FC: a factor (O*h*w, 1) for FC3, a bias (O*h*w,), a convolution.
 
         Where FC3 is a convolution, factor and bias have a value for each of its O channels.
         """
-        assert isinstance(self.fc3_bn, _BatchNorm)
-        ones = torch.ones(self.fc3.out_channels, 1, dtype=torch.float64, device=self.fc3.weight.device)
-        factor, bias = fold_batch_norm(ones, None, self.fc3_bn)
+        outputs = self.fc3.out_channels
+        factor = torch.ones(outputs, 1, dtype=torch.float64, device=self.fc3.weight.device)
+        bias = factor.new_zeros(outputs) if self.fc3.bias is None else self.fc3.bias.double()
+        if isinstance(self.fc3_bn, _BatchNorm):
+            factor, bias = fold_batch_norm(factor, bias, self.fc3_bn)
         if not self.branches:
             return factor, bias, None
         kernel, shift = fold_branches(self._local_branches())
@@ -226,8 +324,13 @@ class PartitionBlock(Reparameterizable):
     def get_equivalent_fc3(self) -> tuple[Tensor, Tensor]:
         """Returns the FC that equals FC3, its BatchNorm and all branches: kernel and bias in the shapes of `fc3`'s.
 
-        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantisation-aware training.
+        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantisation-aware training. A
+        `constraint` is not applied.
+
+        Raises:
+            ValueError: something else stands in the block, see `check_structure`.
         """
+        self.check_structure()
         if self.deploy:
             assert self.fc3.bias is not None
             return self.fc3.weight, self.fc3.bias
@@ -235,19 +338,33 @@ class PartitionBlock(Reparameterizable):
         dtype = self.fc3.weight.dtype
         return self.fc3.merged(factor, kernel, (self.h, self.w)).to(dtype), bias.to(dtype)
 
+    def _constrained_fc3(self, x: Tensor, constraint: Callable[[Tensor], Tensor]) -> Tensor:
+        """Applies the equivalent FC, its kernel constrained: (M, C, h, w) -> (M, O, h, w)."""
+        kernel, bias = self.get_equivalent_fc3()
+        return self.fc3.apply_kernel(x, constraint(kernel), bias)
+
     @torch.no_grad()
     def local_inject(self) -> None:
         """Locality Injection, in place; does nothing where it is already done.
 
-        Computes what `get_equivalent_fc3` does, but into the weight itself, with hardly any additional memory.
+        Computes what `get_equivalent_fc3` does, but into the weight itself, with hardly any additional memory. A
+        constraint is applied to the kernel, and removed.
         A state dict taken before shares the weight: copy it first if it is still needed.
+
+        Raises:
+            ValueError: something else stands in the block, see `check_structure`.
         """
+        self.check_structure()
         if self.deploy:
             return
-        factor, bias, kernel = self._terms()
-        self.fc3.merge_(factor, kernel, (self.h, self.w))
+        if self.constraint is not None:  # by the very computation of the forward pass, since rounding may follow
+            kernel, bias = self.get_equivalent_fc3()
+            self.fc3.weight.data = self.constraint(kernel).contiguous()
+        else:
+            factor, bias, taps = self._terms()
+            self.fc3.merge_(factor, taps, (self.h, self.w))
         self.fc3.bias = nn.Parameter(bias.to(self.fc3.weight.dtype), self.fc3.weight.requires_grad)
         self.fc3_bn = nn.Identity().train(self.training)
         for k in self.branches:
             delattr(self, f"repconv{k}")
-        self.branches, self.deploy = (), True
+        self.branches, self.constraint = (), None

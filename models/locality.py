@@ -10,16 +10,17 @@ layers maps positions to positions, since hidden units have no place on the map.
 Source: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVPR 2022 (arXiv:2112.11081).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models.mlp_mixer import MixerBlock, ResBlock, SpatialGatingUnit
 from torch import Tensor, nn
 
-from .layers import ConvNorm, ShareSetConv, check_kernel_sizes, fold_branches
+from .layers import ConvNorm, ShareSetConv, check_kernel_sizes, check_layers, fold_branches
 from .reparam import Reparameterizable, conv_to_fc, inject_
 
 # The modules of timm that mix tokens, and the attribute that does it.
@@ -36,6 +37,10 @@ class LocalityLinear(nn.Linear, Reparameterizable):
         size: (h, w) of the map, whose positions are counted row by row.
         branches: odd kernel sizes, at least one.
         scale: initial, of the branches' BatchNorms; with 0 the branches do not change the output at first.
+
+    Attributes:
+        constraint: applied to the equivalent weight in the forward pass; None for none. `quantization.constrain` sets
+            it.
 
     Raises:
         ValueError: another kind of layer, or of branches.
@@ -59,15 +64,24 @@ class LocalityLinear(nn.Linear, Reparameterizable):
         check_kernel_sizes(branches)
         super().__init__(h * w, h * w, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.size, self.branches, self.deploy = (h, w), tuple(branches), False
+        self.size, self.branches = (h, w), tuple(branches)
+        self.constraint: Callable[[Tensor], Tensor] | None = None
         for k in self.branches:
             branch = ConvNorm(ShareSetConv(1, k))
             nn.init.constant_(branch.bn.weight, scale)
             self.add_module(f"repconv{k}", branch.to(linear.weight))
         self.train(linear.training)
 
+    @property
+    def deploy(self) -> bool:  # type: ignore[override]  # follows from the layers, so that none of them is overlooked
+        """Whether nothing is left to inject: there are no branches and there is no constraint."""
+        return not self.branches and self.constraint is None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., C, h * w) -> (..., C, h * w)."""
+        if self.constraint is not None:
+            weight, bias = self.get_equivalent_linear()
+            return F.linear(x, self.constraint(weight), bias)
         out = super().forward(x)
         maps = x.reshape(-1, x.shape[-2], *self.size)
         for branch in self._local_branches():
@@ -77,12 +91,21 @@ class LocalityLinear(nn.Linear, Reparameterizable):
     def _local_branches(self) -> list[ConvNorm]:
         return [cast(ConvNorm, self.get_submodule(f"repconv{k}")) for k in self.branches]
 
+    def check_structure(self) -> None:
+        """Raises ValueError where something stands in the layer that Locality Injection would not count."""
+        check_layers(self, self.branches, {"constraint"})
+
     def get_equivalent_linear(self) -> tuple[Tensor, Tensor]:
         """Returns the weight (h * w, h * w) and bias (h * w,) of the linear layer that equals this one.
 
-        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantisation-aware training.
+        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantisation-aware training. A
+        `constraint` is not applied.
+
+        Raises:
+            ValueError: something else stands in the layer, see `check_structure`.
         """
-        if self.deploy:
+        self.check_structure()
+        if not self.branches:
             return self.weight, self.bias
         kernel, shift = fold_branches(self._local_branches())
         weight = self.weight.double() + conv_to_fc(kernel, self.size)
@@ -90,16 +113,28 @@ class LocalityLinear(nn.Linear, Reparameterizable):
 
     @torch.no_grad()
     def local_inject(self) -> None:
-        """Locality Injection, in place; does nothing where it is already done."""
+        """Locality Injection, in place; does nothing where it is already done.
+
+        A constraint is applied to the weight, and removed.
+
+        Raises:
+            ValueError: something else stands in the layer, see `check_structure`.
+        """
+        self.check_structure()
         if self.deploy:
             return
-        kernel, shift = fold_branches(self._local_branches())
-        self.weight.data = self.weight.contiguous()
-        inject_(self.weight, shift.new_ones(len(self.weight), 1), kernel, self.size)
-        self.bias.copy_(self.bias.double() + shift)
+        if self.constraint is not None:  # by the very computation of the forward pass, since rounding may follow
+            weight, bias = self.get_equivalent_linear()
+            self.weight.data = self.constraint(weight).contiguous()
+        else:
+            kernel, shift = fold_branches(self._local_branches())
+            self.weight.data = self.weight.contiguous()
+            inject_(self.weight, shift.new_ones(len(self.weight), 1), kernel, self.size)
+            bias = self.bias.double() + shift
+        self.bias.copy_(bias)
         for k in self.branches:
             delattr(self, f"repconv{k}")
-        self.branches, self.deploy = (), True
+        self.branches, self.constraint = (), None
 
 
 def add_local_branches(

@@ -60,6 +60,7 @@ class PureMLPSpec:
     groups: int = 2  # g of FC3 and of the local convolutions
     branches: tuple[int, ...] = (1, 3, 5, 7)  # kernel sizes of the local convolutions
     global_perceptron: bool = True
+    insert_bn: bool = False  # the training structure is the deploy structure with a BatchNorm behind every FC3
 
     def __post_init__(self) -> None:
         if self.mixer not in MIXERS:
@@ -132,18 +133,21 @@ class PureMLP(StagedNetwork):
             raise ValueError(f"img_size {height}x{width} must be a positive multiple of {step}")
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = spec.channels[-1]
-        self.stem = FoldableConvNorm(in_chans, spec.channels[0], 1, act=nn.ReLU(), deploy=deploy)
+        injected = deploy or spec.insert_bn
+        self.stem = FoldableConvNorm(in_chans, spec.channels[0], 1, act=nn.ReLU(), deploy=injected)
         self.pool = nn.MaxPool2d(2)
         after = (*spec.channels[1:], spec.channels[-1])
         for stage, (channels, blocks) in enumerate(zip(spec.channels, spec.blocks, strict=True)):
             widths = [channels] * (blocks - 1) + [after[stage]]
-            self.add_module(f"stage{stage + 1}", nn.Sequential(*(self._block(stage, out, deploy) for out in widths)))
+            self.add_module(f"stage{stage + 1}", nn.Sequential(*(self._block(stage, out, injected) for out in widths)))
         self.feature_info = [
             {"num_chs": channels, "reduction": 2**stage, "module": f"stage{stage + 1}"}
             for stage, channels in enumerate(after)
         ]
         self.head_norm = nn.Identity()
         self.head = self._make_head(num_classes) if num_classes > 0 else nn.Identity()
+        if spec.insert_bn and not deploy:
+            self.insert_bn()
 
     def _block(self, stage: int, out_channels: int, deploy: bool) -> nn.Sequential:
         channels = self.spec.channels[stage]

@@ -180,6 +180,9 @@ class Reparameterizable(nn.Module, ABC):
     def local_inject(self) -> None:
         """Turns this block, in place, into its deploy structure; does nothing where that is already done."""
 
+    def check_structure(self) -> None:
+        """Raises ValueError where something stands in the block that `local_inject` would not count."""
+
     def switch_to_deploy(self) -> None:
         """The name by which MMPretrain, RepVGG and their like call `local_inject`."""
         self.local_inject()
@@ -189,9 +192,20 @@ class Reparameterizable(nn.Module, ABC):
         self.local_inject()
 
 
+def check_blocks(model: nn.Module) -> None:
+    """Raises ValueError, with the name of the block, where something stands in one that would not be counted."""
+    for name, module in model.named_modules():
+        if isinstance(module, Reparameterizable):
+            try:
+                module.check_structure()
+            except ValueError as error:
+                raise ValueError(f"{name or type(module).__name__}: {error}") from error
+
+
 def inject_blocks(model: nn.Module) -> None:
-    """Turns every block of a network, in place, into its deploy structure."""
-    for module in model.modules():
+    """Turns every block of a network, in place, into its deploy structure, after `check_blocks`."""
+    check_blocks(model)
+    for module in list(model.modules()):
         if isinstance(module, Reparameterizable):
             module.local_inject()
 
@@ -200,7 +214,11 @@ class ReparameterizableNetwork(nn.Module):
     """A network that injects all its `Reparameterizable` blocks."""
 
     def locality_injection(self) -> None:
-        """Turns every block, in place, into its deploy structure; calling it twice is harmless."""
+        """Turns every block, in place, into its deploy structure; calling it twice is harmless.
+
+        Raises:
+            ValueError: something stands in a block that would not be counted; no block is changed then.
+        """
         inject_blocks(self)
 
     def switch_to_deploy(self) -> None:
@@ -226,7 +244,8 @@ def to_deploy(model: nn.Module) -> nn.Module:
     """Returns an injected copy of a network, in evaluation mode; the network itself is left as it is.
 
     Raises:
-        ValueError: it has no blocks that Locality Injection could replace, or they are replaced already.
+        ValueError: it has no blocks that Locality Injection could replace, or they are replaced already, or something
+            stands in one that would not be counted.
     """
     if not is_reparameterizable(model):
         raise ValueError(

@@ -15,8 +15,9 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import DropPath, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import ConvNorm, GroupedFC, PartitionBlock, PartitionConv, check_kernel_sizes
+from .layers import ConvNorm, GroupedFC, PartitionBlock, PartitionConv, check_kernel_sizes, describe_module
 from .reparam import Reparameterizable, absorb_batch_norm, fold_batch_norm
 from .stages import StagedNetwork
 from .variants import build_variant, variant_cfg
@@ -62,6 +63,7 @@ class RepMLPResNetSpec:
     bottleneck: int = 4  # how many times the first 1x1 convolution of a bottleneck reduces the channels
     stem_reduction: int = 4  # channels of the first stage / those of the stem
     output_stride: int = 32  # of the last stage at most
+    insert_bn: bool = False  # the training structure is the deploy structure with a BatchNorm behind every FC3
 
     def __post_init__(self) -> None:
         if self.style not in REPMLP_LAYERS:
@@ -167,11 +169,39 @@ class RepMLP(PartitionBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         partitions = self._partition(x if self.fc1_fc2 is None else self._add_global(x, self.fc1_fc2))
+        if self.constraint is not None:
+            return self._restore(self._constrained_fc3(partitions, self.constraint), x.shape)
         out = self.fc3(partitions).reshape(len(partitions), self.fc3.out_channels, -1, 1)
         out = self.fc3_bn(out).view_as(partitions)
         for branch in self._local_branches():
             out = out + branch(partitions)
         return self._restore(out, x.shape)
+
+    @property
+    def deploy(self) -> bool:  # type: ignore[override]  # as in the base class
+        """Whether nothing is left to inject, neither into FC3 nor into FC1."""
+        return super().deploy and (self.fc1_fc2 is None or isinstance(self.avg.bn, nn.Identity))
+
+    def norm_channels(self) -> int:
+        """Returns the number of channels of a BatchNorm behind FC3: one for each of its outputs."""
+        return self.fc3.out_channels
+
+    def other_layers(self) -> set[str]:
+        """Returns the names of the Global Perceptron's layers; raises ValueError where it has others."""
+        if self.fc1_fc2 is None:
+            return {"fc1_fc2"}
+        kinds = {"fc1": nn.Linear, "act": nn.ReLU, "fc2": nn.Linear}
+        layers = dict(self.fc1_fc2.named_children())
+        if layers.keys() != kinds.keys() or not all(isinstance(layers[name], kind) for name, kind in kinds.items()):
+            raise ValueError(f"fc1_fc2 is {describe_module(self.fc1_fc2)}: two linear layers with ReLU belong there")
+        norm = self.avg.get_submodule("bn")
+        if not isinstance(norm, nn.Identity) and not (
+            isinstance(norm, _BatchNorm) and norm.num_features == self.channels
+        ):
+            raise ValueError(
+                f"avg.bn is {describe_module(norm)}: a BatchNorm of {self.channels} channels, or nothing, belongs there"
+            )
+        return {"fc1_fc2", "avg"}
 
     def _add_global(self, x: Tensor, fc1_fc2: nn.Sequential) -> Tensor:
         """Adds one value to every partition of every channel (N, C, H, W), made of the means of them all."""
@@ -184,9 +214,10 @@ class RepMLP(PartitionBlock):
     @torch.no_grad()
     def local_inject(self) -> None:
         """Locality Injection, in place, as of every `PartitionBlock`; FC1 takes in the BatchNorm before it as well."""
-        if self.fc1_fc2 is not None and not self.deploy:
-            fc1, norm = cast(nn.Linear, self.fc1_fc2.fc1), cast(nn.BatchNorm2d, self.avg.bn)
-            weight, bias = absorb_batch_norm(fc1.weight.double(), fc1.bias, norm)
+        self.check_structure()
+        if self.fc1_fc2 is not None and isinstance(self.avg.bn, _BatchNorm):
+            fc1 = cast(nn.Linear, self.fc1_fc2.fc1)
+            weight, bias = absorb_batch_norm(fc1.weight.double(), fc1.bias, self.avg.bn)
             fc1.weight.copy_(weight)
             fc1.bias.copy_(bias)
             self.avg.bn = nn.Identity().train(self.training)
@@ -391,10 +422,11 @@ class RepMLPResNet(StagedNetwork):
             )
         drop_path = torch.linspace(0, drop_path_rate, spec.depth, device="cpu").split(spec.blocks)
         self._stem_channels = spec.channels[0] // spec.stem_reduction
-        stem = FoldableConvNorm(in_chans, self._stem_channels, 7, 2, act=nn.ReLU(), deploy=deploy)
+        injected = deploy or spec.insert_bn
+        stem = FoldableConvNorm(in_chans, self._stem_channels, 7, 2, act=nn.ReLU(), deploy=injected)
         self.stage0 = nn.Sequential(stem, nn.MaxPool2d(3, 2, 1))
         for stage, rates in enumerate(drop_path):
-            blocks = [self._block(stage, depth, float(rate), deploy) for depth, rate in enumerate(rates)]
+            blocks = [self._block(stage, depth, float(rate), injected) for depth, rate in enumerate(rates)]
             self.add_module(f"stage{stage + 1}", nn.Sequential(*blocks))
         self.feature_info = [
             {"num_chs": channels, "reduction": stride, "module": f"stage{stage + 1}"}
@@ -402,7 +434,9 @@ class RepMLPResNet(StagedNetwork):
         ]
         self.head_norm = nn.Identity()
         self.num_classes = num_classes
-        self.linear = self._make_head(num_classes, deploy) if num_classes > 0 else nn.Identity()
+        self.linear = self._make_head(num_classes, injected) if num_classes > 0 else nn.Identity()
+        if spec.insert_bn and not deploy:
+            self.insert_bn()
 
     def _block(self, stage: int, depth: int, drop_path: float, deploy: bool) -> ResidualBlock:
         spec = self.spec

@@ -16,7 +16,7 @@ from timm.layers import DropPath, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .layers import ConvNorm, PartitionBlock, PointwiseConv, ShareSetConv, ShareSetFC
+from .layers import ConvNorm, PartitionBlock, PointwiseConv, ShareSetConv, ShareSetFC, describe_module
 from .stages import StagedNetwork
 from .variants import CIFAR100, DIGITS, SHAPES, build_variant, variant_cfg
 
@@ -38,6 +38,7 @@ class RepMLPNetSpec:
     global_perceptron: bool = True
     gp_reduction: int = 4
     ffn_expansion: int = 4
+    insert_bn: bool = False  # the training structure is the deploy structure with a BatchNorm behind every FC3
 
     def __post_init__(self) -> None:
         stages = {"channels": self.channels, "blocks": self.blocks, "share_sets": self.share_sets}
@@ -123,11 +124,25 @@ class RepMLPBlock(PartitionBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), H and W multiples of h and w."""
         partitions = self._partition(x)
-        out = self.fc3_bn(self.fc3(partitions.reshape(-1, self.share_sets, self.h, self.w)))
-        for branch in self._local_branches():
-            out = out + branch(partitions)
+        rows = partitions.reshape(-1, self.share_sets, self.h, self.w)
+        if self.constraint is not None:
+            out = self._constrained_fc3(rows, self.constraint)
+        else:
+            out = self.fc3_bn(self.fc3(rows))
+            for branch in self._local_branches():
+                out = out + branch(partitions)
         out = self._restore(out.reshape(partitions.shape), x.shape)
         return out if self.gp is None else out * self.gp(x)
+
+    def norm_channels(self) -> int:
+        """Returns the number of channels of a BatchNorm behind FC3: one for each share-set."""
+        return self.share_sets
+
+    def other_layers(self) -> set[str]:
+        """Returns the name of the Global Perceptron; raises ValueError where another layer has taken its place."""
+        if not (self.gp is None or isinstance(self.gp, GlobalPerceptron)):
+            raise ValueError(f"gp is {describe_module(self.gp)}: a GlobalPerceptron, or None, belongs there")
+        return {"gp"}
 
 
 class FFNBlock(nn.Module):
@@ -209,6 +224,7 @@ class RepMLPNet(StagedNetwork):
         if height % strides[-1] or width % strides[-1] or min(height, width) <= 0:
             raise ValueError(f"img_size {height}x{width} must be a positive multiple of the total stride {strides[-1]}")
         drop_path = torch.linspace(0, drop_path_rate, spec.depth, device="cpu").split(spec.blocks)
+        injected = deploy or spec.insert_bn
 
         def unit(stage: int, depth: int) -> RepMLPNetUnit:
             channels, stride = spec.channels[stage], strides[stage]
@@ -219,7 +235,7 @@ class RepMLPNet(StagedNetwork):
                 spec.share_sets[stage],
                 spec.branches,
                 spec.gp_reduction if spec.global_perceptron else None,
-                deploy,
+                injected,
             )
             return RepMLPNetUnit(channels, block, spec.ffn_expansion, float(drop_path[stage][depth]))
 
@@ -237,6 +253,8 @@ class RepMLPNet(StagedNetwork):
         ]
         self.head_norm = nn.BatchNorm2d(self.num_features)
         self.reset_classifier(num_classes)
+        if spec.insert_bn and not deploy:
+            self.insert_bn()
 
     @staticmethod
     def built_for(weights: Mapping[str, Tensor], spec: RepMLPNetSpec, img_size: tuple[int, int]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from . import schema
 from .build import REGISTRY, canonical_name, changeable, check_changeable, timm_name
 from .checkpoints import Checkpoint, load_weights, versions
 from .dense import DOWNSAMPLINGS, FULL_RANK, DenseBackbone, dense_backbone
+from .inserted_bn import insert_into_blocks
 from .layers import ConvNorm
 from .reparam import ReparameterizableNetwork, is_reparameterizable
 from .repmlp_resnet import OUTPUT_STRIDES
@@ -167,6 +168,15 @@ class SegmentationNetwork(ReparameterizableNetwork):
         network: Any = backbone.model if isinstance(backbone, FeatureGetterNet) else backbone
         network.set_grad_checkpointing(enable)
 
+    def insert_bn(self) -> None:
+        """Puts a BatchNorm behind every FC3 of the backbone's deploy structure, in place, as `StagedNetwork` does.
+
+        Raises:
+            ValueError: the network is in its training structure.
+        """
+        insert_into_blocks(self)
+        self.arguments["insert_bn"] = True
+
     @property
     def backbone(self) -> nn.Module:
         """The feature extractor below the decoder; of our own architectures a `DenseBackbone`."""
@@ -191,6 +201,8 @@ class SegmentationNetwork(ReparameterizableNetwork):
             ValueError: it has another structure or form.
         """
         backbone, options = self.backbone, self.arguments
+        if options.get("insert_bn") and not is_reparameterizable(trained):
+            insert_into_blocks(trained)
         if is_reparameterizable(trained) != is_reparameterizable(backbone):
             forms = ("training", "deploy") if is_reparameterizable(backbone) else ("deploy", "training")
             raise ValueError(

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from .inserted_bn import insert_into_blocks
 from .layers import ConvNorm
 from .reparam import ReparameterizableNetwork
 
@@ -32,6 +34,7 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         ValueError: an unknown `global_pool`.
 
     Attributes:
+        spec: the shape of the network, a frozen dataclass.
         img_size: (height, width) that the network is made for.
         num_classes: outputs of the head; 0 where there is none.
         num_features: channels before the head, also `head_hidden_size`.
@@ -41,6 +44,7 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         takes_multiples: whether inputs may be multiples of `img_size`.
     """
 
+    spec: Any
     img_size: tuple[int, int]
     num_classes: int
     num_features: int
@@ -119,6 +123,18 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         reference = next(self.parameters())
         head = self._make_head(num_classes) if num_classes > 0 else nn.Identity()
         self.add_module(self.classifier, head.to(reference.device, reference.dtype).train(self.training))
+
+    def insert_bn(self) -> None:
+        """Puts a BatchNorm behind every FC3 of the deploy structure, in place, to be trained.
+
+        In evaluation mode the network computes the same as before; see `inserted_bn.calibrate` for training mode. The
+        result is what `create_model(name, insert_bn=True)` builds; Locality Injection folds the BatchNorms.
+
+        Raises:
+            ValueError: the network is in its training structure.
+        """
+        insert_into_blocks(self)
+        self.spec = replace(self.spec, insert_bn=True)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes every block in the backward pass instead of keeping its activations."""

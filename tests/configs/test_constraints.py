@@ -144,6 +144,7 @@ CONTRADICTIONS = [
         "the last decay would never come; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
     ),
     ("TASK segmentation SEG.RANK 1", "SEG.RANK SEG.DOWNSAMPLE", "set SEG.DOWNSAMPLE as well"),
+    ("MODEL.INSERT_BN true MODEL.BRANCHES 3", "MODEL.INSERT_BN MODEL.BRANCHES", "leave MODEL.BRANCHES out"),
     ("DISTILL.ARCH resnet50", "DISTILL.ARCH DISTILL.TEACHER", "give its weights as DISTILL.TEACHER"),
     (
         "TASK verification FACE.LOSS cosface FACE.MARGIN 28.6",
