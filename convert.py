@@ -12,15 +12,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from engine.task import Task
 from models import list_models
-from models.files import write_checkpoint
-from models.reparam import injection_error, input_channels, relative_difference, to_deploy
+from models.checkpoints import Network, take_weights
+from models.files import write_checkpoint, write_weights
+from models.reparam import ALGEBRA_TOLERANCE, injection_error, input_channels, relative_difference, to_deploy
+from tasks import task_of
 from tasks.inference import add_checkpoint_options, load_checkpoint
 from utils import cli
 from utils.files import check_target
 from utils.text import printable
 
-ALGEBRA_TOLERANCE = 1e-9  # of the conversion itself, in float64
 ROUNDING_TOLERANCE = 100  # of the written weights, in units of their dtype's epsilon
 
 
@@ -31,6 +33,8 @@ def parser() -> cli.Parser:
     result.add_argument("load", metavar="TRAIN", help="training checkpoint: ours, the published code's, MMPretrain's")
     result.add_argument("save", metavar="DEPLOY", help="where to write; .safetensors is possible too")
     add_checkpoint_options(result)
+    text = "write names and tensors alone, as the published convert.py does, without metadata"
+    result.add_argument("--plain", action="store_true", default=False, help=text)
     return result
 
 
@@ -69,6 +73,19 @@ def verify(model: nn.Module, deploy: nn.Module, image_size: tuple[int, int]) -> 
     return difference
 
 
+def check_plain(target: Path, deploy: nn.Module, network: Network, task: type[Task]) -> None:
+    """Raises ValueError where weights alone would not make the same network again when they are read."""
+    try:
+        checkpoint = take_weights(target, {"model": deploy.state_dict()}, ema=False)
+        if task_of(checkpoint) is not task:
+            raise ValueError(f"weights alone do not say that they are of the task {task.name}")
+        size = task.network_from(checkpoint, network.arch).image_size
+        if size != network.image_size:
+            raise ValueError(f"weights alone say images of {size}, not {network.image_size}")
+    except ValueError as error:
+        raise ValueError(f"{error}: leave out --plain; nothing was written") from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, converts, verifies, writes."""
     args = parser().parse_args(argv)
@@ -82,8 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{error}; nothing was written") from error
     deploy = to_deploy(network.model)
     difference = verify(network.model, deploy, network.image_size)
-    meta = task.metadata(network.arch, deploy, network.image_size, "deploy", checkpoint.meta.get("dataset"))
-    write_checkpoint(target, {"model": deploy.state_dict(), "meta": meta})
+    if args.plain:
+        check_plain(target, deploy, network, task)
+        write_weights(target, deploy.state_dict())
+    else:
+        meta = task.metadata(network.arch, deploy, network.image_size, "deploy", checkpoint.meta.get("dataset"))
+        write_checkpoint(target, {"model": deploy.state_dict(), "meta": meta})
     before, after = (sum(v.numel() for v in m.parameters()) for m in (network.model, deploy))
     print(printable(f"{network.arch}: {checkpoint} ({before:,} parameters) -> {target} ({after:,} parameters)"))
     print(f"verified on random images: largest relative logit difference {difference:.1e}")

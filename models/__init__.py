@@ -5,6 +5,17 @@ __version__ = "0.1.0"
 from .build import canonical_name, create_model, default_image_size, list_models
 from .dense import DenseBackbone, dense_backbone
 from .locality import add_local_branches
+from .published import (
+    create_RepMLPNet_B224,
+    create_RepMLPNet_B256,
+    create_RepMLPNet_D256,
+    create_RepMLPNet_L256,
+    create_RepMLPNet_T224,
+    create_RepMLPNet_T256,
+    fuse_bn,
+    get_model,
+    get_RepMLPNet_model,
+)
 from .repmlp_resnet import RepMLP, RepMLPResNet, RepMLPResNetSpec
 from .repmlpnet import SPECS, RepMLPBlock, RepMLPNet, RepMLPNetSpec
 from .resmlp import ResMLP, ResMLPSpec
@@ -22,8 +33,17 @@ __all__ = [
     "ResMLPSpec",
     "add_local_branches",
     "canonical_name",
+    "create_RepMLPNet_B224",
+    "create_RepMLPNet_B256",
+    "create_RepMLPNet_D256",
+    "create_RepMLPNet_L256",
+    "create_RepMLPNet_T224",
+    "create_RepMLPNet_T256",
     "create_model",
     "default_image_size",
     "dense_backbone",
+    "fuse_bn",
+    "get_RepMLPNet_model",
+    "get_model",
     "list_models",
 ]

@@ -25,6 +25,7 @@ from .containers import find_weights, metadata
 from .files import read_payload
 from .identify import Identity, fitting_architectures, form_of, identify, is_deploy, remedy
 from .locality import branch_names
+from .reparam import ReparameterizableNetwork
 
 # The dtypes of weights in files; others, such as float8, need a scale that is not part of the tensor.
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -167,6 +168,8 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) 
     if len(dtypes) == 1 and dtypes <= {*FLOAT_DTYPES}:
         model.to(dtypes.pop())
     load_weights(model, checkpoint)
+    if isinstance(model, ReparameterizableNetwork):
+        model.dataset = checkpoint.meta.get("dataset")
     return Network(arch, model.eval(), classes, options["img_size"])
 
 
