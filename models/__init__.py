@@ -1,7 +1,5 @@
 """Re-parameterised vision networks: the library, also installable alone as the package `repmlpnet`."""
 
-__version__ = "0.1.0"
-
 from .build import canonical_name, create_model, default_image_size, list_models
 from .dense import DenseBackbone, dense_backbone
 from .locality import add_local_branches
@@ -19,6 +17,7 @@ from .published import (
 from .repmlp_resnet import RepMLP, RepMLPResNet, RepMLPResNetSpec
 from .repmlpnet import SPECS, RepMLPBlock, RepMLPNet, RepMLPNetSpec
 from .resmlp import ResMLP, ResMLPSpec
+from .version import __version__ as __version__
 
 __all__ = [
     "SPECS",

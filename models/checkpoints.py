@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from . import __version__, schema
+from . import schema
 from .build import (
     REGISTRY,
     canonical_name,
@@ -26,6 +26,7 @@ from .files import read_payload
 from .identify import Identity, fitting_architectures, form_of, identify, is_deploy, remedy
 from .locality import branch_names
 from .reparam import ReparameterizableNetwork
+from .version import __version__
 
 # The dtypes of weights in files; others, such as float8, need a scale that is not part of the tensor.
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         normalize = normalization(args.dataset or checkpoint.meta.get("dataset")).to(device)
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}; say --dataset") from None
+        raise ValueError(f"{checkpoint.path}: {error}: say --dataset") from None
     names = class_names(args.classes, network.num_classes)
     model = prepare(network.model, device, fuse=args.fuse)
     size = to_2tuple(args.resolution or network.image_size)
