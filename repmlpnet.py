@@ -3,6 +3,7 @@
 from repmlpnet import RepMLPBlock, RepMLPNet, create_RepMLPNet_B224, get_model, inference_model
 
 It gives what the package of this name gives that `pip install .` makes of the folder `models`, and `inference_model`.
+Modules of the library are imported from `models` here: `models.reparam` is the package's `repmlpnet.reparam`.
 """
 
 if __name__ == "__main__":  # the imports below take seconds

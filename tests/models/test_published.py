@@ -128,6 +128,15 @@ def test_a_backbone_of_mmpretrain() -> None:
     assert largest_difference(features, backbone(x)) < EXACT
 
 
+def test_the_backbone_on_the_page_of_mmpretrain() -> None:
+    with torch.device("meta"):
+        backbone = RepMLPNet(arch="B", img_size=224, reparam_conv_kernels=(1, 3))
+        backbone.switch_to_deploy()
+        assert backbone(torch.rand(1, 3, 224, 224)).shape == (1, 768, 7, 7)
+    assert backbone.spec == replace(models.SPECS["RepMLPNet-B224"], image_size=(224, 224))
+    assert all(unit.repmlp_block.deploy for stage in backbone.stages for unit in stage)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
