@@ -17,23 +17,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.task import Task
 from models import list_models
 from models.build import check_changeable
-from models.checkpoints import Network
-from models.files import write_checkpoint
+from models.checkpoints import Network, take_weights
+from models.files import write_checkpoint, write_weights
 from models.reparam import (
+    ALGEBRA_TOLERANCE,
     injection_error,
     input_channels,
     is_reparameterizable,
     relative_difference,
     to_deploy,
 )
+from tasks import task_of
 from tasks.inference import add_checkpoint_options, load_checkpoint
 from utils import cli
 from utils.files import check_target
 from utils.text import printable
 
-ALGEBRA_TOLERANCE = 1e-9  # of the conversion itself, in float64
 ROUNDING_TOLERANCE = 100  # of the written weights, in units of their dtype's epsilon
 
 
@@ -46,6 +48,8 @@ def parser() -> cli.Parser:
     text = "insert a BatchNorm behind every FC3 of the deploy network, for fine-tuning; TRAIN may be converted"
     result.add_argument("--insert-bn", action="store_true", default=False, help=text)
     add_checkpoint_options(result)
+    text = "write names and tensors alone, as the published convert.py does, without metadata"
+    result.add_argument("--plain", action="store_true", default=False, help=text)
     return result
 
 
@@ -108,6 +112,19 @@ def convert(network: Network, insert_bn: bool) -> tuple[nn.Module, float]:
     return inserted, max(difference, verify(inserted, deploy, network.image_size))
 
 
+def check_plain(target: Path, converted: nn.Module, network: Network, task: type[Task]) -> None:
+    """Raises ValueError where weights alone would not make the same network again when they are read."""
+    try:
+        checkpoint = take_weights(target, {"model": converted.state_dict()}, ema=False)
+        if task_of(checkpoint) is not task:
+            raise ValueError(f"weights alone do not say that they are of the task {task.name}")
+        size = task.network_from(checkpoint, network.arch).image_size
+        if size != network.image_size:
+            raise ValueError(f"weights alone say images of {size}, not {network.image_size}")
+    except ValueError as error:
+        raise ValueError(f"{error}: leave out --plain; nothing was written") from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, converts, verifies, writes."""
     args = parser().parse_args(argv)
@@ -122,9 +139,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise ValueError(f"{error}; nothing was written") from error
     converted, difference = convert(network, args.insert_bn)
-    form = "train" if args.insert_bn else "deploy"
-    meta = task.metadata(network.arch, converted, network.image_size, form, checkpoint.meta.get("dataset"))
-    write_checkpoint(target, {"model": converted.state_dict(), "meta": meta})
+    if args.plain:
+        check_plain(target, converted, network, task)
+        write_weights(target, converted.state_dict())
+    else:
+        form = "train" if args.insert_bn else "deploy"
+        meta = task.metadata(network.arch, converted, network.image_size, form, checkpoint.meta.get("dataset"))
+        write_checkpoint(target, {"model": converted.state_dict(), "meta": meta})
     before, after = (sum(v.numel() for v in m.parameters()) for m in (network.model, converted))
     print(printable(f"{network.arch}: {checkpoint} ({before:,} parameters) -> {target} ({after:,} parameters)"))
     print(f"verified on random images: largest relative logit difference {difference:.1e}")

@@ -1,14 +1,24 @@
 """Re-parameterised vision networks: the library, also installable alone as the package `repmlpnet`."""
 
-__version__ = "0.1.0"
-
 from .build import canonical_name, create_model, default_image_size, list_models
 from .dense import DenseBackbone, dense_backbone
 from .locality import add_local_branches
+from .published import (
+    create_RepMLPNet_B224,
+    create_RepMLPNet_B256,
+    create_RepMLPNet_D256,
+    create_RepMLPNet_L256,
+    create_RepMLPNet_T224,
+    create_RepMLPNet_T256,
+    fuse_bn,
+    get_model,
+    get_RepMLPNet_model,
+)
 from .pure_mlp import PureMLP, PureMLPSpec
 from .repmlp_resnet import RepMLP, RepMLPResNet, RepMLPResNetSpec
 from .repmlpnet import SPECS, RepMLPBlock, RepMLPNet, RepMLPNetSpec
 from .resmlp import ResMLP, ResMLPSpec
+from .version import __version__ as __version__
 
 __all__ = [
     "SPECS",
@@ -25,8 +35,17 @@ __all__ = [
     "ResMLPSpec",
     "add_local_branches",
     "canonical_name",
+    "create_RepMLPNet_B224",
+    "create_RepMLPNet_B256",
+    "create_RepMLPNet_D256",
+    "create_RepMLPNet_L256",
+    "create_RepMLPNet_T224",
+    "create_RepMLPNet_T256",
     "create_model",
     "default_image_size",
     "dense_backbone",
+    "fuse_bn",
+    "get_RepMLPNet_model",
+    "get_model",
     "list_models",
 ]

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from . import __version__, schema
+from . import schema
 from .build import (
     REGISTRY,
     canonical_name,
@@ -34,6 +34,8 @@ from .identify import (
     structure_of,
 )
 from .locality import branch_names
+from .reparam import ReparameterizableNetwork
+from .version import __version__
 
 # The dtypes of weights in files; others, such as float8, need a scale that is not part of the tensor.
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -180,6 +182,8 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) 
     if len(dtypes) == 1 and dtypes <= {*FLOAT_DTYPES}:
         model.to(dtypes.pop())
     load_weights(model, checkpoint)
+    if isinstance(model, ReparameterizableNetwork):
+        model.dataset = checkpoint.meta.get("dataset")
     return Network(arch, model.eval(), classes, options["img_size"])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 # How a zipped checkpoint begins.
 ZIP_START = b"PK\3\4"
@@ -82,13 +83,29 @@ def write_checkpoint(path: str | Path, payload: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        from safetensors.torch import save
-
-        tensors = {k: v.contiguous() for k, v in payload["model"].items()}
-        content = save(tensors, metadata={"meta": json.dumps(payload.get("meta", {}))})
-        write_atomically(path, lambda file: file.write(content))
+        _write_safetensors(path, payload["model"], {"meta": json.dumps(payload.get("meta", {}))})
     else:
         write_atomically(path, lambda file: torch.save(dict(payload), file))
+
+
+def write_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes weights alone: names and tensors without a container, as the published `convert.py` does.
+
+    Raises:
+        OSError: the disk is full or the folder can't be written; an older file of that name is intact.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        _write_safetensors(path, weights)
+    else:
+        write_atomically(path, lambda file: torch.save(dict(weights), file))
+
+
+def _write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    from safetensors.torch import save
+
+    content = save({k: v.contiguous() for k, v in weights.items()}, metadata=metadata)
+    write_atomically(path, lambda file: file.write(content))
 
 
 def link_checkpoint(existing: Path, path: Path) -> None:

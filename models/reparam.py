@@ -16,6 +16,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+ALGEBRA_TOLERANCE = 1e-9  # of a conversion in float64, on the relative difference of the logits
 # Elements of an FC kernel that Locality Injection scales at a time: few enough to stay in the cache.
 PIECE = 2**18
 
@@ -211,7 +212,18 @@ def inject_blocks(model: nn.Module) -> None:
 
 
 class ReparameterizableNetwork(nn.Module):
-    """A network that injects all its `Reparameterizable` blocks."""
+    """A network that injects all its `Reparameterizable` blocks.
+
+    Attributes:
+        dataset: that the weights were trained on, where their checkpoint says it; images are normalised for it.
+    """
+
+    dataset: str | None = None
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network itself: users of MMPretrain call `model.backbone.switch_to_deploy()`."""
+        return self
 
     def locality_injection(self) -> None:
         """Turns every block, in place, into its deploy structure; calling it twice is harmless.

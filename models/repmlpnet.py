@@ -17,6 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .layers import ConvNorm, PartitionBlock, PointwiseConv, ShareSetConv, ShareSetFC, describe_module
+from .signatures import also_called_as, mmpretrain_block, mmpretrain_network, published_block, published_network
 from .stages import StagedNetwork
 from .variants import CIFAR100, DIGITS, SHAPES, build_variant, variant_cfg
 
@@ -72,6 +73,7 @@ SPECS: dict[str, RepMLPNetSpec] = {
     "RepMLPNet-Shapes": RepMLPNetSpec((48, 96), (2, 2), (4, 16), 32, patch_size=2),
 }
 # fmt: on
+BASE = SPECS["RepMLPNet-B224"]  # what MMPretrain calls "base"
 
 
 class GlobalPerceptron(nn.Module):
@@ -92,6 +94,8 @@ class GlobalPerceptron(nn.Module):
 class RepMLPBlock(PartitionBlock):
     """Channel, Local and Global Perceptron: an FC with local prior over the positions of every partition.
 
+    It can also be called with the arguments of the published block and of MMPretrain's (`signatures.py`).
+
     Args:
         channels: C, a multiple of `share_sets`; channel c belongs to set c mod S.
         h: height of a partition.
@@ -102,11 +106,13 @@ class RepMLPBlock(PartitionBlock):
         deploy: build the structure that `local_inject` leaves.
     """
 
+    @also_called_as(RepMLP=published_block, MMPretrain=mmpretrain_block)
     def __init__(
         self,
         channels: int,
         h: int,
         w: int,
+        *,  # the published block goes on in another order
         share_sets: int = 1,
         branches: Sequence[int] = (1, 3),
         gp_reduction: int | None = 4,
@@ -186,6 +192,8 @@ class RepMLPNetUnit(nn.Module):
 class RepMLPNet(StagedNetwork):
     """The hierarchical network: patch embedding, stages of units with 2x2 embeddings between, linear head.
 
+    It can also be called with the arguments of the published network and of MMPretrain's (`signatures.py`).
+
     Args:
         spec: a row of `SPECS`.
         num_classes: outputs of the head; 0 leaves the pooled features.
@@ -195,6 +203,7 @@ class RepMLPNet(StagedNetwork):
         deploy: build the structure that `locality_injection` leaves.
         drop_rate: of the dropout before the head.
         global_pool: "avg", or "" for a head that classifies every position of the last map.
+        use_checkpoint: as after `set_grad_checkpointing`.
 
     Raises:
         ValueError: `img_size` is no multiple of the network's total stride, or an unknown `global_pool`.
@@ -204,6 +213,7 @@ class RepMLPNet(StagedNetwork):
     head_norm: nn.BatchNorm2d
     takes_multiples = True
 
+    @also_called_as(RepMLP=partial(published_network, BASE), MMPretrain=partial(mmpretrain_network, BASE))
     def __init__(
         self,
         spec: RepMLPNetSpec,
@@ -214,9 +224,11 @@ class RepMLPNet(StagedNetwork):
         deploy: bool = False,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__(drop_rate, global_pool)
         self.spec = spec
+        self.set_grad_checkpointing(use_checkpoint)
         self.img_size = height, width = to_2tuple(spec.image_size if img_size is None else img_size)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = spec.channels[-1]
@@ -232,10 +244,10 @@ class RepMLPNet(StagedNetwork):
                 channels,
                 height // stride,
                 width // stride,
-                spec.share_sets[stage],
-                spec.branches,
-                spec.gp_reduction if spec.global_perceptron else None,
-                injected,
+                share_sets=spec.share_sets[stage],
+                branches=spec.branches,
+                gp_reduction=spec.gp_reduction if spec.global_perceptron else None,
+                deploy=injected,
             )
             return RepMLPNetUnit(channels, block, spec.ffn_expansion, float(drop_path[stage][depth]))
 

@@ -238,6 +238,10 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         x = self.get_classifier()(x)
         return x if self.global_pool else x.view(n, h, w, -1).permute(0, 3, 1, 2)
 
+    def extract_feat(self, x: Tensor) -> tuple[Tensor]:
+        """The name by which MMPretrain gets what the head takes: image (N, in_chans, H, W) -> ((N, C),)."""
+        return (self.forward_head(self.forward_features(x), pre_logits=True),)
+
     def forward(self, x: Tensor) -> Tensor:
         """Image (N, in_chans, H, W) -> logits, as `forward_head` returns them."""
         return self.forward_head(self.forward_features(x))

@@ -81,7 +81,7 @@ def violations(name: str, found: list[Import]) -> list[str]:
 
 
 def test_the_project_is_found() -> None:
-    assert {"main_repmlp", "test", "convert", "hubconf", *LAYERS} <= PARTS
+    assert {"main_repmlp", "test", "convert", "hubconf", "repmlpnet", *LAYERS} <= PARTS
     folders = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")}
     assert folders - {"tests"} <= {*LAYERS, *SCRIPT_FOLDERS}, "give a new folder its place in the order"
 

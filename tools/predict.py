@@ -16,11 +16,10 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 import data
-from data.decode import decode_rgb
 from data.transforms import Transform
-from models.checkpoints import Checkpoint
 from tasks.classification import Classification
 from tasks.inference import add_checkpoint_options, default_device, load_checkpoint, prepare
+from tasks.prediction import normalization, probabilities, read_image
 from utils import cli
 from utils.files import check_target, write_json
 from utils.text import printable
@@ -67,26 +66,11 @@ def class_names(path: Path | None, count: int) -> list[str]:
     return names
 
 
-def normalization(dataset: str | None, checkpoint: Checkpoint) -> data.Normalize:
-    """Returns the normalization of the data set named by the user, else by the checkpoint, else of ImageNet.
-
-    Raises:
-        ValueError: the checkpoint names an unknown one.
-    """
-    name = dataset or checkpoint.meta.get("dataset") or "imagenet"
-    if name not in data.DATASETS:
-        raise ValueError(f"{checkpoint.path} was trained on {name!r}, which is unknown here: say --dataset")
-    return data.Normalize(data.DATASETS[name].mean, data.DATASETS[name].std)
-
-
 def readable(paths: Iterable[Path], unreadable: list[Path]) -> Iterator[tuple[Path, Image]]:
     """Yields the images in RGB; reports unreadable files on stderr and adds them to `unreadable`."""
     for path in paths:
         try:
-            if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device may never end
-                raise ValueError("is no regular file")
-            with path.open("rb") as file:
-                image = decode_rgb(file)
+            image = read_image(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             cli.print_error(printable(f"{path}: {reason}"))
@@ -95,8 +79,7 @@ def readable(paths: Iterable[Path], unreadable: list[Path]) -> Iterator[tuple[Pa
             yield path, image
 
 
-@torch.inference_mode()
-def probabilities(
+def classified(
     model: nn.Module,
     images: Iterator[tuple[Path, Image]],
     transform: Transform,
@@ -104,13 +87,9 @@ def probabilities(
     batch_size: int,
 ) -> Iterator[tuple[Path, Tensor]]:
     """Yields each image's path with its probabilities (classes,), on the CPU."""
-    device = next(model.parameters()).device
     while batch := [(path, transform(image)) for path, image in islice(images, batch_size)]:
         paths, pixels = zip(*batch, strict=True)
-        answers = model(normalize(torch.stack(pixels).to(device))).softmax(1).cpu()
-        if not answers.isfinite().all():
-            raise ValueError("the network's answers are not finite: these weights are of no use in float32")
-        yield from zip(paths, answers, strict=True)
+        yield from zip(paths, probabilities(model, torch.stack(pixels), normalize), strict=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     task, checkpoint, network = load_checkpoint(args.weights, args.arch, args.ema)
     if task is not Classification:
         raise ValueError(f"{args.weights} is of the task {task.name}, whose networks name no classes")
-    normalize = normalization(args.dataset, checkpoint).to(device)
+    try:
+        normalize = normalization(args.dataset or checkpoint.meta.get("dataset")).to(device)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}: say --dataset") from None
     names = class_names(args.classes, network.num_classes)
     model = prepare(network.model, device, fuse=args.fuse)
     size = to_2tuple(args.resolution or network.image_size)
@@ -133,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unreadable: list[Path] = []
     decoded = readable(args.images, unreadable)
     figures: dict[str, list[tuple[str, float]]] = {}
-    for path, values in probabilities(model, decoded, transform, normalize, min(args.batch_size, len(args.images))):
+    for path, values in classified(model, decoded, transform, normalize, min(args.batch_size, len(args.images))):
         best = values.topk(min(args.top, len(names)))
         labels = [names[i] for i in best.indices.tolist()]
         figures[str(path)] = list(zip(labels, best.values.tolist(), strict=True))

@@ -135,7 +135,7 @@ def test_ffn_block_is_a_perceptron_over_channels() -> None:
 
 
 def test_unit_adds_both_halves_to_a_shortcut() -> None:
-    unit = randomised(RepMLPNetUnit(8, RepMLPBlock(8, 4, 4, 2), ffn_expansion=3, drop_path=0.5)).eval()
+    unit = randomised(RepMLPNetUnit(8, RepMLPBlock(8, 4, 4, share_sets=2), ffn_expansion=3, drop_path=0.5)).eval()
     x = random_tensor(2, 8, 4, 4)
     middle = x + published(unit.repmlp_block, normalise(unit.prebn1, x))
     expected = middle + unit.ffn_block(normalise(unit.prebn2, middle))

@@ -175,7 +175,11 @@ deploy = to_deploy(model)
 meta = describe("RepMLPNet-Digits", deploy, deploy.img_size, "deploy")
 write_checkpoint("deploy.safetensors", {"model": deploy.state_dict(), "meta": meta})
 network = build_from(read_checkpoint("deploy.safetensors"))
+by_others = repmlpnet.RepMLPNet(num_class=4, hs=(4, 2), ws=(4, 2), channels=(8, 16), num_blocks=(1, 1),
+                                sharesets_nums=(2, 4))
 print(json.dumps({
+    "public": repmlpnet.__all__,
+    "by_others": type(by_others) is repmlpnet.RepMLPNet and by_others.img_size == (16, 16),
     "names": repmlpnet.list_models(),
     "file": repmlpnet.__file__,
     "module": type(model).__module__,
@@ -203,6 +207,8 @@ def check_package(site: Path, folder: Path) -> None:
     model = create_model("RepMLPNet-Digits", num_classes=4)
     model.eval().locality_injection()
     assert seen["names"] == list_models()
+    assert seen["public"] == models.__all__
+    assert seen["by_others"]
     assert Path(seen["file"]).is_relative_to(site)
     assert seen["module"] == "repmlpnet.repmlpnet"
     assert largest_difference(model(torch.ones(1, 3, 16, 16)), torch.tensor(seen["logits"])) < 1e-6
@@ -226,7 +232,8 @@ def setuptools_version() -> int:
 def test_pip_installs_the_package(tmp_path: Path) -> None:
     source, site = tmp_path / "source", tmp_path / "site"
     shutil.copytree(ROOT / "models", source / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", source)
+    for name in ("pyproject.toml", "repmlpnet.py"):  # the module of that name stays in the clone
+        shutil.copy(ROOT / name, source)
     (source / "README.md").write_text("stands for the long one")
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(source)]

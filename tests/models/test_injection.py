@@ -54,7 +54,7 @@ def test_networks_of_any_shape(spec: RepMLPNetSpec, seed: int, scale: int) -> No
     seed=st.integers(0, 99),
 )
 def test_blocks_of_any_shape(h: int, w: int, share_sets: int, branches: tuple[int, ...], seed: int) -> None:
-    block = randomised(RepMLPBlock(16, h, w, share_sets, branches), seed).eval()
+    block = randomised(RepMLPBlock(16, h, w, share_sets=share_sets, branches=branches), seed).eval()
     x = random_tensor(2, 16, 2 * h, w, seed=seed)
     with torch.no_grad():
         expected = block(x)

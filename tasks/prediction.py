@@ -1,0 +1,113 @@
+"""Classification of images by a trained network, for `tools/predict.py` and as MMPretrain's `inference_model`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image, fromarray
+from torch import Tensor, nn
+
+import data
+from data.decode import decode_rgb
+from models import get_model
+from models.build import FAMILIES
+
+from .inference import default_device
+
+CLASSIFIERS = tuple(family.network for family in FAMILIES)
+
+
+def normalization(dataset: str | None, dtype: torch.dtype = torch.float32) -> data.Normalize:
+    """Returns the normalization of the images of a data set; of those of ImageNet where none is named.
+
+    Raises:
+        ValueError: there is no such data set.
+    """
+    name = dataset or "imagenet"
+    if name not in data.DATASETS:
+        raise ValueError(f"the network was trained on {name!r}, which is unknown here")
+    return data.Normalize(data.DATASETS[name].mean, data.DATASETS[name].std, dtype=dtype)
+
+
+def read_image(path: Path) -> Image:
+    """Returns the image of a file in RGB.
+
+    Raises:
+        OSError, ValueError: it can't be read.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device may never end
+        raise ValueError("is no regular file")
+    with path.open("rb") as file:
+        return decode_rgb(file)
+
+
+@torch.inference_mode()
+def probabilities(model: nn.Module, pixels: Tensor, normalize: data.Normalize) -> Tensor:
+    """Classifies images (N, 3, H, W) of uint8: returns the probabilities (N, classes), on the CPU.
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    answers: Tensor = model(normalize(pixels.to(next(model.parameters()).device))).float().softmax(1).cpu()
+    if not answers.isfinite().all():
+        raise ValueError("the network's answers are not finite: these weights are of no use in float32")
+    return answers
+
+
+def inference_model(
+    model: str | nn.Module,
+    image: str | Path | np.ndarray | Image,
+    *,
+    pretrained: bool | str | Path = True,
+    device: str | torch.device | None = None,
+    classes: Sequence[str] | None = None,
+    crop: bool = False,
+) -> dict[str, Any]:
+    """Classifies one image, as MMPretrain's function of that name.
+
+    The image is resized and normalised as in `test.py`, for the data set that the network's checkpoint names, else for
+    ImageNet. MMPretrain also crops; `crop=True` does the same.
+
+    Args:
+        model: a classifier, which is put into evaluation mode, or a name for `get_model`.
+        image: a file, an image of Pillow, or an array (H, W, 3) of uint8 in RGB, not in MMPretrain's BGR.
+        pretrained: the file of the weights, where `model` is a name.
+        device: to compute on; None for that of the model, or where it is a name for the GPU if there is one.
+        classes: the names of all classes; None takes their numbers.
+        crop: resize to 256/224 of the size, then crop.
+
+    Returns:
+        `pred_class`, the name of the likeliest class; `pred_label`, its number; `pred_score`, its probability; and
+        `pred_scores`, the probabilities of all classes, an array (classes,) of float32.
+
+    Raises:
+        OSError, ValueError: the image or the weights can't be read, the number of names is wrong, or the answers are
+            not finite.
+    """
+    if isinstance(model, str):
+        model = get_model(model, pretrained, device or default_device())
+    if not isinstance(model, CLASSIFIERS) or not model.num_classes:
+        raise ValueError(f"inference_model takes a network of get_model, with a head, not a {type(model).__name__}")
+    weight = next(model.to(device).eval().parameters())
+    normalize = normalization(model.dataset, weight.dtype).to(weight.device)
+    pixels = data.eval_transform(model.img_size, crop=crop)(_rgb(image))
+    scores = probabilities(model, pixels[None], normalize)[0]
+    if classes is not None and len(classes) != len(scores):
+        raise ValueError(f"classes has {len(classes)} names, the network has {len(scores)} classes")
+    label = int(scores.argmax())
+    return {
+        "pred_scores": scores.numpy(),
+        "pred_label": label,
+        "pred_score": float(scores[label]),
+        "pred_class": str(label) if classes is None else classes[label],
+    }
+
+
+def _rgb(image: str | Path | np.ndarray | Image) -> Image:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an array of an image is (H, W, 3) of uint8, not {image.shape} of {image.dtype}")
+        return fromarray(image)
+    return image.convert("RGB") if isinstance(image, Image) else read_image(Path(image))
