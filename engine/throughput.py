@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import RepMLPNet
+from models.folding import count_batch_norms, fold_verified
 from models.fusion import fuse_verified
 from models.reparam import is_reparameterizable, to_deploy
 
@@ -18,7 +19,10 @@ from .run import Run, open_log
 
 
 def measure_throughput(run: Run) -> None:
-    """Times a network with fresh weights: in training structure, in deploy structure, and fused for inference."""
+    """Times a network with fresh weights: in training structure, in deploy structure, and without BatchNorms.
+
+    A RepMLPNet is fused for inference; of any other network, the BatchNorms behind convolutions are folded.
+    """
     cfg, task, device = run.cfg, run.task, run.rank_info.device
     with open_log(run, task.arch) as logger:
         if cfg.MODEL.RESUME:
@@ -33,6 +37,14 @@ def measure_throughput(run: Run) -> None:
         if isinstance(network, RepMLPNet):  # fused, it computes in the dtype of its weights
             dtype = run.dtype or images.dtype
             forms.append(("fused for inference", fuse_verified(network).to(dtype), images.to(dtype), nullcontext()))
+        elif count_batch_norms(forms[-1][1]):
+            name, form, *_ = forms[-1]
+            try:
+                folded = fold_verified(form, size)
+                kept, count = count_batch_norms(folded), count_batch_norms(form)
+                forms.append((f"{name}, {count - kept} of {count} BatchNorms folded", folded, images, precision))
+            except ValueError as error:
+                logger.warning(f"{error}; it is timed as it is")
         for name, form, inputs, context in forms:
             speed = throughput(compile_network(form, cfg), inputs, context)
             logger.info(f"{task.arch} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
