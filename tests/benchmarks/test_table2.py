@@ -1,4 +1,4 @@
-"""The comparison of the paper with tiny networks: every form is checked and timed, segmentation networks are counted."""
+"""The comparison of the paper with tiny networks: forms are checked and timed, segmentation networks counted."""
 
 import json
 
