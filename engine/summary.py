@@ -97,12 +97,13 @@ def reported_table(rows: Iterable[Reported]) -> str:
 
     Segmentation networks are left out, with a note, where segmentation-models-pytorch is not installed.
     """
-    lines, notes = [], []
+    lines: list[dict[str, Any]] = []
+    notes: dict[str, list[str]] = {}  # what each is for
     for row in rows:
         try:
             ours = count_reported(row)
         except ValueError as error:
-            notes.append(f"{row.name} ({row.source}) is not counted: {error}")
+            notes.setdefault(f"not counted, {error}", []).append(f"{row.name} ({row.source})")
             continue
         parameters, operations = ours.training.parameters / 1e6, ours.deploy.multiply_adds / 1e9
         equal = agrees(parameters, row.parameters) and agrees(operations, row.multiply_adds)
@@ -114,8 +115,9 @@ def reported_table(rows: Iterable[Reported]) -> str:
             | {"published_added": f"{int(row.added):,}" if row.added else None}
         )
         if row.note:
-            notes.append(f"{row.name} ({row.source}): {row.note}")
-    return "\n".join([table(lines, REPORTED_COLUMNS), *([""] if notes else []), *notes])
+            notes.setdefault(row.note, []).append(f"{row.name} ({row.source})")
+    explained = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
+    return "\n".join([table(lines, REPORTED_COLUMNS), *([""] if notes else []), *explained])
 
 
 def _verdict(row: Reported, equal: bool) -> str:
