@@ -8,7 +8,7 @@ from torch import nn
 
 from models.counts import OTHERS, Counts, count_parts
 from models.reparam import is_reparameterizable, to_deploy
-from models.reported import REPORTED, Reported, agrees, count_reported
+from models.reported import PAPERS, REPORTED, Reported, agrees, count_reported
 from utils.text import table
 
 from .run import Run
@@ -117,7 +117,7 @@ def reported_table(rows: Iterable[Reported]) -> str:
         if row.note:
             notes.setdefault(row.note, []).append(f"{row.name} ({row.source})")
     explained = [f"{'; '.join(names)}: {note}" for note, names in notes.items()]
-    return "\n".join([table(lines, REPORTED_COLUMNS), *([""] if notes else []), *explained])
+    return "\n".join([table(lines, REPORTED_COLUMNS), "", *explained, PAPERS])
 
 
 def _verdict(row: Reported, equal: bool) -> str:

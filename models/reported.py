@@ -17,6 +17,7 @@ from .counts import Counts, count
 from .reparam import is_reparameterizable, to_deploy
 from .segmentation import SegmentationNetwork
 
+PAPERS = "P1: arXiv:2105.01883, P2: arXiv:2112.11081"
 README, MMPRETRAIN, CIFAR, TABLE2 = "P2, its README", "P2, MMPretrain", "P2, CIFAR-100", "P2, Table 2"
 TABLE4, TABLE5, CITYSCAPES = "P2, Table 4", "P2, Table 5", "P2, Cityscapes"
 P1 = "P1"
@@ -111,7 +112,7 @@ def agrees(ours: float, printed: str) -> bool:
 
 
 FOLDED = "{} M in the deploy structure with convolutions' BatchNorms folded, cut off; this gives all six sizes"
-ELEMENTWISE = "of the training structure, with BatchNorm and other operations element by element"
+ELEMENTWISE = "fits a count of the training structure with BatchNorm and all else that works element by element"
 MORE_SETS = {"share_sets": [2, 8, 32, 256]}
 RULE = "the paper's own rule for CIFAR-100, kernels and BatchNorms of the branches, gives ours"
 CONV3 = {"downsample": "conv3", "rank": 1}

@@ -42,7 +42,7 @@ def test_verdicts() -> None:
     )
     lines = reported_table([*rows, wrong]).splitlines()
     assert [line.split()[-1] for line in lines[2:7]] == ["equal", "equal", "equal", "equal", "differs"]
-    assert lines[-1] == "RepMLPNet-C100, branches=[1] (P2, CIFAR-100): why"
+    assert lines[-2] == "RepMLPNet-C100, branches=[1] (P2, CIFAR-100): why"
     assert lines[3].split()[-4:] == ["720", "720", "60.73", "equal"]
 
 
