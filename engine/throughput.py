@@ -4,6 +4,7 @@ import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from logging import Logger
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from models.reparam import is_reparameterizable, to_deploy
 from .parallel import compile_network
 from .precision import autocast
 from .run import Run, open_log
+from .task import Size
 
 
 def measure_throughput(run: Run) -> None:
@@ -38,16 +40,24 @@ def measure_throughput(run: Run) -> None:
             dtype = run.dtype or images.dtype
             forms.append(("fused for inference", fuse_verified(network).to(dtype), images.to(dtype), nullcontext()))
         elif count_batch_norms(forms[-1][1]):
-            name, form, *_ = forms[-1]
-            try:
-                folded = fold_verified(form, size)
-                kept, count = count_batch_norms(folded), count_batch_norms(form)
-                forms.append((f"{name}, {count - kept} of {count} BatchNorms folded", folded, images, precision))
-            except ValueError as error:
-                logger.warning(f"{error}; it is timed as it is")
+            forms += [(*form, images, precision) for form in _folded(*forms[-1][:2], size, logger)]
         for name, form, inputs, context in forms:
             speed = throughput(compile_network(form, cfg), inputs, context)
             logger.info(f"{task.arch} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
+
+
+def _folded(name: str, network: nn.Module, size: Size, logger: Logger) -> list[tuple[str, nn.Module]]:
+    """Returns the name and network of the form with folded BatchNorms, or nothing, and logs why."""
+    try:
+        folded = fold_verified(network, size)
+    except ValueError as error:
+        logger.warning(f"{error}; it is timed as it is")
+        return []
+    before, after = count_batch_norms(network), count_batch_norms(folded)
+    if before == after:
+        logger.info(f"none of the {before} BatchNorms reads a convolution alone: they can't be folded")
+        return []
+    return [(f"{name}, {before - after} of {before} BatchNorms folded", folded)]
 
 
 @dataclass(frozen=True)
