@@ -250,7 +250,7 @@ def test_throughput_of_a_network_with_one_structure(call, tmp_path):
     result = call("main_repmlp.py", *options.split())
     assert result.status == 0, result.err
     assert result.out.count(" img/s (slowest") == 2
-    assert re.search(r"training structure, 12 of 12 BatchNorms folded, batch 2, .*: [\d.]+ img/s", result.out)
+    assert re.search(r"training structure, 14 of 14 BatchNorms folded, batch 2, .*: [\d.]+ img/s", result.out)
 
 
 def test_throughput_of_a_network_that_cannot_be_traced(call, tmp_path, monkeypatch):
