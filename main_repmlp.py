@@ -1,4 +1,4 @@
-"""Trains, evaluates (`--eval`) or times (`--throughput`) a network, in one process or by torchrun or srun in many."""
+"""Trains, evaluates (`--eval`), times (`--throughput`) or counts (`--summary`) a network, in one process or many."""
 
 if __name__ == "__main__":  # the imports below take seconds
     from utils.interrupt import end_on_interrupt
@@ -13,6 +13,7 @@ from configs import changed_settings
 from configs.command_line import parse
 from engine.evaluate import evaluate_checkpoint
 from engine.run import Run
+from engine.summary import summarize
 from engine.throughput import measure_throughput
 from engine.train import train
 from models import list_models
@@ -29,6 +30,7 @@ examples:
   torchrun --nproc_per_node 8 main_repmlp.py --cfg configs/repmlpnet_t224_100ep.yaml --data-path IMAGENET --tag first
   python main_repmlp.py --eval --resume WEIGHTS.pth --data-path IMAGENET
   python main_repmlp.py --throughput --arch RepMLPNet-T224 --batch-size 16
+  python main_repmlp.py --summary --arch RepMLPNet-T224
   python main_repmlp.py --cfg configs/cityscapes_upernet_d256.yaml --data-path CITYSCAPES --pretrained WEIGHTS.pth
   python main_repmlp.py --data-path digits --arch RepMLPNet-Digits --opts TRAIN.EPOCHS 20 TRAIN.BASE_LR 0.01
 Every key that --opts sets is explained in configs/defaults.py.
@@ -39,7 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs what the command line asks for."""
     options = parse(argv, description=__doc__, epilog=EPILOG)
     cfg, rank_info = options.config, distributed.init(options.local_rank)
-    mode = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_checkpoint if cfg.EVAL_MODE else train
+    modes = (
+        (cfg.THROUGHPUT_MODE, measure_throughput),
+        (cfg.SUMMARY_MODE, summarize),
+        (cfg.EVAL_MODE, evaluate_checkpoint),
+        (True, train),
+    )
+    mode = next(function for chosen, function in modes if chosen)
     try:
         task = TASKS[cfg.TASK](cfg, rank_info)
         mode(Run(task, options.given, options.notices, partial(changed_settings, cfg=cfg)))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from utils import cli
+from utils.text import Column, table
 
 from .roofline import Roofline
 
@@ -160,19 +161,6 @@ def check(name: str, difference: float, tolerance: float) -> float:
     if not difference <= tolerance:
         raise ValueError(f"{name} is wrong: it differs from the float64 result by {difference:.2g} (> {tolerance:g})")
     return difference
-
-
-Column = tuple[str, str, str]  # header, key of the row, format
-
-
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
-    """Returns rows as text; the first column is set flush left, and a value that a row lacks is a dash."""
-    cells = [[header for header, _, _ in columns]]
-    cells += [[format(row[key], form) if row.get(key) is not None else "-" for _, key, form in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
-    lines = ["  ".join([line[0].ljust(widths[0]), *padded[1:]]) for line, padded in zip(cells, aligned, strict=True)]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def parser(description: str | None, rounds: int = 10) -> cli.Parser:

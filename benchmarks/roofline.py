@@ -1,19 +1,16 @@
 """The limits of a machine, measured, and the work of a network, counted."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from models import RepMLPNet
+from models.counts import count
 
 # Sides of the square products that are tried. Larger ones are no faster, and take long.
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
@@ -74,32 +71,14 @@ def _fastest(run: Callable[[], Tensor], now: Callable[[], float], seconds: float
     return max(min(times), 1e-9)
 
 
-def _product_flops(_sum: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
-    """Returns the FLOPs of a sum (..., m, n) += a (..., m, k) @ b (..., k, n), from the shapes."""
-    return 2 * math.prod(a) * b[-1]
-
-
-# Products into a sum that is there already, which torch's counter does not know.
-IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
-
-
-@torch.no_grad()
 def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Returns the FLOPs (two for a multiply-add) of the products and convolutions in one forward pass.
-
-    Counted on fake tensors, which have a shape and a device but no content. Element-wise work is not counted.
+    """Returns the FLOPs, two for each of the multiply-adds of `models.counts`, in one forward pass.
 
     Args:
         model: on any device; not changed.
         shape: of the input, (N, 3, H, W).
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    example = next(t for t in tensors if t.is_floating_point())
-    fake = FakeTensorMode()
-    copy = deepcopy(model, {id(t): fake.from_tensor(t) for t in tensors})
-    with fake, FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        copy(torch.empty(shape, device=example.device, dtype=example.dtype))
-    return counter.get_total_flops()
+    return 2 * count(model, shape).multiply_adds
 
 
 def stage_elements(model: nn.Module, size: tuple[int, int]) -> int:

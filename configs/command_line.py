@@ -43,6 +43,10 @@ FLAGS: dict[str, tuple[str, dict]] = {
         "THROUGHPUT_MODE",
         {"action": "store_true", "help": "measure images per second instead of training"},
     ),
+    "--summary": (
+        "SUMMARY_MODE",
+        {"action": "store_true", "help": "print parameters and multiply-adds, by part, instead of training"},
+    ),
 }
 APEX_LEVELS = {"O0": "off", "O1": "fp16", "O2": "fp16"}
 

@@ -220,6 +220,24 @@ CONFLICTS = (
         "a run does one of the two; give either EVAL_MODE or THROUGHPUT_MODE",
     ),
     Conflict(
+        ("SUMMARY_MODE", "EVAL_MODE"),
+        lambda summary, evaluate: summary and evaluate,
+        "a run does one of the two; give either SUMMARY_MODE or EVAL_MODE",
+    ),
+    Conflict(
+        ("SUMMARY_MODE", "THROUGHPUT_MODE"),
+        lambda summary, throughput: summary and throughput,
+        "a run does one of the two; give either SUMMARY_MODE or THROUGHPUT_MODE",
+    ),
+    *(
+        Conflict(
+            ("SUMMARY_MODE", weights),
+            lambda summary, path: summary and path,
+            f"a summary needs no weights, it counts the network of the configuration; leave {weights} out",
+        )
+        for weights in ("MODEL.RESUME", "MODEL.PRETRAINED")
+    ),
+    Conflict(
         ("EVAL_MODE", "MODEL.PRETRAINED"),
         lambda evaluate, pretrained: evaluate and pretrained,
         "MODEL.PRETRAINED starts a training; give the checkpoint to evaluate as MODEL.RESUME",
@@ -300,7 +318,7 @@ def check(settings: Mapping[str, Setting]) -> None:
     for key in unused_keys(task):
         if settings[key].value != DEFAULTS[key]:  # by value: the configuration that a run writes gives every key
             raise ValueError(f"{_show(key, settings)}: TASK {task} does not use {key}; leave it out")
-    training = not (settings["EVAL_MODE"].value or settings["THROUGHPUT_MODE"].value)
+    training = not any(settings[mode].value for mode in ("EVAL_MODE", "THROUGHPUT_MODE", "SUMMARY_MODE"))
     for keys, clash, remedy in CONFLICTS + (TRAINING_CONFLICTS if training else ()):
         if clash(*(settings[key].value for key in keys)):
             raise ValueError(f"{' with '.join(_show(key, settings) for key in keys)}: {remedy}")

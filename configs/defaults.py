@@ -297,6 +297,8 @@ _C.SEED = 0
 _C.EVAL_MODE = False
 # Whether to measure images per second instead of training.
 _C.THROUGHPUT_MODE = False
+# Whether to print the parameters and multiply-adds of the network, by part, instead of training; reads no images.
+_C.SUMMARY_MODE = False
 
 # The types of keys whose default does not tell: null, or text that is a path.
 SPECIAL: dict[str, FieldType] = {

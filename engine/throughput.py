@@ -4,20 +4,26 @@ import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from logging import Logger
 
 import torch
 from torch import Tensor, nn
 
+from models.folding import count_batch_norms, fold_verified
 from models.fusion import fuse_verified, is_fusible
 from models.reparam import is_reparameterizable, to_deploy
 
 from .parallel import compile_network
 from .precision import autocast
 from .run import Run, open_log
+from .task import Size
 
 
 def measure_throughput(run: Run) -> None:
-    """Times a network with fresh weights: in training structure, in deploy structure, and fused for inference."""
+    """Times a network with fresh weights: in training structure, in deploy structure, and without BatchNorms.
+
+    A RepMLPNet is fused for inference; of any other network, the BatchNorms behind convolutions are folded.
+    """
     cfg, task, device = run.cfg, run.task, run.rank_info.device
     with open_log(run, task.arch) as logger:
         if cfg.MODEL.RESUME:
@@ -34,9 +40,25 @@ def measure_throughput(run: Run) -> None:
         if is_fusible(network):  # fused, it computes in the dtype of its weights
             dtype = run.dtype or images.dtype
             forms.append(("fused for inference", fuse_verified(network).to(dtype), images.to(dtype), nullcontext()))
+        elif count_batch_norms(forms[-1][1]):
+            forms += [(*form, images, precision) for form in _folded(*forms[-1][:2], size, logger)]
         for name, form, inputs, context in forms:
             speed = throughput(compile_network(form, cfg), inputs, context)
             logger.info(f"{task.arch} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
+
+
+def _folded(name: str, network: nn.Module, size: Size, logger: Logger) -> list[tuple[str, nn.Module]]:
+    """Returns the name and network of the form with folded BatchNorms, or nothing, and logs why."""
+    try:
+        folded = fold_verified(network, size)
+    except ValueError as error:
+        logger.warning(f"{error}; it is timed as it is")
+        return []
+    before, after = count_batch_norms(network), count_batch_norms(folded)
+    if before == after:
+        logger.info(f"none of the {before} BatchNorms reads a convolution alone: they can't be folded")
+        return []
+    return [(f"{name}, {before - after} of {before} BatchNorms folded", folded)]
 
 
 @dataclass(frozen=True)

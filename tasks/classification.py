@@ -29,7 +29,7 @@ class Classification(Task):
         Raises:
             ValueError: `train` or `val` has more classes.
         """
-        if self.cfg.THROUGHPUT_MODE:  # reads no images
+        if self.cfg.THROUGHPUT_MODE or self.cfg.SUMMARY_MODE:  # which read no images
             return self.cfg.MODEL.NUM_CLASSES or IMAGENET_CLASSES
         found, val = len(self.train_source.classes), len(self.val_source.classes)
         wanted = self.cfg.MODEL.NUM_CLASSES or found

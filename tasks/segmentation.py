@@ -55,7 +55,7 @@ class Segmentation(Task):
 
     def num_outputs(self) -> int:
         """Returns the number of classes of the masks."""
-        if self.cfg.THROUGHPUT_MODE:  # reads no images
+        if self.cfg.THROUGHPUT_MODE or self.cfg.SUMMARY_MODE:  # which read no images
             return len(CITYSCAPES)
         return len(self.train_source.classes)
 

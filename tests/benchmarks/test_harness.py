@@ -103,13 +103,6 @@ def test_summary() -> None:
     assert "fraction" not in unknown
 
 
-def test_table_is_aligned() -> None:
-    text = harness.table(
-        [{"name": "a", "x": 1.234}, {"name": "longer", "x": None}], [("form", "name", "s"), ("x", "x", ".1f")]
-    )
-    assert text.splitlines() == ["form      x", "-----------", "a       1.2", "longer    -"]
-
-
 @pytest.mark.parametrize("difference", [1e-3, math.inf, math.nan])
 def test_a_wrong_result_stops_the_run(difference) -> None:
     with pytest.raises(ValueError, match="fused is wrong"):

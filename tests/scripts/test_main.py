@@ -249,7 +249,43 @@ def test_throughput_of_a_network_with_one_structure(call, tmp_path):
     options = f"--throughput --arch resnet10t --batch-size 2 --output {tmp_path} --opts DATA.IMG_SIZE 32"
     result = call("main_repmlp.py", *options.split())
     assert result.status == 0, result.err
+    assert result.out.count(" img/s (slowest") == 2
+    assert re.search(r"training structure, 14 of 14 BatchNorms folded, batch 2, .*: [\d.]+ img/s", result.out)
+
+
+def test_throughput_of_a_network_that_cannot_be_traced(call, tmp_path, monkeypatch):
+    def refuse(*_args):
+        raise ValueError("a ResNet can't be traced to fold its BatchNorms")
+
+    monkeypatch.setattr("engine.throughput.fold_verified", refuse)
+    options = f"--throughput --arch resnet10t --batch-size 2 --output {tmp_path} --opts DATA.IMG_SIZE 32"
+    result = call("main_repmlp.py", *options.split())
+    assert result.status == 0, result.err
     assert result.out.count(" img/s (slowest") == 1
+    assert "warning: a ResNet can't be traced to fold its BatchNorms; it is timed as it is" in result.out
+
+
+def test_summary_of_both_structures(call, tmp_path):
+    result = call("main_repmlp.py", *f"--summary --arch {ARCH} --output {tmp_path / 'absent'}".split())
+    assert (result.status, result.err) == (0, "")
+    rows = {line.split()[0]: line.split()[1:] for line in result.out.splitlines() if line[-3:].isdecimal()}
+    assert rows["all"] == ["205,464", "205,848", "2,678,272", "2,616,832"]
+    assert rows["head"][:2] == ["65,000", "65,000"]
+    assert not (tmp_path / "absent").exists()
+
+
+def test_summary_of_a_changed_structure(call):
+    words = f"--summary --arch {ARCH} --opts MODEL.BRANCHES [] MODEL.NUM_CLASSES 10 DATA.IMG_SIZE [32,16]".split()
+    result = call("main_repmlp.py", *words)
+    assert (result.status, result.err) == (0, "")
+    assert f"{ARCH}, 10 outputs, images of 32x16" in result.out
+    assert "local branches" not in result.out
+
+
+def test_summary_beside_the_published_figures(call):
+    result = call("main_repmlp.py", *["--summary", "--arch", "RepMLP-Res50-bottleneck-224"])
+    assert (result.status, result.err) == (0, "")
+    assert re.search(r"RepMLP-Res50-bottleneck-224 +P1 +41\.071 +40\.872 +41\.07 +3\.891 .*equal", result.out)
 
 
 @pytest.mark.parametrize(("level", "amp"), [("O0", "off"), ("O1", "fp16"), ("O2", "fp16")])

@@ -148,3 +148,13 @@ def test_throughput_looks_at_no_images(task, call, tmp_path):
     assert "warning: MODEL.RESUME is ignored: speed is measured with fresh weights" in result.out
     rates = re.findall(r"(training|deploy) structure, batch 4, 1 threads: [\d.]+ img/s", result.out)
     assert rates == ["training", "deploy"]
+
+
+def test_a_summary_looks_at_no_images(task, call, tmp_path):
+    result = call("main_repmlp.py", *task.words(tmp_path / "output", flags="--summary", images=tmp_path / "absent"))
+    assert (result.status, result.err) == (0, "")
+    counted = [int(number.replace(",", "")) for number in re.findall(r"^all +(.*)$", result.out, re.M)[0].split()]
+    before, after, operations, operations_after = counted
+    assert before != after
+    assert operations >= operations_after > 0
+    assert not (tmp_path / "output").exists()

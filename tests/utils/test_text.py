@@ -1,11 +1,11 @@
-"""Text of unknown origin, printed on one line."""
+"""Text of unknown origin on one line, and tables."""
 
 import os
 import sys
 
 import pytest
 
-from utils.text import printable, shortened
+from utils.text import printable, shortened, table
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,8 @@ def test_every_character_becomes_printable_and_the_printable_ones_stay():
 def test_long_text_keeps_its_ends():
     assert shortened("x" * 200) == "x" * 200
     assert shortened("a" * 500 + "b" * 500) == "a" * 100 + " ... " + "b" * 100
+
+
+def test_table_is_aligned() -> None:
+    text = table([{"name": "a", "x": 1.234}, {"name": "longer", "x": None}], [("form", "name", "s"), ("x", "x", ".1f")])
+    assert text.splitlines() == ["form      x", "-----------", "a       1.2", "longer    -"]
