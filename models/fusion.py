@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import register_flop_formula
 
-from .layers import ConvNorm
+from .layers import ConvNorm, product_for_onnx
 from .reparam import fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
 from .repmlpnet import GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_size
 
@@ -74,11 +74,13 @@ class FusedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.weight, self.bias = _constant(weight), _constant(bias[:, None])
+        self.weight, self.bias = _constant(weight), _constant(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(in, n) -> (out, n)."""
-        return torch.addmm(self.bias, self.weight, x)
+        if torch.onnx.is_in_onnx_export():
+            return product_for_onnx(x, self.weight, self.bias)
+        return torch.addmm(self.bias[:, None], self.weight, x)
 
 
 class FusedGate(nn.Module):
@@ -143,7 +145,7 @@ class FusedUnit(nn.Module):
 
     def _add_block(self, x: Tensor, partitions: int) -> None:
         channels, rows, positions = x.shape
-        out = torch.bmm(x.view(len(self.fc3), -1, positions), self.fc3).view_as(x)
+        out = self._fc3(x.view(len(self.fc3), -1, positions)).view_as(x)
         if self.gate is None:
             gate = x.new_ones(1, 1)
         else:
@@ -152,10 +154,20 @@ class FusedUnit(nn.Module):
         x.addcmul_(out, (gate * self.fc3_scale)[:, :, None])
         x.addcmul_(self.fc3_offset, gate[:, :, None])
 
+    def _fc3(self, maps: Tensor) -> Tensor:
+        """(S, m, h * w) -> (S, m, h * w)."""
+        if torch.onnx.is_in_onnx_export():
+            columns, kernel = (t.transpose(1, 2).flatten(0, 1) for t in (maps, self.fc3))
+            return product_for_onnx(columns, kernel).view(*self.fc3.shape[::2], -1).transpose(1, 2).contiguous()
+        return torch.bmm(maps, self.fc3)
+
     def _add_ffn(self, x: Tensor) -> None:
+        if torch.onnx.is_in_onnx_export():
+            x.add_(product_for_onnx(torch.ops.aten.gelu_(self.ffn1(x)), self.ffn2))
+            return
         plain = x.is_cuda or torch.compiler.is_exporting()  # an exported network must not need this package
         add_ffn = _add_ffn if plain else _add_ffn_in_pieces
-        add_ffn(x, self.ffn1.weight, self.ffn1.bias, self.ffn2)
+        add_ffn(x, self.ffn1.weight, self.ffn1.bias[:, None], self.ffn2)
 
 
 def _add_ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
