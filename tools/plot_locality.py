@@ -153,7 +153,7 @@ def draw(shown: Locality, title: str) -> bytes:
     figure = Figure(figsize=(9.4, 5.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (name, values) in zip(axes, panels.items(), strict=True):
-        image = axis.imshow(maps[name], cmap="viridis", vmin=0, vmax=largest)
+        image = axis.imshow(maps[name].numpy(), cmap="viridis", vmin=0, vmax=largest)
         _draw_points(axis, shown, values)
         means = [
             f"{float(values[where].abs().mean()):.3g} {part}"
