@@ -62,13 +62,13 @@ def to_onnx(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
         dynamo=True,
         external_data=False,
         verbose=False,
-        optimize=False,  # see below
+        optimize=False,  # done below
         input_names=["images"],
         output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     assert program is not None
-    # Without a limit of the size, so that every weight is a constant, as tools that quantize need, and none is computed.
+    # Tools that quantize need weights that are constants, not computed from constants: folded whatever their size.
     onnxscript.optimizer.optimize(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
     proto = program.model_proto
     _forget_shapes_of_constants(proto.graph)
