@@ -180,8 +180,8 @@ def _draw_points(axis: "Axes", shown: Locality, values: Tensor) -> None:
     k = shown.kernel_size
     axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor="red", linewidth=2, label=f"{k}x{k} kernel"))
     rows, columns = (where.tolist() for where in shown.marked(values).nonzero().T)
-    style = {"marker": "o", "color": "white", "markeredgecolor": "black", "markersize": 4, "linestyle": ""}
-    axis.plot(columns, rows, **style, label="outside, larger than the median within")
+    label = "outside, larger than the median within"
+    axis.plot(columns, rows, "o", color="white", markeredgecolor="black", markersize=4, label=label)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

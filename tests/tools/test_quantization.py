@@ -16,12 +16,12 @@ from tools import export
 pytestmark = pytest.mark.filterwarnings("default")
 ROOT = Path(__file__).parents[2]
 RECIPE = f"{ROOT}/configs/quickstart.yaml"
-MARGIN = 1.5  # points of top-1; the largest loss measured is of LARGEST of the 359 test images, each 0.28 points
+MARGIN = 1.5  # points of top-1; the largest loss measured is one of 359 test images, 0.28 points
 FORMS = {"plain": [], "fused": ["--fuse"]}
 
 
 @pytest.fixture(scope="module")
-def script():
+def program():
     """The program of the document, as a name space."""
     (code,) = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "docs/quantization.md").read_text(), re.MULTILINE | re.DOTALL
@@ -32,9 +32,9 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def task(script):
-    cfg = script["parse"](["--cfg", RECIPE]).config
-    return script["TASKS"][cfg.TASK](cfg, script["RankInfo"](0, 1, 0, script["CPU"]))
+def task(program):
+    cfg = program["parse"](["--cfg", RECIPE]).config
+    return program["TASKS"][cfg.TASK](cfg, program["RankInfo"](0, 1, 0, program["CPU"]))
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def top1(printed):
     return [float(figure) for figure in re.findall(r"Acc@1 ([\d.]+)", printed)]
 
 
-def test_the_documented_program_keeps_the_accuracy(exported, script, capsys, tmp_path):
-    script["main"](str(exported), str(tmp_path / "quantized.onnx"), "--cfg", RECIPE)
+def test_the_documented_program_keeps_the_accuracy(exported, program, capsys, tmp_path):
+    program["main"](str(exported), str(tmp_path / "quantized.onnx"), "--cfg", RECIPE)
     before, after = top1(capsys.readouterr().out)
     assert before > 90
     assert after > before - MARGIN
@@ -81,19 +81,19 @@ def test_the_documented_program_keeps_the_accuracy(exported, script, capsys, tmp
     ],
 )
 def test_every_tool_takes_the_file_with_and_without_preparation(
-    exported, prepared, per_channel, script, task, tmp_path
+    exported, prepared, per_channel, program, task, tmp_path
 ):
-    source, size = exported, script["Network"](exported).image_size
+    source, size = exported, program["Network"](exported).image_size
     if prepared:
         source = tmp_path / "prepared.onnx"
         quant_pre_process(exported, source)
     static, dynamic = tmp_path / "static.onnx", tmp_path / "dynamic.onnx"
-    quantize_static(source, static, script["Calibration"](task, size), per_channel=per_channel)
+    quantize_static(source, static, program["Calibration"](task, size), per_channel=per_channel)
     quantize_dynamic(source, dynamic, per_channel=per_channel)
-    before = script["accuracy"](exported, task).top1
+    before = program["accuracy"](exported, task).top1
     for path in (static, dynamic):
-        assert script["accuracy"](path, task).top1 > before - MARGIN, path.name
-        assert script["Network"](path)(torch.zeros(1, 3, *size)).shape == (1, 10)
+        assert program["accuracy"](path, task).top1 > before - MARGIN, path.name
+        assert program["Network"](path)(torch.zeros(1, 3, *size)).shape == (1, 10)
 
 
 def test_weights_are_constants_and_none_is_left_of_a_product(exported):
@@ -109,8 +109,8 @@ def test_weights_are_constants_and_none_is_left_of_a_product(exported):
     assert not {value.name for value in graph.value_info} & constants.keys()
 
 
-def test_the_kernels_of_the_fc_have_a_scale_for_each_output(exported, script, task, tmp_path):
-    quantize_static(exported, tmp_path / "q.onnx", script["Calibration"](task, (16, 16), batches=1), per_channel=True)
+def test_the_kernels_of_the_fc_have_a_scale_for_each_output(exported, program, task, tmp_path):
+    quantize_static(exported, tmp_path / "q.onnx", program["Calibration"](task, (16, 16), batches=1), per_channel=True)
     graph = onnx.load(tmp_path / "q.onnx").graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     of_kernel = {
