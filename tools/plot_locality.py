@@ -41,12 +41,14 @@ class Locality(NamedTuple):
         after: those of the FC that equals FC3 and the branches.
         point: (y, x) of the output.
         kernel_size: of the largest local kernel.
+        kernel: which kernel of the block it is, in words.
     """
 
     before: Tensor
     after: Tensor
     point: tuple[int, int]
     kernel_size: int
+    kernel: str
 
     @property
     def within(self) -> Tensor:
@@ -127,7 +129,10 @@ def locality(
         if not 0 <= value < count:
             raise ValueError(f"{flag} is {value}: the block has {count}, give 0 to {count - 1}")
     at = output_channel, y, x, input_channel
-    return Locality(before[at], after[at], (y, x), max(block.branches))
+    kernel = f"share-set {output_channel}"
+    if inputs > 1:
+        kernel = f"output channel {output_channel}, input channel {input_channel} of its group"
+    return Locality(before[at], after[at], (y, x), max(block.branches), kernel)
 
 
 def log_magnitudes(values: Tensor) -> Tensor:
@@ -195,8 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, checkpoint, network = load_checkpoint(args.weights, args.arch, args.ema)
     name, block = find_block(network.model, args.block)
     shown = locality(block, args.point and tuple(args.point), args.output_channel, args.input_channel)
-    channels = f"output channel {args.output_channel} (or share-set), input channel {args.input_channel}"
-    title = f"{network.arch}, {name}: FC kernel\n{channels}, output point (y, x) = {shown.point}"
+    title = f"FC kernel of {name}, {network.arch}\n{shown.kernel}, output point (y, x) = {shown.point}"
     content = draw(shown, title)
     write_atomically(args.save, lambda file: file.write(content))
     print(printable(f"{name} of {network.arch}, {checkpoint} -> {args.save}"))

@@ -49,6 +49,8 @@ def test_values_are_the_answers_of_the_block_before_and_after(kind, point):
     last, group = channels - 1, channels - inputs  # the last output channel, whose group begins here
     shown = locality(block, point, output_channel=last, input_channel=inputs - 1)
     assert shown.point == (point or (H // 2, W // 2))
+    assert shown.kernel_size == (5 if kind == "RepMLP-Res50" else 3)
+    assert shown.kernel == (f"share-set {last}" if inputs == 1 else "output channel 3, input channel 1 of its group")
     block = block.double()
     for fc_alone, values in ((True, shown.before), (False, shown.after)):
         expected = answers(block, channels, group + inputs - 1, shown.point, last, fc_alone)
@@ -59,7 +61,7 @@ def test_values_are_the_answers_of_the_block_before_and_after(kind, point):
 
 def test_points_within_the_kernel_and_large_ones_outside():
     values = torch.tensor([[1.0, -9.0, 5.0, -7.0], [2.0, 3.0, 4.0, 6.0], [0.0, 1.0, 1.0, 1.0]])
-    shown = Locality(values, values, (0, 1), 3)
+    shown = Locality(values, values, (0, 1), 3, "share-set 0")
     assert shown.within.tolist() == [[True, True, True, False]] * 2 + [[False] * 4]
     assert shown.marked(values).nonzero().tolist() == [[0, 3], [1, 3]]  # the median within is 3
 
@@ -76,7 +78,7 @@ def test_the_picture_is_small_also_where_nothing_is_outside():
     pytest.importorskip("matplotlib")
     for size in (3, 12):
         values = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-        assert draw(Locality(values, values, (1, 1), 5), "title").startswith(b"\x89PNG")
+        assert draw(Locality(values, values, (1, 1), 5, "share-set 0"), "title").startswith(b"\x89PNG")
 
 
 def test_a_picture_of_a_training_is_written(trained, call, tmp_path):
