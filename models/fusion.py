@@ -74,13 +74,13 @@ class FusedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.weight, self.bias = _constant(weight), _constant(bias)
+        self.weight, self.bias = _constant(weight), _constant(bias[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
         """(in, n) -> (out, n)."""
         if torch.onnx.is_in_onnx_export():
-            return product_for_onnx(x, self.weight, self.bias)
-        return torch.addmm(self.bias[:, None], self.weight, x)
+            return product_for_onnx(x, self.weight, self.bias.flatten())
+        return torch.addmm(self.bias, self.weight, x)
 
 
 class FusedGate(nn.Module):
@@ -167,7 +167,7 @@ class FusedUnit(nn.Module):
             return
         plain = x.is_cuda or torch.compiler.is_exporting()  # an exported network must not need this package
         add_ffn = _add_ffn if plain else _add_ffn_in_pieces
-        add_ffn(x, self.ffn1.weight, self.ffn1.bias[:, None], self.ffn2)
+        add_ffn(x, self.ffn1.weight, self.ffn1.bias, self.ffn2)
 
 
 def _add_ffn(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> None:
