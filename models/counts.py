@@ -140,7 +140,7 @@ def _multiply_adds(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     def total(name: str, module: nn.Module) -> int:
         """Returns what a module computes with its children, and notes what it computes without them."""
         inner = sum(total(f"{name}.{child}", m) for child, m in module.named_children())
-        whole = by_name.get(name, inner)  # a module that only holds others may never be called itself
+        whole: int = by_name.get(name, inner)  # a module that only holds others may never be called itself
         own[name.partition(".")[2]] += whole - inner
         return whole
 

@@ -172,11 +172,10 @@ class FusedRepMLPResNet(nn.Module):
         self.stem = FusedConv(stem.conv)
         stages = [model.get_submodule(info["module"]).children() for info in model.feature_info]
         self.blocks = nn.ModuleList(block for stage in stages for block in _fused_stage(stage))
+        weight: Tensor = torch.eye(model.num_features).to(stem.conv.weight)  # for the pooled features
+        bias: Tensor = weight.new_zeros(model.num_features)
         if isinstance(model.linear, nn.Linear):
             weight, bias = model.linear.weight, model.linear.bias
-        else:  # the pooled features
-            weight = torch.eye(model.num_features).to(stem.conv.weight)
-            bias = weight.new_zeros(model.num_features)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import register_flop_formula
 
 from .fused_resnet import FusedRepMLPResNet
-from .layers import ConvNorm
+from .layers import ConvNorm, product_for_onnx
 from .reparam import check_blocks, fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
 from .repmlp_resnet import RepMLPResNet
 from .repmlpnet import GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_size
@@ -51,7 +51,7 @@ def fuse_batch_norms(model: nn.Module) -> "Fused":
         raise ValueError(f"only a {known} can be fused, not a {type(model).__name__}")
     check_blocks(model)
     double = deepcopy(model).double()
-    fused = FUSED[type(model)](to_deploy(double) if is_reparameterizable(double) else double)
+    fused: Fused = FUSED[type(model)](to_deploy(double) if is_reparameterizable(double) else double)
     return fused.to(next(model.parameters()).dtype).eval()
 
 
@@ -86,6 +86,8 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(in, n) -> (out, n)."""
+        if torch.onnx.is_in_onnx_export():
+            return product_for_onnx(x, self.weight, self.bias.flatten())
         return torch.addmm(self.bias, self.weight, x)
 
 
@@ -151,7 +153,7 @@ class FusedUnit(nn.Module):
 
     def _add_block(self, x: Tensor, partitions: int) -> None:
         channels, rows, positions = x.shape
-        out = torch.bmm(x.view(len(self.fc3), -1, positions), self.fc3).view_as(x)
+        out = self._fc3(x.view(len(self.fc3), -1, positions)).view_as(x)
         if self.gate is None:
             gate = x.new_ones(1, 1)
         else:
@@ -160,7 +162,17 @@ class FusedUnit(nn.Module):
         x.addcmul_(out, (gate * self.fc3_scale)[:, :, None])
         x.addcmul_(self.fc3_offset, gate[:, :, None])
 
+    def _fc3(self, maps: Tensor) -> Tensor:
+        """(S, m, h * w) -> (S, m, h * w)."""
+        if torch.onnx.is_in_onnx_export():
+            columns, kernel = (t.transpose(1, 2).flatten(0, 1) for t in (maps, self.fc3))
+            return product_for_onnx(columns, kernel).view(*self.fc3.shape[::2], -1).transpose(1, 2).contiguous()
+        return torch.bmm(maps, self.fc3)
+
     def _add_ffn(self, x: Tensor) -> None:
+        if torch.onnx.is_in_onnx_export():
+            x.add_(product_for_onnx(torch.ops.aten.gelu_(self.ffn1(x)), self.ffn2))
+            return
         plain = x.is_cuda or torch.compiler.is_exporting()  # an exported network must not need this package
         add_ffn = _add_ffn if plain else _add_ffn_in_pieces
         add_ffn(x, self.ffn1.weight, self.ffn1.bias, self.ffn2)

@@ -40,6 +40,24 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def product_for_onnx(columns: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns the product of each of S kernels with its rows of `columns`, as a 1x1 convolution of S groups.
+
+    What an exported ONNX file holds in place of matrix products: tools that quantize take a convolution with a scale
+    for each output, but no kernel on the left of a product, nor a batch of kernels.
+
+    Args:
+        columns: (S * I, n).
+        kernel: (S * O, I).
+        bias: (S * O,) or None.
+
+    Returns:
+        (S * O, n), contiguous.
+    """
+    groups = len(columns) // kernel.shape[1]
+    return F.conv2d(columns[None, :, :, None], kernel[:, :, None, None], bias, groups=groups).view(len(kernel), -1)
+
+
 class GroupedFC(nn.Conv2d):
     """A fully-connected layer over the values of maps of one size, with a kernel for each group of C / groups channels.
 
@@ -57,6 +75,9 @@ class GroupedFC(nn.Conv2d):
     def apply_kernel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Does what `forward` does with another weight and bias, in the shapes of its own."""
         m, _, h, w = x.shape
+        if torch.onnx.is_in_onnx_export():
+            columns = product_for_onnx(x.flatten(1).t(), weight.flatten(1), bias)
+            return columns.t().reshape(m, -1, h, w)
         groups, values, dtype = self.groups, self.in_channels // self.groups, autocast_dtype(x)
         rows = x.reshape(m, groups, values).transpose(0, 1).to(dtype)
         kernel = weight.reshape(groups, -1, values).to(dtype)
@@ -147,6 +168,8 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, C, H, W) -> (1, O, H, W)."""
+        if torch.onnx.is_in_onnx_export():  # as in `product_for_onnx`
+            return super().forward(x)
         return torch.mm(self.weight.flatten(1), x.reshape(x.shape[1], -1)).view(1, -1, *x.shape[2:])
 
 

@@ -89,7 +89,7 @@ class PureMLPSpec:
     def size_step(self) -> int:
         """Of what the height and width of an image are multiples, so that partitions divide the maps."""
         side = 1 if self.is_convolution else self.partition
-        return max(side * 2**stage for stage in range(len(self.blocks)))
+        return side << (len(self.blocks) - 1)
 
 
 class PureMLP(StagedNetwork):

@@ -222,7 +222,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
         return fresh
 
 
-def _strides(arch: str, name: str, options: dict[str, int]) -> list[int]:
+def _strides(arch: str, name: str, options: dict[str, Any]) -> list[int]:
     """Returns the strides of the levels of an architecture, as `options` change them.
 
     Raises:

@@ -21,9 +21,10 @@ EXAMPLES = {
 }
 TESTS = "".join(path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py")))
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])}
-# Files that a document may name without their being there: what was removed, what the example adds, what a run writes.
+# Files that a document may name without their being there: what was removed, what an example adds, what a run writes.
 ABSENT = {
     "CHANGELOG.md": {"tools/train_segmentation.py", "tools/train_face.py"},
+    "docs/quantization.md": {"quantize.py"},
     "docs/extending.md": {"tasks/multilabel.py", "configs/digits_multilabel.yaml"},
     "README.md": {"config.yaml"},
 }

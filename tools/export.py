@@ -7,9 +7,11 @@ python -m tools.export output/RepMLPNet-Digits/quickstart/best_ckpt.pth digits.o
 """
 
 import io
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from tasks.inference import add_checkpoint_options, load_checkpoint, prepare
 from utils import cli
 from utils.files import check_target
 from utils.text import printable
+
+if TYPE_CHECKING:  # an extra, which need not be there
+    import onnx
 
 Program = Callable[[Tensor], Tensor]
 BATCH_SIZES = (2, 3)  # of the sample that is traced, and of the check
@@ -49,6 +54,7 @@ def to_onnx(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
     if missing:
         raise ValueError(f"exporting to ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
     import onnxruntime
+    import onnxscript.optimizer
 
     program = torch.onnx.export(
         model,
@@ -56,14 +62,27 @@ def to_onnx(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
         dynamo=True,
         external_data=False,
         verbose=False,
+        optimize=False,  # done below
         input_names=["images"],
         output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     assert program is not None
-    content = program.model_proto.SerializeToString()
+    # Tools that quantize need weights that are constants, not computed from constants: folded whatever their size.
+    onnxscript.optimizer.optimize(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+    proto = program.model_proto
+    _forget_shapes_of_constants(proto.graph)
+    content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+def _forget_shapes_of_constants(graph: "onnx.GraphProto") -> None:
+    """Removes, in place, what repeats the shapes of constants; it is wrong once a tool has transposed one."""
+    constants = {tensor.name for tensor in graph.initializer}
+    kept = [value for value in graph.value_info if value.name not in constants]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def to_pt2(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
