@@ -8,7 +8,7 @@ import timm
 from timm.models import PretrainedCfg
 from torch import nn
 
-from . import repmlp_resnet, repmlpnet, resmlp
+from . import mobilefacenet, repmlp_resnet, repmlpnet, resmlp
 from .variants import build_variant, changed_spec, parts_of, variant_name
 
 
@@ -32,6 +32,7 @@ FAMILIES = (
     Family(repmlpnet.RepMLPNet, repmlpnet.SPECS),
     Family(resmlp.ResMLP, resmlp.SPECS),
     Family(repmlp_resnet.RepMLPResNet, repmlp_resnet.SPECS),
+    Family(mobilefacenet.MobileFaceNet, mobilefacenet.SPECS),
 )
 REGISTRY = {name: family for family in FAMILIES for name in family.specs}
 _PUBLISHED_NAMES = {variant_name(name): name for name in REGISTRY}

@@ -75,8 +75,8 @@ def test_the_data_configuration_is_that_of_the_architecture(arch: str) -> None:
     cfg = timm.data.resolve_model_data_config(by_timm)
     assert cfg == timm.data.resolve_model_data_config(by_name)
     assert cfg["input_size"] == (3, *by_timm.img_size)
-    dataset = {"C100": "cf100", "Digits": "digits", "Shapes": "shapes", "FaceRes": None}.get(
-        arch.split("-")[1], "imagenet"
+    dataset = {"C100": "cf100", "Digits": "digits", "Shapes": "shapes", "FaceRes": None, "MobileFaceNet": None}.get(
+        arch.split("-")[-1], "imagenet"
     )
     expected = (DATASETS[dataset].mean, DATASETS[dataset].std) if dataset else ((0.5,) * 3, (0.5,) * 3)
     assert (tuple(cfg["mean"]), tuple(cfg["std"])) == tuple(map(tuple, expected))
