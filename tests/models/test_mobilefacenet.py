@@ -28,7 +28,7 @@ BOTTLENECKS += [[(128, 512, 128, 2)] + [(128, 256, 128, 1)] * 2]
 
 def test_the_layers_are_those_of_the_papers_table() -> None:
     with torch.device("meta"):
-        model, x = create_model("MobileFaceNet", 128, img_size=112), torch.empty(1, 3, 112, 112)
+        model, x = create_model("MobileFaceNet", 128, img_size=112).eval(), torch.empty(1, 3, 112, 112)
     maps = []
     for layer in (*model.stage0, model.stage1, model.stage2, model.stage3):
         x = layer(x)
