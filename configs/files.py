@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from utils.cli import did_you_mean
+from utils.text import shortened
 
 MAX_BYTES = 2**20  # of a file
 MAX_VALUES = 10_000  # of a file; an alias counts as the values that it stands for
@@ -94,7 +95,8 @@ def parse_yaml(content: bytes, place: str) -> Any:
         return yaml.load(content, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{place}{line}: {', '.join(filter(None, (error.context, error.problem)))}") from None
+        problem = shortened(", ".join(filter(None, (error.context, error.problem))))  # it may quote the file
+        raise ValueError(f"{place}{line}: {problem}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{place}: cannot be read as YAML: {' '.join(str(error).split())}") from None
 

@@ -3,6 +3,7 @@
 from .build import canonical_name, create_model, default_image_size, list_models
 from .dense import DenseBackbone, dense_backbone
 from .locality import add_local_branches
+from .mobilefacenet import MobileFaceNet, MobileFaceNetSpec
 from .published import (
     create_RepMLPNet_B224,
     create_RepMLPNet_B256,
@@ -23,6 +24,8 @@ from .version import __version__ as __version__
 __all__ = [
     "SPECS",
     "DenseBackbone",
+    "MobileFaceNet",
+    "MobileFaceNetSpec",
     "PureMLP",
     "PureMLPSpec",
     "RepMLP",

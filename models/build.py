@@ -8,7 +8,7 @@ import timm
 from timm.models import PretrainedCfg
 from torch import nn
 
-from . import pure_mlp, repmlp_resnet, repmlpnet, resmlp
+from . import mobilefacenet, pure_mlp, repmlp_resnet, repmlpnet, resmlp
 from .variants import build_variant, changed_spec, parts_of, variant_name
 
 
@@ -33,6 +33,7 @@ FAMILIES = (
     Family(resmlp.ResMLP, resmlp.SPECS),
     Family(repmlp_resnet.RepMLPResNet, repmlp_resnet.SPECS),
     Family(pure_mlp.PureMLP, pure_mlp.SPECS),
+    Family(mobilefacenet.MobileFaceNet, mobilefacenet.SPECS),
 )
 REGISTRY = {name: family for family in FAMILIES for name in family.specs}
 _PUBLISHED_NAMES = {variant_name(name): name for name in REGISTRY}

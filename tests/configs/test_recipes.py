@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from training_parts import ALONE
 from yacs.config import CfgNode
 
-from configs import flatten, load_config
+from configs import command_line, flatten, load_config
 from configs.schema import DEFAULTS
 from engine.plan import plan_training
 from models import create_model, default_image_size, list_models
 from models.segmentation import SegmentationNetwork
+from tasks import TASKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -202,6 +204,16 @@ def test_the_face_recipe():
     assert plan.updates_per_epoch == 11_372
     assert 420_000 <= plan.total_updates < 420_000 + plan.updates_per_epoch
     assert plan.milestone_updates == pytest.approx((252_000, 364_000, 406_000), abs=100)
+
+
+def test_the_face_recipe_trains_the_network_that_the_paper_compares_with():
+    path = CONFIGS / "face_repmlp_faceres.yaml"
+    assert "by the same recipe: --arch MobileFaceNet." in path.read_text()
+    cfg = command_line.parse(["--cfg", str(path), "--arch", "MobileFaceNet"]).config
+    with torch.device("meta"):
+        network = TASKS[cfg.TASK](cfg, ALONE).build_network(cfg.FACE.EMBEDDING).eval()
+        assert network(torch.empty(2, 3, 96, 96)).shape == (2, 512)
+    assert sum(p.numel() for p in network.parameters()) == 1_194_368
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models import PureMLPSpec, RepMLPNet, RepMLPNetSpec, RepMLPResNetSpec, ResMLPSpec
+from models import MobileFaceNetSpec, PureMLPSpec, RepMLPNet, RepMLPNetSpec, RepMLPResNetSpec, ResMLPSpec
 from models.build import REGISTRY
 
 # Two stages, of 8x8 and 4x4 maps.
@@ -61,6 +61,9 @@ def small_options(arch: str) -> dict[str, Any]:
         case RepMLPResNetSpec():
             narrow = [c // (8 if max(spec.groups) <= 8 else 4) for c in spec.channels]
             return {"img_size": spec.size_step, "channels": narrow, "blocks": [min(n, 2) for n in spec.blocks]}
+        case MobileFaceNetSpec():
+            narrow = [c // 8 for c in spec.channels]
+            return {"img_size": 32, "stem": 8, "channels": narrow, "blocks": [min(n, 2) for n in spec.blocks]}
         case ResMLPSpec():
             return {"img_size": 3 * spec.patch_size, "width": spec.width // 4, "depth": 2}
         case PureMLPSpec():

@@ -76,7 +76,7 @@ def test_the_data_configuration_is_that_of_the_architecture(arch: str) -> None:
     assert cfg == timm.data.resolve_model_data_config(by_name)
     assert cfg["input_size"] == (3, *by_timm.img_size)
     by_suffix = {"C10": "cf10", "C100": "cf100", "Digits": "digits", "Shapes": "shapes"}
-    dataset = None if "FaceRes" in arch else by_suffix.get(arch.split("-")[-1], "imagenet")
+    dataset = None if "Face" in arch else by_suffix.get(arch.split("-")[-1], "imagenet")
     expected = (DATASETS[dataset].mean, DATASETS[dataset].std) if dataset else ((0.5,) * 3, (0.5,) * 3)
     assert (tuple(cfg["mean"]), tuple(cfg["std"])) == tuple(map(tuple, expected))
 
