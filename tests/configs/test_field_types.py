@@ -47,6 +47,8 @@ WRITTEN = [
     ("MODEL.BLOCKS", "2,2,6,2", (2, 2, 6, 2)),
     ("MODEL.GLOBAL_PERCEPTRON", "false", False),
     ("MODEL.GLOBAL_PERCEPTRON", "None", None),
+    ("MODEL.INSERT_BN", "true", True),
+    ("MODEL.INSERT_BN", "null", None),
     ("AUG.CUTMIX_MINMAX", "[0, 0.5]", (0.0, 0.5)),
     ("TRAIN.OPTIMIZER.BETAS", "[0.8, 0.99]", (0.8, 0.99)),
     ("TRAIN.OPTIMIZER.BETAS", "(0.8, 0.99)", (0.8, 0.99)),
