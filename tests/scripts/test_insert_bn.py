@@ -14,7 +14,7 @@ ACCURACY = re.compile(r"Acc@1 \S+ Acc@5 \S+ loss \S+ on \d+ images")
 # Rates so low that the accuracy of the trained network stays.
 FINE_TUNING = (
     f"--cfg {ROOT}/configs/quickstart.yaml --pretrained {{weights}} --opts MODEL.INSERT_BN True TRAIN.EPOCHS 2 "
-    "TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR 1e-4 TRAIN.WEIGHT_DECAY 0.0 TRAIN.EMA_ALPHA 0.01 AUG.PRESET none SAVE_FREQ 1"
+    "TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR 1e-4 TRAIN.WEIGHT_DECAY 0.0 TRAIN.EMA_ALPHA 1e-3 AUG.PRESET none SAVE_FREQ 1"
 )
 
 
