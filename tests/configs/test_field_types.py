@@ -52,6 +52,8 @@ WRITTEN = [
     ("MODEL.GLOBAL_PERCEPTRON", "None", None),
     ("MODEL.MIXER", "conv3", "conv3"),
     ("MODEL.MIXER", "None", None),
+    ("MODEL.INSERT_BN", "true", True),
+    ("MODEL.INSERT_BN", "null", None),
     ("AUG.CUTMIX_MINMAX", "[0, 0.5]", (0.0, 0.5)),
     ("TRAIN.OPTIMIZER.BETAS", "[0.8, 0.99]", (0.8, 0.99)),
     ("TRAIN.OPTIMIZER.BETAS", "(0.8, 0.99)", (0.8, 0.99)),

@@ -222,7 +222,11 @@ def test_nothing_given_is_nothing_set():
 
 
 def test_a_part_that_a_network_does_not_have_is_refused():
-    for opts, part in (("MODEL.BRANCHES 3", "branches"), ("MODEL.GLOBAL_PERCEPTRON false", "global_perceptron")):
+    for opts, part in (
+        ("MODEL.BRANCHES 3", "branches"),
+        ("MODEL.GLOBAL_PERCEPTRON false", "global_perceptron"),
+        ("MODEL.INSERT_BN true", "insert_bn"),
+    ):
         cfg = configs.load_config(overrides=configs.parse_opts(["MODEL.ARCH", "resnet18", *opts.split()]))
         key = opts.split()[0]
         with pytest.raises(ValueError, match=f"{key}: resnet18 has no {part} to change"):
