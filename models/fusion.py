@@ -50,7 +50,7 @@ def fuse_batch_norms(model: nn.Module) -> "Fused":
         known = " or ".join(network.__name__ for network in FUSED)
         raise ValueError(f"only a {known} can be fused, not a {type(model).__name__}")
     double = deepcopy(model).double()
-    fused = FUSED[type(model)](to_deploy(double) if is_reparameterizable(double) else double)
+    fused: Fused = FUSED[type(model)](to_deploy(double) if is_reparameterizable(double) else double)
     return fused.to(next(model.parameters()).dtype).eval()
 
 
