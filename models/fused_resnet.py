@@ -35,8 +35,7 @@ class FusedPointwise(nn.Module):
         super().__init__()
         weight = conv.weight.flatten(1)
         self.stride = conv.stride[0]
-        self.register_buffer("weight", weight.t().contiguous())
-        self.register_buffer("bias", _bias(conv) + wanted - (weight * given).sum(1))
+        _register(self, weight=weight.t().contiguous(), bias=_bias(conv) + wanted - (weight * given).sum(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
@@ -49,19 +48,13 @@ class FusedPointwise(nn.Module):
 class FusedConv(nn.Module):
     """A larger convolution (N, H, W, I) -> (N, H / stride, W / stride, O)."""
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
-        self.register_buffer("weight", conv.weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", _bias(conv))
+        self.conv = conv.to(memory_format=torch.channels_last).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
-        x = x.permute(0, 3, 1, 2)
-        x = F.conv2d(x, self.weight, self.bias, self.stride, cast(str, self.padding), self.dilation)
+        x = self.conv(x.permute(0, 3, 1, 2))
         return x.permute(0, 2, 3, 1)
 
 
@@ -77,10 +70,7 @@ class FusedGlobalPerceptron(nn.Module):
         super().__init__()
         fc1, fc2 = cast(nn.Linear, fc1_fc2.fc1), cast(nn.Linear, fc1_fc2.fc2)
         order = torch.arange(fc1.in_features, device=fc1.weight.device).view(channels, -1).t().flatten()
-        self.register_buffer("weight1", fc1.weight[:, order])
-        self.register_buffer("bias1", fc1.bias)
-        self.register_buffer("weight2", fc2.weight[order])
-        self.register_buffer("bias2", fc2.bias[order])
+        _register(self, weight1=fc1.weight[:, order], bias1=fc1.bias, weight2=fc2.weight[order], bias2=fc2.bias[order])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H/h, W/w, C) -> (N, H/h, W/w, C)."""
@@ -101,9 +91,9 @@ class FusedRepMLP(nn.Module):
         kernel = fc3.weight.reshape(
             groups, c, positions, c, positions
         )  # group, output, its position, input, its position
-        self.register_buffer("kernel", kernel.permute(0, 4, 3, 2, 1).reshape(groups, positions * c, -1))
+        _register(self, kernel=kernel.permute(0, 4, 3, 2, 1).reshape(groups, positions * c, -1))
         bias = cast(Tensor, fc3.bias).view(groups, c, positions)
-        self.register_buffer("bias", bias.transpose(1, 2).reshape(groups, 1, -1))
+        _register(self, bias=bias.transpose(1, 2).reshape(groups, 1, -1))
         self.gp = None if block.fc1_fc2 is None else FusedGlobalPerceptron(block.fc1_fc2, block.channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,8 +130,7 @@ class FusedBlock(nn.Module):
         self.shortcut = None
         if isinstance(block.shortcut, ConvNorm):
             self.shortcut = FusedPointwise(block.shortcut.conv, given, _bias(conv) + wanted)
-        self.register_buffer("weight", conv.weight.flatten(1).t().contiguous())
-        self.register_buffer("floor", wanted)
+        _register(self, weight=conv.weight.flatten(1).t().contiguous(), floor=wanted)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, I) -> (N, H / stride, W / stride, O), written into x where its shortcut has no layer."""
@@ -161,9 +150,6 @@ class FusedRepMLPResNet(nn.Module):
         model: in deploy form.
     """
 
-    weight: Tensor
-    bias: Tensor
-
     def __init__(self, model: RepMLPResNet) -> None:
         super().__init__()
         self.img_size, self.num_classes, self.global_pool = model.img_size, model.num_classes, model.global_pool
@@ -172,12 +158,7 @@ class FusedRepMLPResNet(nn.Module):
         self.stem = FusedConv(stem.conv)
         stages = [model.get_submodule(info["module"]).children() for info in model.feature_info]
         self.blocks = nn.ModuleList(block for stage in stages for block in _fused_stage(stage))
-        weight: Tensor = torch.eye(model.num_features).to(stem.conv.weight)  # for the pooled features
-        bias: Tensor = weight.new_zeros(model.num_features)
-        if isinstance(model.linear, nn.Linear):
-            weight, bias = model.linear.weight, model.linear.bias
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.head = model.linear.requires_grad_(False)  # without BatchNorm, or the identity
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -196,9 +177,8 @@ class FusedRepMLPResNet(nn.Module):
         x = self.pool(x).relu_().permute(0, 2, 3, 1)  # the largest is the same before ReLU, which is cheaper behind
         for block in self.blocks:
             x = block(x)
-        if self.global_pool:
-            return F.linear(x.mean((1, 2)), self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias).permute(0, 3, 1, 2)
+        out: Tensor = self.head(x.mean((1, 2)) if self.global_pool else x)
+        return out if self.global_pool else out.permute(0, 3, 1, 2)
 
 
 def _fused_stage(blocks: Iterable[nn.Module]) -> list[FusedBlock]:
@@ -220,7 +200,13 @@ def _fused(layer: nn.Module) -> nn.Module:
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
-    return cast(Tensor, conv.bias).detach()
+    return cast(Tensor, conv.bias)
+
+
+def _register(module: nn.Module, **constants: Tensor) -> None:
+    """Gives a module tensors that are not trained."""
+    for name, tensor in constants.items():
+        module.register_buffer(name, tensor.detach())
 
 
 def _rows(x: Tensor) -> Tensor:

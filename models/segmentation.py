@@ -223,10 +223,10 @@ class SegmentationNetwork(ReparameterizableNetwork):
 
 
 def _strides(arch: str, name: str, options: dict[str, Any]) -> list[int]:
-    """Returns the strides of the levels of an architecture, as `options` change them.
+    """Returns the strides of the levels of an architecture, given by both its names, as `options` change them.
 
     Raises:
-        ValueError: it has no levels, or not these options.
+        ValueError: it does not take these options.
     """
     if arch in REGISTRY:
         check_changeable(arch, {option: option for option in options})

@@ -311,6 +311,11 @@ def test_a_global_perceptron_of_the_same_size_is_kept() -> None:
     trained = randomised(create_model("RepMLP-Res50-g4-8-320", img_size=64, **RESNET))
     model = SegmentationNetwork("RepMLP-Res50-g4-8-320", 5, "pspnet", width=8, img_size=(64, 64), **RESNET)
     assert model.load_backbone(trained) == []
+    trained = randomised(create_model("RepMLP-Res50-g4-8-320", img_size=64, **RESNET))
+    narrower = RESNET | {"img_size": (64, 64), "gp_reduction": [1, 2, 1, 1]}
+    fresh = SegmentationNetwork("RepMLP-Res50-g4-8-320", 5, "pspnet", width=8, **narrower).load_backbone(trained)
+    layers = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    assert fresh == [f"model.stage2.1.btnk_repmlp.fc1_fc2.{layer}" for layer in layers]
     with pytest.raises(ValueError, match="another structure than this RepMLP-Res50-g4-8-320"):
         model.load_backbone(create_model("RepMLP-Res50-g4-8-320", img_size=64, **RESNET | {"groups": [1, 4, 2, 1]}))
 
