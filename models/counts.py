@@ -109,7 +109,8 @@ def _kind(name: str, module: nn.Module) -> str:
 
 def _product_flops(_sum: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
     """Returns the FLOPs of a sum (..., m, n) += a (..., m, k) @ b (..., k, n), from the shapes."""
-    return 2 * math.prod(a) * int(b[-1])
+    flops: int = 2 * math.prod(a) * b[-1]
+    return flops
 
 
 # Products into a sum that is there already, which torch's counter does not know.
