@@ -96,7 +96,7 @@ def count_modules(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Counts]
             else 0,
             multiply_adds[name],
         )
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
     }
 
 
@@ -109,7 +109,7 @@ def _kind(name: str, module: nn.Module) -> str:
 
 def _product_flops(_sum: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
     """Returns the FLOPs of a sum (..., m, n) += a (..., m, k) @ b (..., k, n), from the shapes."""
-    return 2 * math.prod(a) * int(b[-1])
+    return 2 * math.prod(a) * b[-1]
 
 
 # Products into a sum that is there already, which torch's counter does not know.
@@ -122,7 +122,7 @@ def _multiply_adds(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     tensors = [*model.parameters(), *model.buffers()]
     dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     copy = deepcopy(model, {id(t): _on_meta(t) for t in tensors}).eval()  # without a copy of what they hold
-    own = dict.fromkeys((name for name, _ in copy.named_modules()), 0)
+    own = dict.fromkeys((name for name, _ in copy.named_modules(remove_duplicate=False)), 0)
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def add(_module: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -135,7 +135,7 @@ def _multiply_adds(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
             module.register_forward_hook(watch(name))
     with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         copy(torch.empty(shape, dtype=dtype))
-    by_name = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    by_name: dict[str, int] = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
 
     def total(name: str, module: nn.Module) -> int:
         """Returns what a module computes with its children, and notes what it computes without them."""

@@ -57,6 +57,12 @@ def test_shared_weights_count_once_and_functions_belong_to_their_module() -> Non
     assert own == {"": Counts(0, 0, 48), "a": Counts(16, 0, 48), "b": Counts(0, 0, 48)}
 
 
+def test_a_module_of_two_names_counts_once() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Sequential(nn.Linear(4, 4), layer))
+    assert count(model, (3, 4)) == Counts(40, 0, 3 * 48)
+
+
 def test_every_form_of_a_network_counts_alike() -> None:
     model = create_model("RepMLPNet-Digits", 10).eval()
     deploy, shape = to_deploy(model), (4, 3, 16, 16)
