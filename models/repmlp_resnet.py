@@ -126,7 +126,8 @@ class RepMLP(PartitionBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         partitions = self._partition(x if self.fc1_fc2 is None else self._add_global(x, self.fc1_fc2))
-        out = self.fc3_bn(self.fc3(partitions).reshape(len(partitions), -1, 1, 1)).view_as(partitions)
+        # `len` would make the size of the batch a constant of an exported network.
+        out = self.fc3_bn(self.fc3(partitions).reshape(partitions.shape[0], -1, 1, 1)).view_as(partitions)
         for branch in self._local_branches():
             out = out + branch(partitions)
         return self._restore(out, x.shape)
