@@ -171,7 +171,8 @@ class RepMLP(PartitionBlock):
         partitions = self._partition(x if self.fc1_fc2 is None else self._add_global(x, self.fc1_fc2))
         if self.constraint is not None:
             return self._restore(self._constrained_fc3(partitions, self.constraint), x.shape)
-        out = self.fc3(partitions).reshape(len(partitions), self.fc3.out_channels, -1, 1)
+        # `len` would make the size of the batch a constant of an exported network.
+        out = self.fc3(partitions).reshape(partitions.shape[0], self.fc3.out_channels, -1, 1)
         out = self.fc3_bn(out).view_as(partitions)
         for branch in self._local_branches():
             out = out + branch(partitions)

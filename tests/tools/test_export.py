@@ -1,6 +1,7 @@
 """`tools.export`: the answers of the network in another runtime, also fused."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -8,6 +9,9 @@ import pytest
 import torch
 
 from models.checkpoints import build_from, read_checkpoint
+from models.reparam import randomize_statistics, to_deploy
+from models.repmlp_resnet import SPECS, RepMLPResNet
+from tools.export import to_onnx, to_pt2
 
 
 @pytest.mark.filterwarnings("default")  # the exporters of some versions of torch warn of themselves
@@ -31,6 +35,19 @@ def test_an_exported_network_answers_as_the_deployed_one_at_any_batch_size(suffi
             logits = program(images)
         with torch.no_grad():
             torch.testing.assert_close(logits, network.model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("convert", [to_onnx, to_pt2])
+@torch.no_grad()
+def test_the_first_repmlp_is_exported_for_any_batch_size(convert):
+    spec = replace(SPECS["RepMLP-Res50-light-224"], channels=(64, 128, 256, 512), blocks=(1, 2, 1, 1))
+    model = RepMLPResNet(spec, num_classes=10).eval()
+    randomize_statistics(model)
+    model = to_deploy(model)
+    images = torch.randn(3, 3, 224, 224)
+    _, program = convert(model, images[:2])
+    torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_export_writes_nothing_where_the_format_is_unknown_or_the_check_fails(trained, call, tmp_path):
