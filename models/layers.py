@@ -231,7 +231,8 @@ def describe_module(module: nn.Module | None) -> str:
 class PartitionBlock(Reparameterizable):
     """Base of the RepMLP blocks of both papers: an FC over partitions, `fc3`, and convolutions that merge into it.
 
-    A subclass sets `fc3`, with `fc3_bn` behind it, and gives `add_branches` the convolutions.
+    A subclass sets `fc3`, with `fc3_bn` behind it, and gives `add_branches` the convolutions. A convolution may take
+    the place of the FC, if none of the others is larger.
 
     Args:
         h: height of a partition.

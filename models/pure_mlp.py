@@ -86,10 +86,10 @@ class PureMLPSpec:
         return sum(self.blocks)
 
     @property
-    def size_step(self) -> int:
-        """Of what the height and width of an image are multiples, so that partitions divide the maps."""
+    def steps(self) -> list[int]:
+        """Of what the height and width of an image are multiples for each stage, so that partitions divide its maps."""
         side = 1 if self.is_convolution else self.partition
-        return side << (len(self.blocks) - 1)
+        return [side * 2**stage for stage in range(len(self.blocks))]
 
 
 class PureMLP(StagedNetwork):
@@ -128,7 +128,7 @@ class PureMLP(StagedNetwork):
             )
         self.spec = spec
         self.img_size = height, width = to_2tuple(spec.image_size if img_size is None else img_size)
-        step = spec.size_step
+        step = spec.steps[-1]
         if height % step or width % step or min(height, width) <= 0:
             raise ValueError(f"img_size {height}x{width} must be a positive multiple of {step}")
         self.num_classes, self.in_chans = num_classes, in_chans
@@ -168,8 +168,7 @@ class PureMLP(StagedNetwork):
     def built_for(weights: Mapping[str, Tensor], spec: PureMLPSpec, img_size: tuple[int, int]) -> dict[str, Any]:
         """Returns the `in_chans` and `img_size` that weights were made with, see `Family`."""
         stem = weights.get("stem.conv.weight", torch.empty(0, 3))
-        steps = [spec.partition * 2**stage for stage in range(len(spec.blocks))]
-        img_size = size_of_global_perceptrons(weights, spec.channels, steps, img_size)
+        img_size = size_of_global_perceptrons(weights, spec.channels, spec.steps, img_size)
         return {"in_chans": stem.shape[1:2].numel(), "img_size": img_size}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

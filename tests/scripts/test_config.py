@@ -226,11 +226,29 @@ def test_a_part_that_a_network_does_not_have_is_refused():
         ("MODEL.BRANCHES 3", "branches"),
         ("MODEL.GLOBAL_PERCEPTRON false", "global_perceptron"),
         ("MODEL.INSERT_BN true", "insert_bn"),
+        ("MODEL.MIXER conv3", "mixer"),
     ):
         cfg = configs.load_config(overrides=configs.parse_opts(["MODEL.ARCH", "resnet18", *opts.split()]))
         key = opts.split()[0]
         with pytest.raises(ValueError, match=f"{key}: resnet18 has no {part} to change"):
             TASKS["classification"](cfg, ALONE).build_network(2)
+
+
+def test_the_ablations_that_the_recipe_of_the_pure_mlp_names():
+    recipe = ROOT / "configs" / "cifar10_pure_mlp.yaml"
+    lines = re.findall(r"^# {12}(.*?)  +(MODEL\..*)$", recipe.read_text(), re.MULTILINE)
+    found = {}
+    for name, opts in lines:
+        cfg = command_line.parse(["--cfg", str(recipe), "--opts", *opts.split()]).config
+        with torch.device("meta"):
+            spec = TASKS["classification"](cfg, ALONE).build_network(10).spec
+        found[name] = (spec.mixer, spec.branches, spec.global_perceptron)
+    assert found == {
+        "without Local": ("repmlp", (), True),
+        "without Global": ("repmlp", (1, 3, 5, 7), False),
+        "FC3 as conv9": ("fc3_as_conv9", (1, 3, 5, 7), True),
+        "RepMLP as conv9": ("conv9", (), False),
+    }
 
 
 def test_an_old_flag_is_announced():
