@@ -42,14 +42,14 @@ COLUMNS = (
 )
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = harness.parser(__doc__, rounds=5)
-    parser.add_argument("--batch-size", type=harness.positive, default=128, help="images at a time")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of weights and images")
-    parser.add_argument("--tf32", action="store_true", help="let a GPU round the factors of fp32 products to TF32")
-    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="networks to keep, by name; 'RepMLPNet-*'")
-    return parser.parse_args(argv)
+def parser() -> cli.Parser:
+    """Describes the command line."""
+    result = harness.parser(__doc__, rounds=5)
+    result.add_argument("--batch-size", type=harness.positive, default=128, help="images at a time")
+    result.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of weights and images")
+    result.add_argument("--tf32", action="store_true", help="let a GPU round the factors of fp32 products to TF32")
+    result.add_argument("--only", nargs="+", metavar="PATTERN", help="networks to keep, by name; 'RepMLPNet-*'")
+    return result
 
 
 def forms_of(network: nn.Module, size: tuple[int, int]) -> dict[str, nn.Module]:
@@ -98,7 +98,7 @@ def figures(row: Reported) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks and times every row, and prints the table."""
-    args = parse(argv)
+    args = parser().parse_args(argv)
     clock = harness.start(args)
     harness.settle_precision(args.tf32)
     names = set(harness.chosen(dict.fromkeys(row.name for row in ROWS), args.only))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from processes import clean_environment
@@ -39,10 +40,15 @@ def status_of(script: str, *words: object, folder: Path) -> int:
         return cli.status_of(partial(main, list(map(str, words))))
 
 
-@cache
 def main_of(script: str) -> Callable[[Sequence[str] | None], int | None]:
     """The `main` of a script, given by its path below the root."""
-    return runpy.run_path(str(ROOT / script), run_name=script)["main"]
+    return module_of(script)["main"]
+
+
+@cache
+def module_of(script: str) -> dict[str, Any]:
+    """What a script defines, given by its path below the root."""
+    return runpy.run_path(str(ROOT / script), run_name=script.removesuffix(".py").replace("/", "."))
 
 
 @contextmanager

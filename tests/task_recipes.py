@@ -67,7 +67,7 @@ RECIPES = {
     ),
     "verification": Recipe(
         write_people,
-        "MODEL.ARCH RepMLP-FaceRes MODEL.CHANNELS 16,32,64,128 MODEL.BLOCKS 1,1,1,1 DATA.DATASET faces "
+        "MODEL.ARCH RepMLP-FaceRes MODEL.CHANNELS 16,32,64,128 MODEL.BLOCKS 2,1,1,1 DATA.DATASET faces "
         "FACE.EMBEDDING 8 FACE.NUM_PAIRS 12 FACE.FOLDS 2 AUG.PRESET flip",
         r"accuracy ([\d.]+) ",
     ),

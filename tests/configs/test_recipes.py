@@ -147,6 +147,8 @@ def test_the_recipe_of_pspnet_over_repmlp_resnet():
         "TRAIN.WARMUP_EPOCHS": 0,
         "TRAIN.WEIGHT_DECAY": 1e-4,
         "TRAIN.SYNC_BN": True,
+        "TRAIN.LR_SCHEDULER.NAME": "poly",
+        "TRAIN.LR_SCHEDULER.POWER": 0.9,
         "TRAIN.OPTIMIZER.NAME": "sgd",
         "TRAIN.OPTIMIZER.MOMENTUM": 0.9,
     }
@@ -166,7 +168,7 @@ def test_the_segmentation_recipe_of_resnet():
         "TRAIN.MIN_LR": 0.0032,
         "TRAIN.WEIGHT_DECAY": 5e-4,
         "TRAIN.SYNC_BN": True,
-        "TRAIN.LR_SCHEDULER.NAME": "linear",
+        "TRAIN.LR_SCHEDULER.NAME": "poly",
         "TRAIN.OPTIMIZER.NAME": "sgd",
     }
     assert {key: value for key, value in given.items() if ours[key] != value} == expected
@@ -208,7 +210,7 @@ def test_the_face_recipe():
 
 def test_the_face_recipe_trains_the_network_that_the_paper_compares_with():
     path = CONFIGS / "face_repmlp_faceres.yaml"
-    assert "by the same recipe: --arch MobileFaceNet." in path.read_text()
+    assert "by the same recipe: --arch FaceResNet, --arch MobileFaceNet." in path.read_text()
     cfg = command_line.parse(["--cfg", str(path), "--arch", "MobileFaceNet"]).config
     with torch.device("meta"):
         network = TASKS[cfg.TASK](cfg, ALONE).build_network(cfg.FACE.EMBEDDING).eval()

@@ -21,11 +21,12 @@ from models.reparam import injection_error, is_reparameterizable, to_deploy
 
 EXACT = 1e-12
 ARCH = "RepMLPNet-Digits"
-TAKES_IT = [arch for arch in list_models() if "insert_bn" in changeable(arch)]
+# FaceResNet is a RepMLP-ResNet without RepMLP, so without FC3.
+TAKES_IT = [arch for arch in list_models() if "insert_bn" in changeable(arch) and arch != "FaceResNet"]
 examples = settings(deadline=None, derandomize=True, max_examples=60)
 
 repmlpnets = st.builds(
-    lambda h, w, sets, gate: RepMLPBlock(8, h, w, sets, (1, 3), 2 if gate else None),
+    lambda h, w, sets, gate: RepMLPBlock(8, h, w, share_sets=sets, gp_reduction=2 if gate else None),
     h=st.integers(1, 4),
     w=st.integers(1, 4),
     sets=st.sampled_from((1, 2, 4, 8)),
@@ -139,7 +140,10 @@ MISPLACED = {
 @pytest.mark.parametrize("deploy", [False, True])
 def test_what_would_not_be_counted_is_refused_by_name(misplace, deploy: bool) -> None:
     message = MISPLACED[misplace]
-    for block in (RepMLPBlock(8, 4, 4, 2, (), deploy=deploy), RepMLP(4, (4, 4), 2, 2, 2, (), deploy=deploy)):
+    for block in (
+        RepMLPBlock(8, 4, 4, share_sets=2, branches=(), deploy=deploy),
+        RepMLP(4, (4, 4), 2, 2, 2, (), deploy=deploy),
+    ):
         misplace(block)
         for act in (block.local_inject, block.switch_to_deploy, block.get_equivalent_fc3, block.insert_bn):
             with pytest.raises(ValueError, match=f"^{message}"):
@@ -180,7 +184,7 @@ def test_a_further_layer_beside_a_token_mixing_layer_is_refused() -> None:
 
 @torch.no_grad()
 def test_a_branch_with_a_bias_is_counted_and_a_block_without_batch_norm_too() -> None:
-    block = RepMLPBlock(8, 4, 3, 2)
+    block = RepMLPBlock(8, 4, 3, share_sets=2)
     block.repconv3.conv = nn.Conv2d(2, 2, 3, padding=1, groups=2)
     block.repconv3.conv.forward = lambda x: nn.functional.conv2d(
         x.reshape(-1, 2, 4, 3), block.repconv3.conv.weight, block.repconv3.conv.bias, padding=1, groups=2
@@ -230,7 +234,9 @@ def test_it_is_one_more_training_structure(arch: str) -> None:
 
 
 def test_every_family_with_an_fc3_takes_it() -> None:
-    assert {name.partition("-")[0] for name in TAKES_IT} == {"RepMLPNet", "RepMLP"}
+    assert {name.partition("-")[0] for name in TAKES_IT} == {"RepMLPNet", "RepMLP", "PureMLP", "WideConvNet"}
+    with pytest.raises(ValueError, match="has no FC3 that a BatchNorm could be inserted behind"):
+        create_model("FaceResNet", insert_bn=True)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

@@ -23,7 +23,7 @@ ARCHS = ["RepMLPNet-Digits", "RepMLP-Res50-light-224", "ResMLP-Shapes"]
 
 
 def repmlpnet_block(deploy: bool = False) -> nn.Module:
-    return RepMLPBlock(8, 3, 4, 2, deploy=deploy)
+    return RepMLPBlock(8, 3, 4, share_sets=2, deploy=deploy)
 
 
 def repmlp_block(deploy: bool = False) -> nn.Module:
@@ -31,7 +31,7 @@ def repmlp_block(deploy: bool = False) -> nn.Module:
 
 
 def inserted_block(deploy: bool = False) -> nn.Module:
-    block = RepMLPBlock(8, 3, 4, 2, deploy=True)
+    block = RepMLPBlock(8, 3, 4, share_sets=2, deploy=True)
     block.insert_bn()
     return block
 
@@ -130,7 +130,7 @@ def test_conversion_leaves_the_very_kernel_that_was_used(make) -> None:
 
 
 def test_a_deployed_block_can_be_constrained_too() -> None:
-    block = randomised(RepMLPBlock(8, 3, 4, 2, deploy=True)).eval()
+    block = randomised(RepMLPBlock(8, 3, 4, share_sets=2, deploy=True)).eval()
     x = maps(block)
     expected = replaced(block, torch.sin, x)
     constrain(block, torch.sin)
