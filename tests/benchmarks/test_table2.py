@@ -77,7 +77,7 @@ def test_a_wrong_form_stops_the_run(monkeypatch) -> None:
 
     monkeypatch.setattr(table2, "fold_batch_norms", spoiled)
     with pytest.raises(ValueError, match="resnet10t, folded is wrong"):
-        list(table2.build(TINY[2], table2.parse(QUICK)))
+        list(table2.build(TINY[2], table2.parser().parse_args(QUICK)))
 
 
 def test_the_published_sizes_by_one_command(capsys) -> None:

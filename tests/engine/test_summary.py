@@ -49,5 +49,5 @@ def test_verdicts() -> None:
 def test_a_missing_library_leaves_out_a_row(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
     text = reported_table(row for row in REPORTED if row.source == CITYSCAPES and row.arch == "resnet101c")
-    assert "resnet101 (P2, Cityscapes): not counted, segmentation needs" in text
+    assert "resnet101c (P2, Cityscapes): not counted, segmentation needs" in text
     assert "2049.82" not in text
