@@ -2,8 +2,8 @@
 
 from repmlpnet import RepMLPBlock, RepMLPNet, create_RepMLPNet_B224, get_model, inference_model
 
-It gives what the package of this name gives that `pip install .` makes of the folder `models`, and `inference_model`.
-Modules of the library are imported from `models` here: `models.reparam` is the package's `repmlpnet.reparam`.
+In a clone, this file takes the place of the package `repmlpnet`, which `pip install .` makes of the folder `models`. It
+has the same names, plus `inference_model`. Submodules are imported from `models`: `models.reparam`.
 """
 
 if __name__ == "__main__":  # the imports below take seconds

@@ -43,21 +43,22 @@ def mmsegmentation_count(arch: str, **options: Any) -> float:
     A multiply-add of a convolution is one, and so are an added bias, an element of a ReLU and an input of a pooling.
     Synchronised BatchNorm, which it trains with, GELU and resizing are not counted.
     """
-    counts = [0]
+    total = 0
 
-    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal total
         if isinstance(module, nn.Conv2d):
-            counts[0] += output.numel() * (module.weight[0].numel() + (module.bias is not None))
+            total += output.numel() * (module.weight[0].numel() + (module.bias is not None))
         else:
-            counts[0] += inputs[0].numel()
+            total += inputs[0].numel()
 
     with torch.device("meta"):
         network = SegmentationNetwork(arch, 19, **options).eval()
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.ReLU | nn.MaxPool2d | nn.AdaptiveAvgPool2d):
-                module.register_forward_hook(count)
+                module.register_forward_hook(add)
         network(torch.empty(1, 3, *SIZE))
-    return counts[0] / 1e9
+    return total / 1e9
 
 
 @torch.no_grad()
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n| UPerNet, as MMSegmentation counts | G | published (G) |\n|---|---|---|")
     print(f"| {BASELINE} | {mmsegmentation_count(BASELINE):.2f} | {PUBLISHED[BASELINE]} |")
     for options in CASES[1:3]:
-        kind, count = options["downsample"], mmsegmentation_count("RepMLPNet-D256", deploy=True, **options)
-        print(f"| RepMLPNet-D256 {kind} | {count:.2f} | {PUBLISHED[kind]} |")
+        kind, operations = options["downsample"], mmsegmentation_count("RepMLPNet-D256", deploy=True, **options)
+        print(f"| RepMLPNet-D256 {kind} | {operations:.2f} | {PUBLISHED[kind]} |")
     print("\n| rank | difference to fresh embeddings of 80, 160 and 320 channels |\n|---|---|")
     for rank in range(1, FULL_RANK + 1):
         errors = (start_error(channels, 2 * channels, rank) for channels in (80, 160, 320))

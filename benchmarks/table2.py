@@ -1,7 +1,7 @@
 """The paper's comparison on ImageNet in one run on one device: speed, size and published figures of every network.
 
-The RepMLPNets stand in their deploy structure and fused (`models/fusion.py`), the others as timm has them, with the
-BatchNorms behind convolutions folded, as in the paper, which measured batches of 128 on an RTX 2080 Ti. Segmentation
+RepMLPNets are timed in their deploy structure and fused (`models/fusion.py`), the others as timm has them, with the
+BatchNorms after convolutions folded, as in the paper, which measured batches of 128 on an RTX 2080 Ti. Segmentation
 networks are counted, not timed.
 """
 
@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import models
 from models.folding import fold_batch_norms
-from models.fusion import fuse_batch_norms
+from models.fusion import fuse_batch_norms, is_fusible
 from models.reparam import is_reparameterizable, randomize_statistics, relative_difference, to_deploy
 from models.reported import CITYSCAPES, README, REPORTED, TABLE2, Reported, count_reported
 from utils import cli
@@ -55,7 +54,7 @@ def parser() -> cli.Parser:
 def forms_of(network: nn.Module, size: tuple[int, int]) -> dict[str, nn.Module]:
     """Returns the forms in which a network is timed; the key of a form tells it from others of the network."""
     deploy = to_deploy(network) if is_reparameterizable(network) else network
-    if isinstance(network, models.RepMLPNet):
+    if is_fusible(network):
         return {"deploy": deploy, "fused": fuse_batch_norms(network)}
     folded = fold_batch_norms(deploy, size)
     return {"as it is": deploy} if folded is deploy else {"folded": folded}

@@ -22,7 +22,7 @@ from .task import Size
 def measure_throughput(run: Run) -> None:
     """Times a network with fresh weights: in training structure, in deploy structure, and without BatchNorms.
 
-    A RepMLPNet is fused for inference; of any other network, the BatchNorms behind convolutions are folded.
+    RepMLPNet and RepMLP-ResNet are fused for inference; in other networks, BatchNorms are folded into convolutions.
     """
     cfg, task, device = run.cfg, run.task, run.rank_info.device
     with open_log(run, task.arch) as logger:

@@ -1,6 +1,6 @@
 """Folding of the BatchNorms behind the convolutions of any network, as is usual before its speed is measured.
 
-`fusion.py` does more, for a RepMLPNet alone.
+`fusion.py` goes further for the networks that have a fused form: RepMLPNet and RepMLP-ResNet.
 """
 
 from copy import deepcopy

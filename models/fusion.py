@@ -1,8 +1,9 @@
-"""RepMLPNet for inference: every BatchNorm folded, only matrix multiplications and GELU left.
+"""Fused inference forms of networks, and that of RepMLPNet: BatchNorms folded, only matrix products and GELU left.
 
-`fuse_batch_norms` rewrites a network exactly. Maps are kept as (C, N, h * w), with the channels in the order of their
-share-sets. In that layout the FC3 of a block is one batched product and each FFN layer one product over the whole
-batch, with no copy between them, and the second FFN layer adds straight onto the shortcut.
+`fuse_batch_norms` rewrites a network exactly. `fused_resnet.py` has the fused RepMLP-ResNet, this file the RepMLPNet.
+Its maps are kept as (C, N, h * w), with the channels in the order of their share-sets. In that layout the FC3 of a
+block is one batched product and each FFN layer one product over the whole batch, with no copy between them, and the
+second FFN layer adds straight onto the shortcut.
 
 What is folded where, for a block whose shortcut holds x:
 

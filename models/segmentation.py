@@ -38,7 +38,6 @@ DECODERS = {
     "pspnet": Decoder("PSPNet", "psp_out_channels", None),
 }
 
-
 # The arguments of a `SegmentationNetwork` as metadata hold them; parts of a structure are checked where it is built.
 ARGUMENTS = {
     "arch": schema.text,
@@ -78,8 +77,6 @@ class SegmentationNetwork(ReparameterizableNetwork):
         decoder: a key of `DECODERS`.
         width: channels of the decoder; the published cost belongs to 512.
         in_chans: channels of the image.
-        **options: of the architecture, and for our own those of `dense_backbone`: `img_size`, `downsample`, ... With
-            `output_stride`, a ResNet's last stages keep the size of their maps, as PSPNet has it.
         auxiliary: add an `AuxiliaryHead` on the last level but one, which the conversion removes.
         **options: of the architecture, and for our own those of `dense_backbone`: `img_size`, `downsample`, ... With
             `output_stride`, a ResNet's last stages keep the size of their maps, as PSPNet has it.
