@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ConvNorm
-from .repmlp_resnet import RepMLP, RepMLPResNet, ResidualBlock, check_global_perceptron_size
+from .repmlp_resnet import RepMLP, RepMLPResNet, ResidualBlock
+from .stages import check_exact_size
 
 
 class FusedPointwise(nn.Module):
@@ -170,7 +171,7 @@ class FusedRepMLPResNet(nn.Module):
             ValueError: H or W does not fit the network.
         """
         if not self.any_size:
-            check_global_perceptron_size(x, self.img_size)
+            check_exact_size(x, self.img_size)
         elif x.shape[2] % self.step or x.shape[3] % self.step:
             raise ValueError(f"an input of {x.shape[2]}x{x.shape[3]} must be a multiple of {self.step}")
         x = self.stem(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -176,21 +176,9 @@ class MobileFaceNet(StagedNetwork):
     def _make_head(self, num_classes: int, deploy: bool = False) -> nn.Module:
         return EmbeddingHead(self.num_features, num_classes, deploy)
 
-    def _check_size(self, x: Tensor) -> None:
-        if x.shape[-2:] != self.img_size:
-            (height, width), (h, w) = x.shape[-2:], self.img_size
-            raise ValueError(
-                f"an input of {height}x{width} does not fit a network made for {h}x{w}: resize it to {h}x{w}, or build "
-                f"the network with img_size=({height}, {width})"
-            )
-
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Applies one stage, the first with the stem before it, to what the stage before gave, or to the image."""
         return self._run(self.get_submodule(f"stage{stage + 1}").children(), x if stage else self.stage0(x))
-
-    def _keep(self, stages: int) -> None:
-        for stage in range(stages, len(self.feature_info)):
-            delattr(self, f"stage{stage + 1}")
 
 
 default_cfgs = generate_default_cfgs(

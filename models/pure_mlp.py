@@ -178,22 +178,10 @@ class PureMLP(StagedNetwork):
     def _make_head(self, num_classes: int) -> nn.Module:
         return nn.Linear(self.num_features, num_classes)
 
-    def _check_size(self, x: Tensor) -> None:
-        if x.shape[-2:] != self.img_size:
-            (height, width), (h, w) = x.shape[-2:], self.img_size
-            raise ValueError(
-                f"an input of {height}x{width} does not fit a network made for {h}x{w}: resize it to {h}x{w}, or build "
-                f"the network with img_size=({height}, {width})"
-            )
-
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Applies one stage, the first with the stem before it, to what the stage before gave, or to the image."""
         x = self.pool(x) if stage else self.stem(x)
         return self._run(self.get_submodule(f"stage{stage + 1}").children(), x)
-
-    def _keep(self, stages: int) -> None:
-        for stage in range(stages, len(self.feature_info)):
-            delattr(self, f"stage{stage + 1}")
 
 
 # fmt: off

@@ -493,15 +493,11 @@ class RepMLPResNet(StagedNetwork):
 
     def _check_size(self, x: Tensor) -> None:
         if self.spec.global_perceptron:
-            check_global_perceptron_size(x, self.img_size)
+            super()._check_size(x)
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Applies one stage, c2 first and with the stem before it, to what the stage before gave, or to the image."""
         return self._run(self.get_submodule(f"stage{stage + 1}").children(), x if stage else self.stage0(x))
-
-    def _keep(self, stages: int) -> None:
-        for stage in range(stages, len(self.feature_info)):
-            delattr(self, f"stage{stage + 1}")
 
 
 def size_of_global_perceptrons(
@@ -525,16 +521,6 @@ def size_of_global_perceptrons(
             fits = partitions == img_size[0] * img_size[1] // step**2
             return img_size if fits else to_2tuple(math.isqrt(partitions) * step)
     return img_size
-
-
-def check_global_perceptron_size(x: Tensor, img_size: tuple[int, int]) -> None:
-    """Raises ValueError where Global Perceptrons are made for images of another size than an input (..., H, W)."""
-    (height, width), (h, w) = x.shape[-2:], img_size
-    if (height, width) != (h, w):
-        raise ValueError(
-            f"an input of {height}x{width} does not fit a network whose Global Perceptrons are made for {h}x{w}: "
-            f"resize it to {h}x{w}, or build the network with img_size=({height}, {width})"
-        )
 
 
 def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .locality import add_local_branches
 from .reparam import ReparameterizableNetwork
 from .repmlpnet import input_of
-from .stages import checked_pooling, checkpointed
+from .stages import check_exact_size, checked_pooling, checkpointed
 from .variants import CIFAR100, SHAPES, build_variant, variant_cfg
 
 
@@ -118,9 +118,7 @@ class ResMLP(ReparameterizableNetwork, MlpMixer):
         Raises:
             ValueError: H and W are not those of `img_size`.
         """
-        if x.shape[-2:] != self.img_size:
-            given, made = ("x".join(map(str, size)) for size in (x.shape[-2:], self.img_size))
-            raise ValueError(f"an input of {given} does not fit a network made for {made}: build it with that img_size")
+        check_exact_size(x, self.img_size)
         x = self.stem(x)
         for block in self.blocks:  # timm's own checkpointing would count a batch twice in the running statistics
             x = checkpointed(block, x) if self.grad_checkpointing and self.training else block(x)

@@ -23,8 +23,9 @@ POOLINGS = ("avg", "")
 class StagedNetwork(ReparameterizableNetwork, ABC):
     """Stages that each halve the maps, a norm, pooling and a linear head, with the interface of timm's networks.
 
-    A subclass sets the attributes, and implements how a stage is applied (`_stage`) and removed (`_keep`), which input
-    fits (`_check_size`), and what the head is (`_make_head`).
+    A subclass sets the attributes, and implements how a stage is applied (`_stage`) and what the head is
+    (`_make_head`). It overrides which input fits (`_check_size`) where other sizes than `img_size` do, and how stages
+    are removed (`_keep`) where they are no children of the network.
 
     Args:
         drop_rate: of the dropout before the head.
@@ -67,17 +68,18 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         """
         return None
 
-    @abstractmethod
     def _check_size(self, x: Tensor) -> None:
         """Raises ValueError for an image (N, in_chans, H, W) of a size that does not fit."""
+        check_exact_size(x, self.img_size)
 
     @abstractmethod
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Applies one stage to the map of the stage before, or to the image."""
 
-    @abstractmethod
     def _keep(self, stages: int) -> None:
         """Removes all but the first stages."""
+        for info in self.feature_info[stages:]:
+            delattr(self, info["module"])
 
     @abstractmethod
     def _make_head(self, num_classes: int) -> nn.Module:
@@ -292,3 +294,13 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
     out = checkpoint(module, x, use_reentrant=False, context_fn=contexts)
     return out
+
+
+def check_exact_size(x: Tensor, img_size: tuple[int, int]) -> None:
+    """Raises ValueError where an input (..., H, W) is not of the size that a network is made for."""
+    (height, width), (h, w) = x.shape[-2:], img_size
+    if (height, width) != (h, w):
+        raise ValueError(
+            f"an input of {height}x{width} does not fit a network made for {h}x{w}: resize it to {h}x{w}, or build the "
+            f"network with img_size=({height}, {width})"
+        )
