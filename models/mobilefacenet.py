@@ -14,7 +14,7 @@ from timm.layers import DropPath, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .repmlp_resnet import EmbeddingHead, FoldableConvNorm
+from .foldable import EmbeddingHead, FoldableConvNorm
 from .stages import StagedNetwork
 from .variants import build_variant, variant_cfg
 
@@ -49,31 +49,6 @@ class MobileFaceNetSpec:
         return sum(self.blocks)
 
 
-class DepthwiseConvNorm(FoldableConvNorm):
-    """A depth-wise convolution and a BatchNorm that conversion folds into it.
-
-    Args:
-        channels: C, in and out.
-        kernel_size: (kh, kw).
-        stride: of the convolution.
-        padding: zeros on each side.
-        act: behind the BatchNorm.
-        deploy: build the structure that `local_inject` leaves.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: tuple[int, int],
-        stride: int = 1,
-        padding: int = 0,
-        act: nn.Module | None = None,
-        deploy: bool = False,
-    ) -> None:
-        super().__init__(channels, channels, 1, act=act, deploy=deploy)
-        self.conv = nn.Conv2d(channels, channels, kernel_size, stride, padding, groups=channels, bias=deploy)
-
-
 class Bottleneck(nn.Module):
     """1x1, depth-wise 3x3 and linear 1x1 convolution, beside a shortcut where neither size nor channels change."""
 
@@ -82,7 +57,7 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = FoldableConvNorm(in_channels, inner, 1, act=nn.PReLU(inner), deploy=deploy)
-        self.conv2 = DepthwiseConvNorm(inner, (3, 3), stride, 1, nn.PReLU(inner), deploy)
+        self.conv2 = FoldableConvNorm(inner, inner, 3, stride, nn.PReLU(inner), deploy, groups=inner)
         self.conv3 = FoldableConvNorm(inner, channels, 1, deploy=deploy)
         self.has_shortcut = stride == 1 and in_channels == channels
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -135,8 +110,10 @@ class MobileFaceNet(StagedNetwork):
         self.num_features = self.head_hidden_size = spec.features
         if height % REDUCTION or width % REDUCTION or min(height, width) <= 0:
             raise ValueError(f"img_size {height}x{width} must be a positive multiple of {REDUCTION}")
-        stem = FoldableConvNorm(in_chans, spec.stem, 3, 2, act=nn.PReLU(spec.stem), deploy=deploy)
-        self.stage0 = nn.Sequential(stem, DepthwiseConvNorm(spec.stem, (3, 3), 1, 1, nn.PReLU(spec.stem), deploy))
+        self.stage0 = nn.Sequential(
+            FoldableConvNorm(in_chans, spec.stem, 3, 2, nn.PReLU(spec.stem), deploy),
+            FoldableConvNorm(spec.stem, spec.stem, 3, 1, nn.PReLU(spec.stem), deploy, groups=spec.stem),
+        )
         drop_path = torch.linspace(0, drop_path_rate, spec.depth, device="cpu").split(spec.blocks)
         for stage, rates in enumerate(drop_path):
             blocks = [self._block(stage, depth, float(rate), deploy) for depth, rate in enumerate(rates)]
@@ -145,9 +122,10 @@ class MobileFaceNet(StagedNetwork):
             {"num_chs": channels, "reduction": 4 * 2**stage, "module": f"stage{stage + 1}"}
             for stage, channels in enumerate(spec.channels)
         ]
+        features, last_map = spec.features, (height // REDUCTION, width // REDUCTION)
         self.head_norm = nn.Sequential(
-            FoldableConvNorm(spec.channels[-1], spec.features, 1, act=nn.PReLU(spec.features), deploy=deploy),
-            DepthwiseConvNorm(spec.features, (height // REDUCTION, width // REDUCTION), deploy=deploy),
+            FoldableConvNorm(spec.channels[-1], features, 1, act=nn.PReLU(features), deploy=deploy),
+            FoldableConvNorm(features, features, last_map, deploy=deploy, groups=features, padding=0),
         )
         self.num_classes = num_classes
         self.linear = self._make_head(num_classes, deploy) if num_classes > 0 else nn.Identity()

@@ -13,7 +13,8 @@ from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .repmlp_resnet import FoldableConvNorm, RepMLP, named, size_of_global_perceptrons
+from .foldable import FoldableConvNorm
+from .repmlp_resnet import RepMLP, named, size_of_global_perceptrons
 from .stages import StagedNetwork
 from .variants import CIFAR10, build_variant, variant_cfg
 

@@ -17,8 +17,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import ConvNorm, GroupedFC, PartitionBlock, PartitionConv, check_kernel_sizes, describe_module
-from .reparam import Reparameterizable, absorb_batch_norm, fold_batch_norm
+from .foldable import EmbeddingHead, FoldableConvNorm
+from .layers import GroupedFC, PartitionBlock, PartitionConv, check_kernel_sizes, describe_module
+from .reparam import absorb_batch_norm
 from .stages import StagedNetwork
 from .variants import build_variant, variant_cfg
 
@@ -223,63 +224,6 @@ class RepMLP(PartitionBlock):
             fc1.bias.copy_(bias)
             self.avg.bn = nn.Identity().train(self.training)
         super().local_inject()
-
-
-class FoldableConvNorm(ConvNorm, Reparameterizable):
-    """A convolution that keeps the size, but for its stride, and a BatchNorm that conversion folds into it."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        act: nn.Module | None = None,
-        deploy: bool = False,
-        dilation: int = 1,
-    ) -> None:
-        padding = dilation * (kernel_size // 2)
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=deploy)
-        super().__init__(conv, act)
-        self.deploy = deploy
-        if deploy:
-            del self.bn
-
-    @torch.no_grad()
-    def local_inject(self) -> None:
-        """Folds the BatchNorm into the convolution, in place; does nothing where that is already done."""
-        if self.deploy:
-            return
-        conv = self.conv
-        weight, bias = fold_batch_norm(conv.weight.double(), None, self.bn)
-        conv.weight.copy_(weight)
-        conv.bias = nn.Parameter(bias.to(conv.weight.dtype), conv.weight.requires_grad)
-        del self.bn
-        self.deploy = True
-
-
-class EmbeddingHead(nn.Linear, Reparameterizable):
-    """A linear layer and its BatchNorm, which conversion folds into it: features (N, C) -> embedding (N, E)."""
-
-    def __init__(self, in_features: int, out_features: int, deploy: bool = False) -> None:
-        super().__init__(in_features, out_features)
-        self.deploy = deploy
-        self.bn = nn.Identity() if deploy else nn.BatchNorm1d(out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C) -> (N, E)."""
-        x = self.bn(super().forward(x))
-        return x
-
-    @torch.no_grad()
-    def local_inject(self) -> None:
-        """Folds the BatchNorm into the layer, in place; does nothing where that is already done."""
-        if self.deploy:
-            return
-        weight, bias = fold_batch_norm(self.weight.double(), self.bias, cast(nn.BatchNorm1d, self.bn))
-        self.weight.copy_(weight)
-        self.bias.copy_(bias)
-        self.bn, self.deploy = nn.Identity().train(self.training), True
 
 
 class ResidualBlock(nn.Module):

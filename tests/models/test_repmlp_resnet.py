@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import RepMLP, RepMLPResNet, RepMLPResNetSpec, create_model
 from models.checkpoints import build_from, describe, read_checkpoint
 from models.files import write_checkpoint
+from models.foldable import FoldableConvNorm
 from models.layers import GroupedFC, PartitionConv
 from models.reparam import absorb_batch_norm, is_reparameterizable, to_deploy
-from models.repmlp_resnet import SPECS, FoldableConvNorm
+from models.repmlp_resnet import SPECS
 
 EXACT = 1e-12
 examples = settings(deadline=None, derandomize=True, max_examples=40)
