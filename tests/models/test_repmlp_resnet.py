@@ -131,6 +131,17 @@ def test_what_a_block_is_unless_it_is_told_otherwise() -> None:
     assert (unit.conv.stride, unit.conv.padding, unit.conv.bias, unit.deploy) == ((1, 1), (1, 1), None, False)
 
 
+def test_a_convolution_keeps_its_own_bias() -> None:
+    unit = FoldableConvNorm(4, 4, (3, 5), groups=4)
+    unit.conv.bias = nn.Parameter(torch.randn(4))
+    unit, x = randomised(unit).eval(), random_tensor(2, 4, 5, 6)
+    with torch.no_grad():
+        expected = unit(x)
+        unit.local_inject()
+        assert expected.shape == x.shape
+        assert largest_difference(expected, unit(x)) < EXACT
+
+
 def test_injection_twice_changes_nothing_more() -> None:
     block = randomised(RepMLP(4, (4, 6), 2, 3, groups=2)).eval()
     unit = randomised(FoldableConvNorm(3, 4, 3, 2, nn.ReLU())).eval()
