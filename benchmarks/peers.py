@@ -33,7 +33,7 @@ def peer_forms(name: str) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     model = models.create_model(name).eval()
     randomize_statistics(model)
-    wake(model)
+    randomize_small_weights(model)
     forms = {"as it comes": model}
     folded = fold_batch_norms(model, models.default_image_size(name))
     if folded is not model:
@@ -44,8 +44,8 @@ def peer_forms(name: str) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def wake(model: nn.Module) -> None:
-    """Randomises the weights that start at nothing or nearly so (heads, layer scales): they would hide differences."""
+def randomize_small_weights(model: nn.Module) -> None:
+    """Randomises weights that start at or near zero (heads, layer scales), in place: they would hide differences."""
     for parameter in model.parameters():
         if parameter.abs().max() < 1e-3:
             parameter.normal_(std=0.02)

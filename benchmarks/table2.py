@@ -22,7 +22,7 @@ from utils import cli
 from . import harness
 from .harness import DTYPES, TOLERANCES, Variant
 from .inference import Runner
-from .peers import wake
+from .peers import randomize_small_weights
 
 ROWS = tuple(row for row in REPORTED if row.source in (README, TABLE2, CITYSCAPES))
 PUBLISHED = ("parameters", "multiply_adds", "images_per_second")
@@ -69,7 +69,7 @@ def build(row: Reported, args: argparse.Namespace) -> Iterator[tuple[Variant, fl
     torch.manual_seed(0)
     network = row.build()
     randomize_statistics(network)  # a fresh BatchNorm changes nothing, so a form that lost one would pass
-    wake(network)
+    randomize_small_weights(network)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch_size, 3, *row.image_size, generator=generator)
     with torch.inference_mode():

@@ -27,8 +27,8 @@ MIXING = tuple(
 
 
 def except_new(names: Sequence[str]) -> str:
-    """Describes the tensors that were not loaded, to go behind what was; empty where there are none."""
-    return f" but for {len(names)} tensors, which are new ({names[0]} ... {names[-1]})" if names else ""
+    """Returns the end of a log line about loaded weights: which tensors were not loaded; empty for none."""
+    return f" except for {len(names)} tensors, which are new ({names[0]} ... {names[-1]})" if names else ""
 
 
 class Task(ABC):

@@ -25,18 +25,21 @@ class FusedPointwise(nn.Module):
 
     Args:
         conv: the convolution.
-        given: (I,) constants that the input has in excess.
-        wanted: (O,) constants that the output is to have in excess.
+        input_offset: (I,), what the input holds besides the map itself.
+        output_offset: (O,), what the output is to hold besides the map itself.
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d, given: Tensor | float = 0.0, wanted: Tensor | float = 0.0) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, input_offset: Tensor | float = 0.0, output_offset: Tensor | float = 0.0
+    ) -> None:
         super().__init__()
         weight = conv.weight.flatten(1)
         self.stride = conv.stride[0]
-        _register(self, weight=weight.t().contiguous(), bias=_bias(conv) + wanted - (weight * given).sum(1))
+        bias = _bias(conv) + output_offset - (weight * input_offset).sum(1)
+        _register(self, weight=weight.t().contiguous(), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, I) -> (N, H / stride, W / stride, O)."""
@@ -89,9 +92,8 @@ class FusedRepMLP(nn.Module):
         super().__init__()
         self.h, self.w, fc3 = block.h, block.w, block.fc3
         groups, positions, c = fc3.groups, self.h * self.w, block.channels // fc3.groups
-        kernel = fc3.weight.reshape(
-            groups, c, positions, c, positions
-        )  # group, output, its position, input, its position
+        # group, output channel, its position, input channel, its position
+        kernel = fc3.weight.reshape(groups, c, positions, c, positions)
         _register(self, kernel=kernel.permute(0, 4, 3, 2, 1).reshape(groups, positions * c, -1))
         bias = cast(Tensor, fc3.bias).view(groups, c, positions)
         _register(self, bias=bias.transpose(1, 2).reshape(groups, 1, -1))
@@ -110,28 +112,28 @@ class FusedRepMLP(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A residual block whose shortcut has constants in excess, see the top of this file.
+    """A residual block whose input and output hold an offset for each channel, see the top of this file.
 
     Args:
         block: in deploy form.
-        given: (I,) constants that its input has in excess.
-        wanted: (O,) constants that its output is to have in excess.
+        input_offset: (I,), what its input holds besides the map itself.
+        output_offset: (O,), what its output is to hold besides the map itself.
     """
 
     weight: Tensor
     floor: Tensor
 
-    def __init__(self, block: ResidualBlock, given: Tensor | float, wanted: Tensor) -> None:
+    def __init__(self, block: ResidualBlock, input_offset: Tensor | float, output_offset: Tensor) -> None:
         super().__init__()
         *before, last = (layer for layer in map(block.get_submodule, block.layers) if not isinstance(layer, nn.ReLU))
         conv = cast(ConvNorm, last).conv
         first, *others = before
-        layers = [FusedPointwise(cast(ConvNorm, first).conv, given), *map(_fused, others)]
+        layers = [FusedPointwise(cast(ConvNorm, first).conv, input_offset), *map(_fused, others)]
         self.layers = nn.ModuleList(layers)
         self.shortcut = None
         if isinstance(block.shortcut, ConvNorm):
-            self.shortcut = FusedPointwise(block.shortcut.conv, given, _bias(conv) + wanted)
-        _register(self, weight=conv.weight.flatten(1).t().contiguous(), floor=wanted)
+            self.shortcut = FusedPointwise(block.shortcut.conv, input_offset, _bias(conv) + output_offset)
+        _register(self, weight=conv.weight.flatten(1).t().contiguous(), floor=output_offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, I) -> (N, H / stride, W / stride, O), written into x where its shortcut has no layer."""
@@ -175,7 +177,7 @@ class FusedRepMLPResNet(nn.Module):
         elif x.shape[2] % self.step or x.shape[3] % self.step:
             raise ValueError(f"an input of {x.shape[2]}x{x.shape[3]} must be a multiple of {self.step}")
         x = self.stem(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = self.pool(x).relu_().permute(0, 2, 3, 1)  # the largest is the same before ReLU, which is cheaper behind
+        x = self.pool(x).relu_().permute(0, 2, 3, 1)  # the largest is the same before ReLU, which is cheaper after it
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.head(x.mean((1, 2)) if self.global_pool else x)
@@ -183,20 +185,20 @@ class FusedRepMLPResNet(nn.Module):
 
 
 def _fused_stage(blocks: Iterable[nn.Module]) -> list[FusedBlock]:
-    """Fuses the blocks of a stage, the last one first, since each needs the constants of those behind it."""
+    """Fuses the blocks of a stage, the last one first, since each needs the offsets of those after it."""
     fused: list[FusedBlock] = []
-    wanted: Tensor | None = None
+    output_offset: Tensor | None = None
     for block in reversed([cast(ResidualBlock, block) for block in blocks]):
         bias = _bias(cast(ConvNorm, block.get_submodule(block.layers[-1])).conv)
-        wanted = torch.zeros_like(bias) if wanted is None else wanted
-        given = 0.0 if isinstance(block.shortcut, ConvNorm) else bias + wanted
-        fused.insert(0, FusedBlock(block, given, wanted))
-        wanted = bias + wanted
+        output_offset = torch.zeros_like(bias) if output_offset is None else output_offset
+        input_offset = 0.0 if isinstance(block.shortcut, ConvNorm) else bias + output_offset
+        fused.insert(0, FusedBlock(block, input_offset, output_offset))
+        output_offset = bias + output_offset
     return fused
 
 
 def _fused(layer: nn.Module) -> nn.Module:
-    """Returns the fused form of a layer behind the first one of a block."""
+    """Returns the fused form of a layer after the first one of a block."""
     return FusedRepMLP(layer) if isinstance(layer, RepMLP) else FusedConv(cast(ConvNorm, layer).conv)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import PartitionBlock
+from .reparam import errors_of
 
 
 def insert_into_blocks(model: nn.Module) -> None:
@@ -30,10 +31,8 @@ def insert_into_blocks(model: nn.Module) -> None:
     if not blocks:
         raise ValueError(f"this {type(model).__name__} has no FC3 that a BatchNorm could be inserted behind")
     for name, block in blocks.items():
-        try:
+        with errors_of(name, block):
             block.insert_bn()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
 
 
 def inserted_norms(model: nn.Module) -> list[_BatchNorm]:

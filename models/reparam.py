@@ -8,6 +8,7 @@ Source: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", CVP
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import product
 
@@ -193,14 +194,21 @@ class Reparameterizable(nn.Module, ABC):
         self.local_inject()
 
 
+@contextmanager
+def errors_of(name: str, block: nn.Module) -> Iterator[None]:
+    """Puts the name of a block within its network before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name or type(block).__name__}: {error}") from error
+
+
 def check_blocks(model: nn.Module) -> None:
     """Raises ValueError, with the name of the block, where something stands in one that would not be counted."""
     for name, module in model.named_modules():
         if isinstance(module, Reparameterizable):
-            try:
+            with errors_of(name, module):
                 module.check_structure()
-            except ValueError as error:
-                raise ValueError(f"{name or type(module).__name__}: {error}") from error
 
 
 def inject_blocks(model: nn.Module) -> None:

@@ -67,7 +67,7 @@ def test_fine_tuning_goes_on_from_the_trained_function(tuned, trained, deployed)
     added = payload["model"].keys() - read_checkpoint(deployed).state_dict.keys()
     assert len(added) == 4 * 5  # blocks, tensors of a BatchNorm
     assert all(".fc3_bn." in name for name in added)
-    assert "but for 20 tensors, which are new (stages.0.0.repmlp_block.fc3_bn.weight" in tuned.result.out
+    assert "except for 20 tensors, which are new (stages.0.0.repmlp_block.fc3_bn.weight" in tuned.result.out
     assert len(re.findall(r"inserted BatchNorms calibrated on \d+ batches of each process", tuned.result.out)) == 1
     before, first = trained.records("eval")[-1], tuned.records("eval")[0]
     assert first["top1"] > before["top1"] - 2

@@ -78,7 +78,7 @@ def test_weights_of_timm_are_evaluated_and_trained_on(images, script, train, tmp
     options = SHORT.replace(ARCH, arch).replace("IMG_SIZE 16", "IMG_SIZE 32").replace("BASE_LR 0.1", "BASE_LR 0.0")
     run = train(f"--pretrained {path} --data-path {images} {options}", arch=arch)
     new = "blocks.0.linear_tokens.repconv3.conv.weight ... blocks.11.linear_tokens.repconv5.bn.num_batches_tracked"
-    assert f"but for 144 tensors, which are new ({new})" in run.result.out
+    assert f"except for 144 tensors, which are new ({new})" in run.result.out
     assert ACCURACY.findall(run.result.out) == ACCURACY.findall(evaluated.out)
     payload = torch.load(run.folder / "latest.pth", weights_only=True)
     assert payload["meta"]["form"] == "train"

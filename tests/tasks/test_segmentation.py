@@ -103,7 +103,7 @@ def test_global_perceptrons_of_another_size_are_drawn_anew(script, cityscapes_fo
     result = script("main_repmlp.py", *words(cityscapes_folder, tmp_path, f"--pretrained {classifier}", changes))
     assert result.status == 0, result.err
     names = "(model.stage2.1.btnk_repmlp.fc1_fc2.fc1.weight ... model.stage3.1.btnk_repmlp.fc1_fc2.fc2.bias)"
-    assert f"for the backbone but for 8 tensors, which are new {names}" in result.out
+    assert f"for the backbone except for 8 tensors, which are new {names}" in result.out
     checkpoint = read_checkpoint(tmp_path / arch / "run" / "latest.pth")
     network = segmentation_from(checkpoint)
     assert (network.arguments["img_size"], network.arguments["gp_reduction"]) == ([48, 48], [1, 4, 8, 1])
