@@ -1,6 +1,6 @@
 """Turns a training checkpoint of any task into a deploy checkpoint by Locality Injection, and verifies it first.
 
-With --insert-bn, the deploy network gets a BatchNorm behind every FC3, to be fine-tuned and converted again. Then the
+With --insert-bn, the deploy network gets a BatchNorm after every FC3, to be fine-tuned and converted again. Then the
 checkpoint may be a converted one already.
 """
 
@@ -45,7 +45,7 @@ def parser() -> cli.Parser:
     result = cli.Parser(description=__doc__, epilog=architectures, argument_default=None)
     result.add_argument("load", metavar="TRAIN", help="training checkpoint: ours, the published code's, MMPretrain's")
     result.add_argument("save", metavar="DEPLOY", help="where to write; .safetensors is possible too")
-    text = "insert a BatchNorm behind every FC3 of the deploy network, for fine-tuning; TRAIN may be converted"
+    text = "insert a BatchNorm after every FC3 of the deploy network, for fine-tuning; TRAIN may be converted"
     result.add_argument("--insert-bn", action="store_true", default=False, help=text)
     add_checkpoint_options(result)
     text = "write names and tensors alone, as the published convert.py does, without metadata"
@@ -93,7 +93,7 @@ def convert(network: Network, insert_bn: bool) -> tuple[nn.Module, float]:
 
     Args:
         network: with `insert_bn` in either form.
-        insert_bn: put a BatchNorm behind every FC3 of the deploy network.
+        insert_bn: put a BatchNorm after every FC3 of the deploy network.
 
     Returns:
         The converted network and the largest relative difference of its logits.

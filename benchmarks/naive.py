@@ -170,7 +170,7 @@ class NaiveFFN(nn.Module):
 
 
 class NaiveUnit(nn.Module):
-    """A block and an FFN, each behind a BatchNorm and beside a shortcut."""
+    """A block and an FFN, each after a BatchNorm and beside a shortcut."""
 
     def __init__(self, like: RepMLPNetUnit) -> None:
         super().__init__()

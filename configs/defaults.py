@@ -94,7 +94,7 @@ _C.MODEL.GLOBAL_PERCEPTRON = None
 # What mixes the positions in the blocks of a PureMLP: repmlp | fc3_as_conv9 | conv9 | conv3 (convolutions in place of
 # FC3 or of RepMLP); null: the architecture's own.
 _C.MODEL.MIXER = None
-# Whether the structure to train is the converted one with a BatchNorm behind every FC3, to fine-tune converted weights
+# Whether the structure to train is the converted one with a BatchNorm after every FC3, to fine-tune converted weights
 # (PRETRAINED); null: the architecture's own, which is not.
 _C.MODEL.INSERT_BN = None
 

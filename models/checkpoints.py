@@ -268,7 +268,7 @@ def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list
 
     A head for another number of classes keeps its initial weights. So do the branches of `LocalityLinear` layers where
     the weights have none at all, as those of timm's ResMLP, except the scale of their BatchNorms, which becomes 0: new
-    branches do not change the output until they are trained. So do BatchNorms inserted behind FC3, which are the
+    branches do not change the output until they are trained. So do BatchNorms inserted after FC3, which are the
     identity at first, where the weights have none.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Folding of the BatchNorms behind the convolutions of any network, as is usual before its speed is measured.
+"""Folding of the BatchNorms after the convolutions of any network, as is usual before its speed is measured.
 
 `fusion.py` goes further for the networks that have a fused form: RepMLPNet and RepMLP-ResNet.
 """

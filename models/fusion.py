@@ -93,7 +93,7 @@ class FusedLinear(nn.Module):
 
 
 class FusedGate(nn.Module):
-    """The Global Perceptron behind an affine map of its input.
+    """The Global Perceptron after an affine map of its input.
 
     Args:
         gp: the Global Perceptron.

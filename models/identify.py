@@ -13,7 +13,7 @@ from .build import REGISTRY, changeable, classifier_name, create_model, default_
 class Identity(NamedTuple):
     """What weights are: their architecture, image size (height, width), number of classes and form.
 
-    `insert_bn` tells whether those of form "train" are converted weights with a BatchNorm inserted behind every FC3.
+    `insert_bn` tells whether those of form "train" are converted weights with a BatchNorm inserted after every FC3.
     """
 
     arch: str
@@ -93,7 +93,7 @@ def form_of(names: Iterable[str]) -> str | None:
 
 
 def inserted_bn_names(names: Iterable[str]) -> list[str]:
-    """Returns the names of inserted BatchNorms: those behind an FC3 that, being converted, has a bias."""
+    """Returns the names of inserted BatchNorms: those after an FC3 that, being converted, has a bias."""
     names = list(names)
     converted = any(name.endswith("fc3.bias") for name in names)
     return [name for name in names if converted and ".fc3_bn." in name]

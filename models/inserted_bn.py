@@ -1,4 +1,4 @@
-"""A BatchNorm behind every FC3 of a converted network: inserted, trained with it, and folded by Locality Injection.
+"""A BatchNorm after every FC3 of a converted network: inserted, trained with it, and folded by Locality Injection.
 
 The published README recommends it after the quantization of a converted network, to fine-tune what was lost. As in
 training from scratch, a BatchNorm lets the scale of every output be learned apart from the kernel.
@@ -21,7 +21,7 @@ from .reparam import errors_of
 
 
 def insert_into_blocks(model: nn.Module) -> None:
-    """Puts a BatchNorm behind the FC3 of every block of a converted network, see `PartitionBlock.insert_bn`.
+    """Puts a BatchNorm after the FC3 of every block of a converted network, see `PartitionBlock.insert_bn`.
 
     Raises:
         ValueError: there are no such blocks, or one is in its training structure, or something else stands in it; the
@@ -29,14 +29,14 @@ def insert_into_blocks(model: nn.Module) -> None:
     """
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, PartitionBlock)}
     if not blocks:
-        raise ValueError(f"this {type(model).__name__} has no FC3 that a BatchNorm could be inserted behind")
+        raise ValueError(f"this {type(model).__name__} has no FC3 to insert a BatchNorm after")
     for name, block in blocks.items():
         with errors_of(name, block):
             block.insert_bn()
 
 
 def inserted_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Returns the BatchNorms that stand behind the FC3 of converted blocks."""
+    """Returns the BatchNorms after the FC3 of converted blocks."""
     blocks = (m for m in model.modules() if isinstance(m, PartitionBlock) and m.fc3.bias is not None)
     return [block.fc3_bn for block in blocks if isinstance(block.fc3_bn, _BatchNorm)]
 

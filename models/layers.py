@@ -231,7 +231,7 @@ def describe_module(module: nn.Module | None) -> str:
 class PartitionBlock(Reparameterizable):
     """Base of the RepMLP blocks of both papers: an FC over partitions, `fc3`, and convolutions that merge into it.
 
-    A subclass sets `fc3`, with `fc3_bn` behind it, and gives `add_branches` the convolutions. A convolution may take
+    A subclass sets `fc3`, with `fc3_bn` after it, and gives `add_branches` the convolutions. A convolution may take
     the place of the FC, if none of the others is larger.
 
     Args:
@@ -293,7 +293,7 @@ class PartitionBlock(Reparameterizable):
 
     @abstractmethod
     def norm_channels(self) -> int:
-        """Returns the number of channels of a BatchNorm behind FC3."""
+        """Returns the number of channels of a BatchNorm after FC3."""
 
     @abstractmethod
     def other_layers(self) -> set[str]:
@@ -313,7 +313,7 @@ class PartitionBlock(Reparameterizable):
         check_layers(self, self.branches, {"fc3", "fc3_bn", "constraint", *self.other_layers()})
 
     def insert_bn(self) -> None:
-        """Puts a BatchNorm behind the FC3 of the deploy structure, in place, to be trained; `local_inject` folds it.
+        """Puts a BatchNorm after the FC3 of the deploy structure, in place, to be trained; `local_inject` folds it.
 
         In evaluation mode it is the identity at first; `inserted_bn.calibrate` makes it so in training mode too. Does
         nothing where one has been inserted already.

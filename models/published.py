@@ -69,7 +69,7 @@ def create_RepMLPNet_L256(deploy: bool = False) -> RepMLPNet:
 
 
 def fuse_bn(conv_or_fc: nn.Conv2d | nn.Linear, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Returns weight and bias of the one layer that equals a layer and the BatchNorm behind it, see `fold_batch_norm`.
+    """Returns weight and bias of the one layer that equals a layer and the BatchNorm after it, see `fold_batch_norm`.
 
     Unlike the published function, it takes the layer's own bias into account.
     """

@@ -32,7 +32,7 @@ MIXERS: dict[str, tuple[int | None, bool]] = {
 class PureMLPSpec:
     """The shape of one network; stage i works on maps of image_size / 2 ** i.
 
-    A block is a mixer of positions and an FC, which is a 1x1 convolution; the FC behind the last mixer of a stage leads
+    A block is a mixer of positions and an FC, which is a 1x1 convolution; the FC after the last mixer of a stage leads
     to the channels of the next one. The mixers of the paper's Table 1:
 
     - `repmlp`: RepMLP.
@@ -42,9 +42,9 @@ class PureMLPSpec:
 
     The paper gives two mixers a stage, channels, partitions and groups, and leaves the rest open. The network begins
     with an FC from the image to the first channels, every stage ends with an FC, the last one to its own channels,
-    behind which the maps are averaged, and the Global Perceptron is not reduced: this gives both networks the published
+    after which the maps are averaged, and the Global Perceptron is not reduced: this gives both networks the published
     multiply-adds (52.8 and 65.1 million). The Wide ConvNet has 0.44 million parameters then, against 0.50 published.
-    ReLU stands behind FCs too, as behind every convolution of the counterpart. The Local Perceptron has all the odd
+    FCs are followed by ReLU too, as is every convolution of the counterpart. The Local Perceptron has all the odd
     kernels that Fig. 1 shows for partitions larger than 7. A convolution in place of FC3 has FC3's groups, since the
     local ones merge into it; one in place of RepMLP has none.
 
@@ -61,7 +61,7 @@ class PureMLPSpec:
     groups: int = 2  # g of FC3 and of the local convolutions
     branches: tuple[int, ...] = (1, 3, 5, 7)  # kernel sizes of the local convolutions
     global_perceptron: bool = True
-    insert_bn: bool = False  # the training structure is the deploy structure with a BatchNorm behind every FC3
+    insert_bn: bool = False  # the training structure is the deploy structure with a BatchNorm after every FC3
 
     def __post_init__(self) -> None:
         if self.mixer not in MIXERS:

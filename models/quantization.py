@@ -4,7 +4,7 @@ What is deployed is the kernel that Locality Injection makes of FC3, its BatchNo
 one by one would not make it representable in 8 bits. So `constrain` lets every block compute with f(equivalent kernel),
 and the gradient goes through f and through the algebra of Locality Injection to all that the kernel is made of.
 
-The equivalent kernel is folded from the running statistics of the BatchNorms behind FC3 and in the branches. They are
+The equivalent kernel is folded from the running statistics of the BatchNorms after FC3 and in the branches. They are
 frozen meanwhile, in training mode too, as what is trained is the very function that will be deployed; scale and shift
 of these BatchNorms are trained. All other BatchNorms of the network work as ever.
 

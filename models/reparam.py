@@ -29,7 +29,7 @@ def fold_batch_norm(weight: Tensor, bias: Tensor | None, bn: _BatchNorm) -> tupl
         weight: (O, ...) kernel of the layer, of any number of further dimensions.
         bias: (O,) or None.
         bn: normalises the O outputs. It may have fewer channels, B with O % B == 0: then channel b normalises the
-            O / B consecutive outputs b * O / B ..., as it does behind a share-set FC whose outputs are (set, position).
+            O / B consecutive outputs b * O / B ..., as it does after a share-set FC whose outputs are (set, position).
 
     Returns:
         The weight and bias (O,) of the one layer that equals both, in the dtype of `weight`.
@@ -55,7 +55,7 @@ def fold_batch_norm(weight: Tensor, bias: Tensor | None, bn: _BatchNorm) -> tupl
 
 
 def absorb_batch_norm(weight: Tensor, bias: Tensor, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Folds the inference form of a BatchNorm into the fully-connected layer behind it.
+    """Folds the inference form of a BatchNorm into the fully-connected layer after it.
 
     Args:
         weight: (O, I) kernel of the layer.

@@ -42,7 +42,7 @@ class RepMLPResNetSpec:
     of a stage with RepMLP are not (Sec. 4.4).
 
     The paper leaves open where the activations stand, and whether the bottleneck's Global Perceptron is reduced. ReLU
-    stands behind every layer but the last, RepMLP among them, which gives the published logits of the light network;
+    stands after every layer but the last, RepMLP among them, which gives the published logits of the light network;
     kernels of 1, 3 and 5 and a Global Perceptron that is not reduced give both networks the published parameter counts
     (87.0 and 41.07 million).
 
@@ -64,7 +64,7 @@ class RepMLPResNetSpec:
     bottleneck: int = 4  # how many times the first 1x1 convolution of a bottleneck reduces the channels
     stem_reduction: int = 4  # channels of the first stage / those of the stem
     output_stride: int = 32  # of the last stage at most
-    insert_bn: bool = False  # the training structure is the deploy structure with a BatchNorm behind every FC3
+    insert_bn: bool = False  # the training structure is the deploy structure with a BatchNorm after every FC3
 
     def __post_init__(self) -> None:
         if self.style not in REPMLP_LAYERS:
@@ -185,7 +185,7 @@ class RepMLP(PartitionBlock):
         return super().deploy and (self.fc1_fc2 is None or isinstance(self.avg.bn, nn.Identity))
 
     def norm_channels(self) -> int:
-        """Returns the number of channels of a BatchNorm behind FC3: one for each of its outputs."""
+        """Returns the number of channels of a BatchNorm after FC3: one for each of its outputs."""
         return self.fc3.out_channels
 
     def other_layers(self) -> set[str]:
@@ -294,7 +294,7 @@ _RES50_320 = RepMLPResNetSpec(
     "bottleneck", (0, 2, 4, 0), (1, 8, 8, 1), partition=10, image_size=320, branches=(1, 3, 5, 7)
 )
 # Sec. 4.3: fewer blocks and half the channels of ResNet-50, but for the stem; no 1x1 convolution reduces or expands.
-# The paper does not say what makes the embedding, of 512 numbers, say: here a linear layer and a BatchNorm behind the
+# The paper does not say what makes the embedding, of 512 numbers, say: here a linear layer and a BatchNorm after the
 # pooling, as in face recognition at large.
 _FACE_RES_NET = RepMLPResNetSpec(
     "bottleneck",

@@ -39,7 +39,7 @@ class RepMLPNetSpec:
     global_perceptron: bool = True
     gp_reduction: int = 4
     ffn_expansion: int = 4
-    insert_bn: bool = False  # the training structure is the deploy structure with a BatchNorm behind every FC3
+    insert_bn: bool = False  # the training structure is the deploy structure with a BatchNorm after every FC3
 
     def __post_init__(self) -> None:
         stages = {"channels": self.channels, "blocks": self.blocks, "share_sets": self.share_sets}
@@ -141,7 +141,7 @@ class RepMLPBlock(PartitionBlock):
         return out if self.gp is None else out * self.gp(x)
 
     def norm_channels(self) -> int:
-        """Returns the number of channels of a BatchNorm behind FC3: one for each share-set."""
+        """Returns the number of channels of a BatchNorm after FC3: one for each share-set."""
         return self.share_sets
 
     def other_layers(self) -> set[str]:
@@ -172,7 +172,7 @@ class FFNBlock(nn.Module):
 
 
 class RepMLPNetUnit(nn.Module):
-    """A RepMLP block over positions, then an FFN over channels, each behind a BatchNorm and beside a shortcut."""
+    """A RepMLP block over positions, then an FFN over channels, each after a BatchNorm and beside a shortcut."""
 
     def __init__(self, channels: int, block: RepMLPBlock, ffn_expansion: int, drop_path: float) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class RepMLPNet(StagedNetwork):
         return self.img_size
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns patterns that sort parameters by depth; an embedding belongs to the first block behind it."""
+        """Returns patterns that sort parameters by depth; an embedding belongs to the first block after it."""
         first = () if coarse else (0,)
         embeds = [(rf"^embeds\.{i}\.", (i + 1, *first)) for i in range(len(self.embeds))]
         stages = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"

@@ -166,7 +166,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
         network.set_grad_checkpointing(enable)
 
     def insert_bn(self) -> None:
-        """Puts a BatchNorm behind every FC3 of the backbone's deploy structure, in place, as `StagedNetwork` does.
+        """Puts a BatchNorm after every FC3 of the backbone's deploy structure, in place, as `StagedNetwork` does.
 
         Raises:
             ValueError: the network is in its training structure.

@@ -40,7 +40,7 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         num_classes: outputs of the head; 0 where there is none.
         num_features: channels before the head, also `head_hidden_size`.
         feature_info: of each stage its channels, its stride and the module whose output it is, as timm describes them.
-        head_norm: behind the last stage.
+        head_norm: after the last stage.
         classifier: the name of the head within the network.
         takes_multiples: whether inputs may be multiples of `img_size`.
     """
@@ -127,7 +127,7 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         self.add_module(self.classifier, head.to(reference.device, reference.dtype).train(self.training))
 
     def insert_bn(self) -> None:
-        """Puts a BatchNorm behind every FC3 of the deploy structure, in place, to be trained.
+        """Puts a BatchNorm after every FC3 of the deploy structure, in place, to be trained.
 
         In evaluation mode the network computes the same as before; see `inserted_bn.calibrate` for training mode. The
         result is what `create_model(name, insert_bn=True)` builds; Locality Injection folds the BatchNorms.
@@ -175,7 +175,7 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
             x: image (N, in_chans, H, W).
             indices: which stages, negative ones counted from the end; a number n stands for the last n, None for all.
             norm: apply the final BatchNorm to the last stage's map, the only one that it fits.
-            stop_early: leave out the stages behind the last one of `indices`.
+            stop_early: leave out the stages after the last one of `indices`.
             output_fmt: NCHW, the only layout there is.
             intermediates_only: return the maps alone.
 

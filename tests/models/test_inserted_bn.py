@@ -235,7 +235,7 @@ def test_it_is_one_more_training_structure(arch: str) -> None:
 
 def test_every_family_with_an_fc3_takes_it() -> None:
     assert {name.partition("-")[0] for name in TAKES_IT} == {"RepMLPNet", "RepMLP", "PureMLP", "WideConvNet"}
-    with pytest.raises(ValueError, match="has no FC3 that a BatchNorm could be inserted behind"):
+    with pytest.raises(ValueError, match="has no FC3 to insert a BatchNorm after"):
         create_model("FaceResNet", insert_bn=True)
 
 
