@@ -163,7 +163,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "TRAIN.LR_SCHEDULER.NAME": one_of(SCHEDULES),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": at_least(1, MANY),
     "TRAIN.LR_SCHEDULER.MILESTONES": Constraint(
-        f"numbers above 0 and at most {MANY}, in rising order", _are_milestones
+        f"numbers above 0 and at most {MANY}, in ascending order", _are_milestones
     ),
     "TRAIN.LR_SCHEDULER.POWER": Constraint("above 0 and at most 10", lambda value: 0 < value <= 10),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Constraint("above 0 and at most 1", lambda value: 0 < value <= 1),
@@ -293,7 +293,7 @@ TRAINING_CONFLICTS = (
     Conflict(
         ("TRAIN.LR_SCHEDULER.MILESTONES", "TRAIN.LR_SCHEDULER.NAME", "TRAIN.EPOCHS"),
         lambda milestones, schedule, epochs: schedule == "multistep" and milestones[-1] >= epochs,
-        "the last decay would never come; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
+        "the last decay would never happen; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
     ),
     Conflict(
         ("TASK", "DATA.BATCH_SIZE"),

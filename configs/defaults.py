@@ -116,7 +116,7 @@ _C.SEG.RANK = 4
 _C.SEG.AUX_WEIGHT = 0.0
 # Side of the images in pixels, or [height, width], that the partitions of a RepMLPNet or the Global Perceptrons of a
 # RepMLP-ResNet are made for; null: that of the pretrained weights, or the architecture's own. A RepMLP-ResNet may have
-# another size than its pretrained weights: its Global Perceptrons are drawn anew then.
+# another size than its pretrained weights: its Global Perceptrons are then initialised anew.
 _C.SEG.BACKBONE_SIZE = None
 # Stride of the backbone's last map: 8 | 16 | 32. The stages of a ResNet or RepMLP-ResNet that would go beyond it keep
 # the size of their maps, and their 3x3 convolutions are dilated where the stage has no RepMLP. Null: the
@@ -182,7 +182,7 @@ _C.TRAIN.LR_SCHEDULER = CfgNode()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"
 # Epochs between decays of the schedule `step`; at least 1.
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
-# Epochs, or fractions of epochs, at which the schedule `multistep` decays, in rising order, below EPOCHS; they are
+# Epochs, or fractions of epochs, at which the schedule `multistep` decays, in ascending order, below EPOCHS; they are
 # rounded to updates.
 _C.TRAIN.LR_SCHEDULER.MILESTONES = (30.0, 60.0, 90.0)
 # Factor of each decay of the schedules `step` and `multistep`; above 0, at most 1.

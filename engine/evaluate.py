@@ -89,7 +89,7 @@ def refuse_nonfinite(result: Result) -> None:
     """Raises ValueError if outputs of the network were not finite, so that the figures mean nothing."""
     if result.nonfinite:
         raise ValueError(
-            f"the network's answers to {result.nonfinite} of {result.images} images are not finite numbers: its "
+            f"the network's outputs for {result.nonfinite} of {result.images} images are not finite: its "
             "weights are broken, or too large for half precision (AMP off shows which)"
         )
 

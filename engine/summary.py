@@ -13,7 +13,7 @@ from utils.text import table
 
 from .run import Run
 
-CONVENTION = "multiply-adds of one image, in convolutions and matrix products; nothing element by element is counted"
+CONVENTION = "multiply-adds of one image, in convolutions and matrix products; element-wise operations are not counted"
 Parts = Mapping[tuple[str, str], Counts]
 PART_COLUMNS = (
     ("part", "part", "s"),

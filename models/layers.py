@@ -348,7 +348,7 @@ class PartitionBlock(Reparameterizable):
     def get_equivalent_fc3(self) -> tuple[Tensor, Tensor]:
         """Returns the FC that equals FC3, its BatchNorm and all branches: kernel and bias in the shapes of `fc3`'s.
 
-        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantisation-aware training. A
+        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantization-aware training. A
         `constraint` is not applied.
 
         Raises:

@@ -98,7 +98,7 @@ class LocalityLinear(nn.Linear, Reparameterizable):
     def get_equivalent_linear(self) -> tuple[Tensor, Tensor]:
         """Returns the weight (h * w, h * w) and bias (h * w,) of the linear layer that equals this one.
 
-        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantisation-aware training. A
+        Fused in float64 and cast back to the parameter's dtype; differentiable, for quantization-aware training. A
         `constraint` is not applied.
 
         Raises:

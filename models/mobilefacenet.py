@@ -78,7 +78,7 @@ class MobileFaceNet(StagedNetwork):
 
     Args:
         spec: a row of `SPECS`.
-        num_classes: numbers of the embedding; 0 leaves the pooled features.
+        num_classes: dimension of the embedding; 0 leaves the pooled features.
         in_chans: channels of the input image.
         img_size: height and width of the images; the spec's own where None.
         drop_path_rate: of the last block; grows linearly from 0 with the depth.

@@ -6,7 +6,7 @@ and the gradient goes through f and through the algebra of Locality Injection to
 
 The equivalent kernel is folded from the running statistics of the BatchNorms after FC3 and in the branches. They are
 frozen meanwhile, in training mode too, as what is trained is the very function that will be deployed; scale and shift
-of these BatchNorms are trained. All other BatchNorms of the network work as ever.
+of these BatchNorms are trained. All other BatchNorms of the network are trained as usual.
 
 A block keeps its parameters under their names, so that a constrained network loads and saves the same state dicts.
 `torch.nn.utils.parametrize` would rename them, and computes a tensor from that tensor alone: the equivalent kernel is

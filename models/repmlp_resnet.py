@@ -293,9 +293,9 @@ REPMLP_LAYERS = {"light": light_layers, "bottleneck": bottleneck_layers}
 _RES50_320 = RepMLPResNetSpec(
     "bottleneck", (0, 2, 4, 0), (1, 8, 8, 1), partition=10, image_size=320, branches=(1, 3, 5, 7)
 )
-# Sec. 4.3: fewer blocks and half the channels of ResNet-50, but for the stem; no 1x1 convolution reduces or expands.
-# The paper does not say what makes the embedding, of 512 numbers, say: here a linear layer and a BatchNorm after the
-# pooling, as in face recognition at large.
+# Sec. 4.3: fewer blocks and half the channels of ResNet-50, except for the stem; no 1x1 convolution reduces or expands.
+# The paper does not describe the layers that give the embedding. Here they are a linear layer and a BatchNorm after the
+# pooling, as is usual in face recognition.
 _FACE_RES_NET = RepMLPResNetSpec(
     "bottleneck",
     (0, 0, 0, 0),
@@ -329,7 +329,7 @@ class RepMLPResNet(StagedNetwork):
 
     Args:
         spec: a row of `SPECS`.
-        num_classes: outputs of the head, logits or numbers of an embedding; 0 leaves the pooled features.
+        num_classes: outputs of the head, logits or the dimension of the embedding; 0 leaves the pooled features.
         in_chans: channels of the input image.
         img_size: height and width that the Global Perceptrons are made for; the spec's own where None.
         drop_path_rate: of the last block; grows linearly from 0 with the depth.

@@ -112,7 +112,7 @@ def agrees(ours: float, printed: str) -> bool:
 
 
 FOLDED = "{} M in the deploy structure with convolutions' BatchNorms folded, cut off; this gives all six sizes"
-ELEMENTWISE = "fits a count of the training structure with BatchNorm and all else that works element by element"
+ELEMENTWISE = "fits a count of the training structure with BatchNorm and all other element-wise operations"
 MORE_SETS = {"share_sets": [2, 8, 32, 256]}
 RULE = "the paper's own rule for CIFAR-100, kernels and BatchNorms of the branches, gives ours"
 CONV3 = {"downsample": "conv3", "rank": 1}

@@ -50,10 +50,10 @@ def probabilities(model: nn.Module, pixels: Tensor, normalize: data.Normalize) -
     Raises:
         ValueError: they are not finite.
     """
-    answers: Tensor = model(normalize(pixels.to(next(model.parameters()).device))).float().softmax(1).cpu()
-    if not answers.isfinite().all():
-        raise ValueError("the network's answers are not finite: these weights are of no use in float32")
-    return answers
+    outputs: Tensor = model(normalize(pixels.to(next(model.parameters()).device))).float().softmax(1).cpu()
+    if not outputs.isfinite().all():
+        raise ValueError("the network's outputs are not finite: these weights do not work in float32")
+    return outputs
 
 
 def inference_model(
@@ -83,8 +83,8 @@ def inference_model(
         `pred_scores`, the probabilities of all classes, an array (classes,) of float32.
 
     Raises:
-        OSError, ValueError: the image or the weights can't be read, the number of names is wrong, or the answers are
-            not finite.
+        OSError, ValueError: the image or the weights can't be read, the number of names is wrong, or the outputs
+            are not finite.
     """
     if isinstance(model, str):
         model = get_model(model, pretrained, device or default_device())

@@ -98,7 +98,7 @@ class Segmentation(Task):
     def _classifier(self, checkpoint: Checkpoint) -> Network:
         """Builds the pretrained classifier.
 
-        Its own Global Perceptrons may be of another width: those of the backbone are drawn anew then.
+        Its own Global Perceptrons may be of another width: those of the backbone are then initialised anew.
         """
         structure = {part: value for part, value in self.structure.items() if part != "gp_reduction"}
         return build_from(checkpoint, self.arch, **structure)

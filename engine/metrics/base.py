@@ -51,4 +51,4 @@ class Metric(ABC):
 
 def on_images(images: int, nonfinite: int) -> str:
     """Returns the number of images in words, and of those whose outputs are not finite."""
-    return f"on {images} images" + (f", {nonfinite} of them with answers that are not finite" if nonfinite else "")
+    return f"on {images} images" + (f", {nonfinite} of them with non-finite outputs" if nonfinite else "")

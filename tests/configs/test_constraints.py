@@ -86,7 +86,7 @@ EDGES = [
         "TRAIN.LR_SCHEDULER.MILESTONES",
         "0.5 30 [30,60.5,90]",
         "[] 0 -1 30,30 60,30 1,1000001",
-        "numbers above 0 and at most 1000000, in rising order",
+        "numbers above 0 and at most 1000000, in ascending order",
     ),
     ("TRAIN.LR_SCHEDULER.POWER", "0.1 10", "0 -1 10.1", "above 0 and at most 10"),
     ("TRAIN.LR_SCHEDULER.DECAY_RATE", "0.01 1", "0 1.1", "above 0 and at most 1"),
@@ -149,7 +149,7 @@ CONTRADICTIONS = [
     (
         "TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MILESTONES 50,100",
         "TRAIN.LR_SCHEDULER.MILESTONES TRAIN.LR_SCHEDULER.NAME TRAIN.EPOCHS",
-        "the last decay would never come; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
+        "the last decay would never happen; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
     ),
     ("TASK segmentation SEG.RANK 1", "SEG.RANK SEG.DOWNSAMPLE", "set SEG.DOWNSAMPLE as well"),
     ("MODEL.INSERT_BN true MODEL.BRANCHES 3", "MODEL.INSERT_BN MODEL.BRANCHES", "leave MODEL.BRANCHES out"),

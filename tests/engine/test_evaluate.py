@@ -137,8 +137,8 @@ def test_an_image_with_answers_that_are_not_finite_counts_as_wrong(broken):
     result = evaluated(model, [batch])
     assert (result.top1, result.top5, result.images, result.nonfinite) == (50.0, 75.0, 4, 1)
     assert math.isnan(result.loss)
-    assert str(result) == ("Acc@1 50.000 Acc@5 75.000 loss nan on 4 images, 1 of them with answers that are not finite")
-    with pytest.raises(ValueError, match="answers to 1 of 4 images are not finite numbers: its weights are broken"):
+    assert str(result) == ("Acc@1 50.000 Acc@5 75.000 loss nan on 4 images, 1 of them with non-finite outputs")
+    with pytest.raises(ValueError, match="outputs for 1 of 4 images are not finite: its weights are broken"):
         refuse_nonfinite(result)
 
 

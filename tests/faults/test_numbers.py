@@ -60,7 +60,7 @@ def test_answers_that_are_not_finite_are_wrong_and_never_the_best(run, images):
     run.finish(*options, plan={"nan_evaluated": 12})
     for kind in ("eval", "eval_ema"):
         assert [(r["top1"], r["top5"], r["loss"], r["images"]) for r in run.records(kind)] == [(0, 0, None, 12)] * 2
-        assert len(re.findall(rf"WARNING Epoch \d {kind}: .*12 of them with answers that are not finite", run.log)) == 2
+        assert len(re.findall(rf"WARNING Epoch \d {kind}: .*12 of them with non-finite outputs", run.log)) == 2
     assert not (run.folder / "best_ckpt.pth").exists()
     assert not (run.folder / "best_ema.pth").exists()
     progress = run.state()["progress"]
@@ -74,7 +74,7 @@ def test_one_of_them_costs_one_image(run, images):
     run.finish(*options, plan={"nan_evaluated": 1})
     last = run.records("eval")[-1]
     assert (last["top5"], last["loss"]) == (pytest.approx(100 * 11 / 12), None)
-    assert "1 of them with answers that are not finite" in run.log
+    assert "1 of them with non-finite outputs" in run.log
     assert run.state("best_ckpt.pth")["max_accuracy"] == max(r["top1"] for r in run.records("eval")) > 0
 
 

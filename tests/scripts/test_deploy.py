@@ -90,7 +90,7 @@ def overflowing(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_figure_for_answers_that_are_not_finite(overflowing, call, tmp_path):
     path = tmp_path / "out.json"
     line = one_error(call("test.py", "digits", "train", overflowing, "-j", 0, "--json", path))
-    assert re.match(r"error: the network's answers to \d+ of 359 images are not finite numbers: its weights are", line)
+    assert re.match(r"error: the network's outputs for \d+ of 359 images are not finite: its weights are", line)
     assert not path.exists()
     words = ("--data-path", "digits", "--arch", ARCH, "--eval", "--resume", overflowing, "--output", tmp_path)
     again = call("main_repmlp.py", *words)
@@ -103,7 +103,7 @@ def test_a_difference_that_is_not_finite_fails_the_check(overflowing, call, tmp_
     result = call("test.py", "digits", "check", overflowing, "-j", 0, "--tolerance", 1e30, "--json", path)
     assert result.status == 1
     assert "FAILED" in result.out
-    assert "with answers that are not finite" in result.out
+    assert "with non-finite outputs" in result.out
     found = json.loads(path.read_text())
     assert (found["difference"], found["loss"], found["injected"]["loss"]) == (None, None, None)
 

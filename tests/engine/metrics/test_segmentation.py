@@ -99,7 +99,7 @@ def test_a_pixel_with_logits_that_are_not_finite_counts_as_wrong() -> None:
     assert result.iou == pytest.approx([100 * 5 / 6, 100 * 4 / 5, None])
     assert result.pixel_accuracy == pytest.approx(100 * 9 / 11)
     assert (result.images, result.nonfinite) == (3, 2)
-    assert str(result).endswith("on 3 images, 2 of them with answers that are not finite")
+    assert str(result).endswith("on 3 images, 2 of them with non-finite outputs")
     assert "nonfinite" not in result.as_dict()
 
 

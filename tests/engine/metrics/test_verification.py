@@ -120,7 +120,7 @@ def test_non_finite_embeddings_have_no_figures(value: float) -> None:
         assert (result.nonfinite, result.images, result.pairs) == (count, 6, 4)
         assert all(math.isnan(figure) for figure in (result.accuracy, result.spread, result.auc, result.threshold))
         assert str(result).endswith(f"on 4 pairs, {count} images without a finite embedding")
-        with pytest.raises(ValueError, match=f"answers to {count} of 6 images are not finite numbers"):
+        with pytest.raises(ValueError, match=f"outputs for {count} of 6 images are not finite"):
             refuse_nonfinite(result)
         second[3] = 5
 
