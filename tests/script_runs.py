@@ -47,6 +47,11 @@ class Run(NamedTuple):
         return torch.load(self.folder / name, weights_only=True)[key]
 
 
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Returns whether two sets of weights have the same names and values."""
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
 def as_user(command: Sequence[str], folder: Path, timeout: float = 300) -> Result:
     """Runs a command as a user would, with a fresh interpreter."""
     done = subprocess.run(

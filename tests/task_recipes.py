@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from pictures import write_patterns, write_street
@@ -85,3 +85,9 @@ def keys_of(task: str, changes: str = "") -> dict[str, str]:
     """Returns the whole recipe by its keys; `changes` are keys with other values, as after `--opts`."""
     words = f"TASK {task} {COMMON} {recipe_of(task).opts} {changes}".split()
     return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def evaluation_opts(task: Any) -> list[str]:
+    """Returns the keys of a recipe that decide how an evaluation counts, as words; `task` is the fixture."""
+    keys = {key: value for key, value in keys_of(task.kind.name).items() if key in ("FACE.NUM_PAIRS", "FACE.FOLDS")}
+    return ["--opts", *(word for pair in keys.items() for word in pair)] if keys else []

@@ -10,16 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from script_runs import same
 
 from utils.lock import folder_lock
 
 ARCH = "RepMLPNet-Digits"
 ROOT = Path(__file__).parents[2]
 SHORT = f"--cfg {ROOT}/configs/quickstart.yaml --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 1 SAVE_FREQ 1"
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def assert_equal_runs(run, reference) -> None:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from script_runs import ROOT
+from script_runs import ROOT, same
 
 from models import create_model
 from models.checkpoints import read_checkpoint
@@ -16,10 +16,6 @@ FINE_TUNING = (
     f"--cfg {ROOT}/configs/quickstart.yaml --pretrained {{weights}} --opts MODEL.INSERT_BN True TRAIN.EPOCHS 2 "
     "TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR 1e-4 TRAIN.WEIGHT_DECAY 0.0 TRAIN.EMA_ALPHA 1e-3 AUG.PRESET none SAVE_FREQ 1"
 )
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from script_runs import same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import configs
@@ -30,10 +31,6 @@ def tiny(images: Path) -> str:
 
 def figures(text: str) -> list[tuple[str, ...]]:
     return ACCURACY.findall(text)
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_a_run_leaves_its_files(trained):

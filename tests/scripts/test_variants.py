@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from script_runs import same
 
 ARCH = "RepMLPNet-Digits"
 TINY = "DATA.IMG_SIZE 16 DATA.NUM_WORKERS 0 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 1"
@@ -13,10 +14,6 @@ PUBLISHED = (
     "TRAIN.WEIGHT_DECAY 0.1 TRAIN.OPTIMIZER.NAME adamw TRAIN.OPTIMIZER.MOMENTUM 0.9 TRAIN.WARMUP_LR 5e-7 "
     "TRAIN.MIN_LR 0.0 TRAIN.WARMUP_EPOCHS 1 AUG.PRESET raug15 AUG.MIXUP 0.4 AUG.CUTMIX 1.0 DATA.IMG_SIZE 16"
 )
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def command(images: object, options: str = "", *, flags: str = "", arch: str = ARCH, batch: int = 8) -> str:

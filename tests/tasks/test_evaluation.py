@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from in_process import main_of
-from task_recipes import recipe_of
+from task_recipes import evaluation_opts, recipe_of
 
 from models.reparam import Reparameterizable
 
@@ -22,19 +22,11 @@ def figure(text: str, task) -> str:
 def figures_of(task, call, mode: str, weights, *flags: object) -> dict:
     """What `test.py` finds, from its JSON."""
     path = task.new_folder() / "figures.json"
-    section = [] if task.kind.section is None else own_opts(task)
+    section = [] if task.kind.section is None else evaluation_opts(task)
     data = [task.images, mode, weights, "-j", 0, "--json", path]
     result = call("test.py", *data, *flags, *section)
     assert result.status == 0, result.out + result.err
     return json.loads(path.read_text())
-
-
-def own_opts(task) -> list[str]:
-    """The keys of the recipe that decide how an evaluation counts."""
-    words = recipe_of(task.kind.name).opts.split()
-    pairs = zip(words[::2], words[1::2], strict=True)
-    own = [word for key, value in pairs if key.startswith(("FACE.NUM_PAIRS", "FACE.FOLDS")) for word in (key, value)]
-    return ["--opts", *own] if own else []
 
 
 def best(run, task, kind: str = "eval") -> float:
@@ -109,7 +101,7 @@ def test_check_sees_a_conversion_that_is_wrong(task, finished, call, monkeypatch
     names = main_of("test.py").__globals__
     deployed = names["to_deploy"]
     monkeypatch.setitem(names, "to_deploy", broken)
-    result = call("test.py", task.images, "check", finished.folder / "best_ckpt.pth", "-j", 0, *own_opts(task))
+    result = call("test.py", task.images, "check", finished.folder / "best_ckpt.pth", "-j", 0, *evaluation_opts(task))
     assert (result.status, result.err) == (1, "")
     assert "FAILED, beyond the tolerance" in result.out
 
@@ -129,7 +121,7 @@ def test_modes_refuse_weights_in_the_other_form(task, finished, converted, refus
         ("check", converted, "training weights"),
         ("deploy", finished.folder / "best_ckpt.pth", "python convert.py"),
     ):
-        assert remedy in refused("test.py", task.images, mode, weights, *own_opts(task))
+        assert remedy in refused("test.py", task.images, mode, weights, *evaluation_opts(task))
     assert "is converted already" in refused("convert.py", converted, converted.with_name("twice.pth"))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from script_runs import Run
 from settings import settings
-from task_recipes import keys_of
+from task_recipes import evaluation_opts, keys_of
 from training_parts import ALONE
 
 from models import create_model
@@ -74,7 +74,7 @@ def test_its_checkpoints_are_of_the_deploy_form(task, tuned, pretrained, call, t
         assert (checkpoint.form, checkpoint.meta["form"]) == ("deploy", "deploy")
         assert not [key for key in checkpoint.state_dict if ".repconv" in key or ".fc3_bn." in key]
     best = max(record[task.kind.metric] for record in tuned.records("eval"))
-    evaluated = call("test.py", task.images, "deploy", tuned.folder / "best_ckpt.pth", "-j", 0, *own_opts(task))
+    evaluated = call("test.py", task.images, "deploy", tuned.folder / "best_ckpt.pth", "-j", 0, *evaluation_opts(task))
     flags = f"--eval --resume {tuned.folder / 'best_ckpt.pth'}"
     in_main = call("main_repmlp.py", *task.words(tmp_path, flags=flags))
     for result in (evaluated, in_main):
@@ -82,12 +82,6 @@ def test_its_checkpoints_are_of_the_deploy_form(task, tuned, pretrained, call, t
         assert re.search(rf"{task.kind.metric_label} {best:.3f} ", result.out)
     refused = call("convert.py", tuned.folder / "best_ckpt.pth", tmp_path / "again.pth")
     assert (refused.status, "is converted already" in refused.err) == (2, True)
-
-
-def own_opts(task) -> list[str]:
-    keys = keys_of(task.kind.name)
-    own = [word for key, value in keys.items() if key.startswith("FACE.") for word in (key, value)]
-    return ["--opts", *own] if own else []
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
