@@ -95,7 +95,7 @@ _C.MODEL.GLOBAL_PERCEPTRON = None
 # FC3 or of RepMLP); null: the architecture's own.
 _C.MODEL.MIXER = None
 # Whether the structure to train is the converted one with a BatchNorm after every FC3, to fine-tune converted weights
-# (PRETRAINED); null: the architecture's own, which is not.
+# (PRETRAINED); null: no.
 _C.MODEL.INSERT_BN = None
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from .version import __version__
 
 # The dtypes of weights in files; others, such as float8, need a scale that is not part of the tensor.
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Architectures that files may name as they were once called.
+# Former names of architectures, which files may still give.
 RENAMED = {"ResMLP-B24-224": "ResMLP-B24-P8-224"}
 # What `describe` writes.
 META = schema.record(
