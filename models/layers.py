@@ -241,7 +241,7 @@ class PartitionBlock(Reparameterizable):
         deploy: build the structure that `local_inject` leaves.
 
     Attributes:
-        constraint: applied to the equivalent kernel in the forward pass; None for none. `quantization.constrain` sets
+        constraint: applied to the equivalent kernel in the forward pass; None for none. `qat.constrain` sets
             it.
 
     Raises:

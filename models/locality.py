@@ -39,7 +39,7 @@ class LocalityLinear(nn.Linear, Reparameterizable):
         scale: initial, of the branches' BatchNorms; with 0 the branches do not change the output at first.
 
     Attributes:
-        constraint: applied to the equivalent weight in the forward pass; None for none. `quantization.constrain` sets
+        constraint: applied to the equivalent weight in the forward pass; None for none. `qat.constrain` sets
             it.
 
     Raises:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import published, table2
+from benchmarks import sizes, table2
 from models.reported import CITYSCAPES, README, TABLE2, Reported
 
 TINY = (
@@ -81,10 +81,10 @@ def test_a_wrong_form_stops_the_run(monkeypatch) -> None:
 
 
 def test_the_published_sizes_by_one_command(capsys) -> None:
-    published.main(["--only", "RepMLPNet-C100*", "ResMLP-B24-P16-224*"])
+    sizes.main(["--only", "RepMLPNet-C100*", "ResMLP-B24-P16-224*"])
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith(("RepMLPNet-C100, ", "ResMLP-B24-P16-224, ")) and "equal" in line]
     assert len(rows) == 5
     assert rows[0].split()[-9:] == ["115.737", "115.737", "115.7", "23.021", "23.0", "-", "-", "-", "equal"]
     with pytest.raises(ValueError, match="RepMLPNet-L256"):
-        published.main(["--only", "unheard-of"])
+        sizes.main(["--only", "unheard-of"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models import RepMLP, RepMLPBlock, add_local_branches, create_model
 from models.layers import PartitionBlock
 from models.locality import LocalityLinear
-from models.quantization import FakeQuantize, constrain, release
+from models.qat import FakeQuantize, constrain, release
 from models.reparam import injection_error, is_reparameterizable, to_deploy
 
 EXACT = 1e-12
