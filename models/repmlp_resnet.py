@@ -17,7 +17,15 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import ConvNorm, GroupedFC, PartitionBlock, PartitionConv, check_kernel_sizes, describe_module
+from .layers import (
+    ConvNorm,
+    GroupedFC,
+    PartitionBlock,
+    PartitionConv,
+    check_kernel_sizes,
+    describe_module,
+    is_batch_norm,
+)
 from .reparam import Reparameterizable, absorb_batch_norm, fold_batch_norm
 from .stages import StagedNetwork
 from .variants import build_variant, variant_cfg
@@ -196,9 +204,7 @@ class RepMLP(PartitionBlock):
         if layers.keys() != kinds.keys() or not all(isinstance(layers[name], kind) for name, kind in kinds.items()):
             raise ValueError(f"fc1_fc2 is {describe_module(self.fc1_fc2)}: two linear layers with ReLU belong there")
         norm = self.avg.get_submodule("bn")
-        if not isinstance(norm, nn.Identity) and not (
-            isinstance(norm, _BatchNorm) and norm.num_features == self.channels
-        ):
+        if not isinstance(norm, nn.Identity) and not is_batch_norm(norm, self.channels):
             raise ValueError(
                 f"avg.bn is {describe_module(norm)}: a BatchNorm of {self.channels} channels, or nothing, belongs there"
             )
@@ -245,9 +251,20 @@ class FoldableConvNorm(ConvNorm, Reparameterizable):
         if deploy:
             del self.bn
 
+    def check_structure(self) -> None:
+        """Raises ValueError where another layer than the convolution, its BatchNorm and the activation stands here."""
+        for name, layer in self.named_children():
+            if name not in ("conv", "act") and (self.deploy or name != "bn"):
+                raise ValueError(f"{name} is {describe_module(layer)}: nothing of that name belongs there")
+        if not self.deploy and not is_batch_norm(self.bn, self.conv.out_channels):
+            raise ValueError(
+                f"bn is {describe_module(self.bn)}: a BatchNorm of {self.conv.out_channels} channels belongs there"
+            )
+
     @torch.no_grad()
     def local_inject(self) -> None:
         """Folds the BatchNorm into the convolution, in place; does nothing where that is already done."""
+        self.check_structure()
         if self.deploy:
             return
         conv = self.conv

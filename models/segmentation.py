@@ -78,8 +78,6 @@ class SegmentationNetwork(ReparameterizableNetwork):
         decoder: a key of `DECODERS`.
         width: channels of the decoder; the published cost belongs to 512.
         in_chans: channels of the image.
-        **options: of the architecture, and for our own those of `dense_backbone`: `img_size`, `downsample`, ... With
-            `output_stride`, a ResNet's last stages keep the size of their maps, as PSPNet has it.
         auxiliary: add an `AuxiliaryHead` on the last level but one, which the conversion removes.
         **options: of the architecture, and for our own those of `dense_backbone`: `img_size`, `downsample`, ... With
             `output_stride`, a ResNet's last stages keep the size of their maps, as PSPNet has it.
@@ -201,7 +199,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
             ValueError: it has another structure or form.
         """
         backbone, options = self.backbone, self.arguments
-        if options.get("insert_bn") and not is_reparameterizable(trained):
+        if options.get("insert_bn") and is_reparameterizable(backbone) and not is_reparameterizable(trained):
             insert_into_blocks(trained)
         if is_reparameterizable(trained) != is_reparameterizable(backbone):
             forms = ("training", "deploy") if is_reparameterizable(backbone) else ("deploy", "training")

@@ -86,3 +86,7 @@ def test_teachers_that_do_not_fit(teacher, call, tmp_path):
         f"DATA.IMG_SIZE 24 DISTILL.TEACHER {teacher}"
     )
     assert "nowhere.pth" in refused("DISTILL.TEACHER nowhere.pth")
+    payload = torch.load(teacher, weights_only=True)
+    payload["meta"]["task"] = "verification"
+    torch.save(payload, tmp_path / "face.pth")
+    assert "is of TASK verification: a teacher is a classifier" in refused(f"DISTILL.TEACHER {tmp_path / 'face.pth'}")
