@@ -48,16 +48,21 @@ def image_file(file: BinaryIO) -> Iterator[Image.Image]:
 
 
 def decode_rgb(file: BinaryIO) -> Image.Image:
-    """Decodes an image file into RGB; raises as `image_file`, and ValueError for pixels of unknown range."""
+    """Decodes an image file into RGB; raises as `image_file` and `to_rgb`."""
     with image_file(file) as image:
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-            return _to_8_bits(image).convert("RGB")
-        if image.mode in ("I", "F"):
-            kind = "32-bit float" if image.mode == "F" else "signed or 32-bit integer"
-            raise ValueError(f"{kind} pixels have no known range: convert to 8 or 16 bit")
-        if image.mode == "P" and "transparency" in image.info:
-            return image.convert("RGBA").convert("RGB")  # Pillow warns of the direct way
-        return image.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image to RGB; raises ValueError for pixels of unknown range."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _to_8_bits(image).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit float" if image.mode == "F" else "signed or 32-bit integer"
+        raise ValueError(f"{kind} pixels have no known range: convert to 8 or 16 bit")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")  # Pillow warns of the direct way
+    return image.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -103,10 +103,11 @@ def build_network(
 
 
 def _read_pretrained(run: Run) -> Checkpoint | None:
-    """Reads MODEL.PRETRAINED, if it is set; raises ValueError for a file in the folder of the run."""
-    folder, path = run_folder(run.cfg, run.task.arch), run.cfg.MODEL.PRETRAINED
-    if path and Path(path).resolve().parent == folder.resolve():
-        raise ValueError(f"{path} would be replaced by this run's own: give the run another TAG")
+    """Reads MODEL.PRETRAINED, if it is set; raises ValueError for it, or a teacher, in the folder of the run."""
+    folder = run_folder(run.cfg, run.task.arch).resolve()
+    for path in (run.cfg.MODEL.PRETRAINED, run.cfg.DISTILL.TEACHER):
+        if path and Path(path).resolve().parent == folder:
+            raise ValueError(f"{path} would be replaced by this run's own: give the run another TAG")
     return run.task.read_pretrained()
 
 

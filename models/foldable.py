@@ -6,7 +6,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .layers import ConvNorm
+from .layers import ConvNorm, describe_module, is_batch_norm
 from .reparam import Reparameterizable, fold_batch_norm
 
 
@@ -47,9 +47,24 @@ class FoldableConvNorm(ConvNorm, Reparameterizable):
         if deploy:
             del self.bn
 
+    def check_structure(self) -> None:
+        """Raises ValueError where another layer than the convolution, its BatchNorm and the activation stands here."""
+        for name, layer in self.named_children():
+            if name not in ("conv", "act") and (self.deploy or name != "bn"):
+                raise ValueError(f"{name} is {describe_module(layer)}: nothing of that name belongs there")
+        if not self.deploy and not is_batch_norm(self.bn, self.conv.out_channels):
+            raise ValueError(
+                f"bn is {describe_module(self.bn)}: a BatchNorm of {self.conv.out_channels} channels belongs there"
+            )
+
     @torch.no_grad()
     def local_inject(self) -> None:
-        """Folds the BatchNorm into the convolution, in place; does nothing where that is already done."""
+        """Folds the BatchNorm into the convolution, in place; does nothing where that is already done.
+
+        Raises:
+            ValueError: another layer stands here.
+        """
+        self.check_structure()
         if self.deploy:
             return
         conv = self.conv

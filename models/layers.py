@@ -193,6 +193,20 @@ def fold_branches(branches: Sequence[ConvNorm]) -> tuple[Tensor, Tensor]:
     return merge_kernels(kernels), torch.stack(biases).sum(0)
 
 
+def is_batch_norm(module: nn.Module | None, channels: int) -> bool:
+    """Returns whether a module is a BatchNorm of so many channels, and no activation, as timm has it."""
+    return isinstance(module, _BatchNorm) and module.num_features == channels and not any(module.children())
+
+
+def check_own_weight(name: str, layer: nn.Module) -> None:
+    """Raises ValueError where the weight of a layer is computed from others: writing to it would change nothing."""
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        raise ValueError(
+            f"{name} is {describe_module(layer)}: its weight is no parameter, as under a parametrization. Remove that "
+            "first (torch.nn.utils.parametrize.remove_parametrizations), or use `qat.constrain` instead"
+        )
+
+
 def check_branch(name: str, branch: nn.Module, kernel_size: int) -> None:
     """Raises ValueError where a branch is not a convolution of this size, which keeps the map's, and a BatchNorm."""
     layers = dict(branch.named_children())
@@ -203,8 +217,7 @@ def check_branch(name: str, branch: nn.Module, kernel_size: int) -> None:
         and isinstance(conv, nn.Conv2d)
         and (conv.kernel_size, conv.padding) == ((kernel_size,) * 2, (kernel_size // 2,) * 2)
         and conv.stride == conv.dilation == (1, 1)
-        and isinstance(bn, _BatchNorm)
-        and bn.num_features == conv.out_channels
+        and is_batch_norm(bn, conv.out_channels)
     )
     if not sound:
         raise ValueError(
@@ -306,7 +319,8 @@ class PartitionBlock(Reparameterizable):
     def check_structure(self) -> None:
         """Raises ValueError where something stands in the block that Locality Injection would not count."""
         norm, channels = self.fc3_bn, self.norm_channels()
-        if not isinstance(norm, nn.Identity) and not (isinstance(norm, _BatchNorm) and norm.num_features == channels):
+        check_own_weight("fc3", self.fc3)
+        if not isinstance(norm, nn.Identity) and not is_batch_norm(norm, channels):
             raise ValueError(
                 f"fc3_bn is {describe_module(norm)}: a BatchNorm of {channels} channels, or nothing, belongs there"
             )

@@ -20,7 +20,7 @@ from timm.layers import to_2tuple
 from timm.models.mlp_mixer import MixerBlock, ResBlock, SpatialGatingUnit
 from torch import Tensor, nn
 
-from .layers import ConvNorm, ShareSetConv, check_kernel_sizes, check_layers, fold_branches
+from .layers import ConvNorm, ShareSetConv, check_kernel_sizes, check_layers, check_own_weight, fold_branches
 from .reparam import Reparameterizable, conv_to_fc, inject_
 
 # The modules of timm that mix tokens, and the attribute that does it.
@@ -93,6 +93,7 @@ class LocalityLinear(nn.Linear, Reparameterizable):
 
     def check_structure(self) -> None:
         """Raises ValueError where something stands in the layer that Locality Injection would not count."""
+        check_own_weight("the layer", self)
         check_layers(self, self.branches, {"constraint"})
 
     def get_equivalent_linear(self) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .foldable import EmbeddingHead, FoldableConvNorm
-from .layers import GroupedFC, PartitionBlock, PartitionConv, check_kernel_sizes, describe_module
+from .layers import GroupedFC, PartitionBlock, PartitionConv, check_kernel_sizes, describe_module, is_batch_norm
 from .reparam import absorb_batch_norm
 from .stages import StagedNetwork
 from .variants import build_variant, variant_cfg
@@ -197,9 +197,7 @@ class RepMLP(PartitionBlock):
         if layers.keys() != kinds.keys() or not all(isinstance(layers[name], kind) for name, kind in kinds.items()):
             raise ValueError(f"fc1_fc2 is {describe_module(self.fc1_fc2)}: two linear layers with ReLU belong there")
         norm = self.avg.get_submodule("bn")
-        if not isinstance(norm, nn.Identity) and not (
-            isinstance(norm, _BatchNorm) and norm.num_features == self.channels
-        ):
+        if not isinstance(norm, nn.Identity) and not is_batch_norm(norm, self.channels):
             raise ValueError(
                 f"avg.bn is {describe_module(norm)}: a BatchNorm of {self.channels} channels, or nothing, belongs there"
             )

@@ -198,7 +198,7 @@ class SegmentationNetwork(ReparameterizableNetwork):
             ValueError: it has another structure or form.
         """
         backbone, options = self.backbone, self.arguments
-        if options.get("insert_bn") and not is_reparameterizable(trained):
+        if options.get("insert_bn") and is_reparameterizable(backbone) and not is_reparameterizable(trained):
             insert_into_blocks(trained)
         if is_reparameterizable(trained) != is_reparameterizable(backbone):
             forms = ("training", "deploy") if is_reparameterizable(backbone) else ("deploy", "training")

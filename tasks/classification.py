@@ -59,10 +59,14 @@ class Classification(Task):
         """The network in DISTILL.TEACHER, converted if it can be, on the device.
 
         Raises:
-            ValueError: it has other classes, or does not take images of this size.
+            ValueError: it is of another task, has other classes, or does not take images of this size.
         """
         path, device = self.cfg.DISTILL.TEACHER, self.rank_info.device
-        network = build_from(read_checkpoint(path), self.cfg.DISTILL.ARCH or None)
+        checkpoint = read_checkpoint(path)
+        task = checkpoint.meta.get("task", self.name)
+        if task != self.name:
+            raise ValueError(f"DISTILL.TEACHER {path} is of TASK {task}: a teacher is a classifier")
+        network = build_from(checkpoint, self.cfg.DISTILL.ARCH or None)
         if network.num_classes != self.num_outputs():
             raise ValueError(
                 f"DISTILL.TEACHER {path} is for {network.num_classes} classes, the training for {self.num_outputs()}"

@@ -10,7 +10,7 @@ from PIL.Image import Image, fromarray
 from torch import Tensor, nn
 
 import data
-from data.decode import decode_rgb
+from data.decode import decode_rgb, to_rgb
 from models import get_model
 from models.build import FAMILIES
 
@@ -90,6 +90,10 @@ def inference_model(
         model = get_model(model, pretrained, device or default_device())
     if not isinstance(model, CLASSIFIERS) or not model.num_classes:
         raise ValueError(f"inference_model takes a network of get_model, with a head, not a {type(model).__name__}")
+    if not model.global_pool:
+        raise ValueError("inference_model takes a network that pools its last map: build it with global_pool='avg'")
+    if model.dataset in data.DATASETS and data.DATASETS[model.dataset].labels != "classes":
+        raise ValueError(f"the network was trained on {model.dataset!r}: its outputs are not those of classes")
     weight = next(model.to(device).eval().parameters())
     normalize = normalization(model.dataset, weight.dtype).to(weight.device)
     pixels = data.eval_transform(model.img_size, crop=crop)(_rgb(image))
@@ -110,4 +114,4 @@ def _rgb(image: str | Path | np.ndarray | Image) -> Image:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an array of an image is (H, W, 3) of uint8, not {image.shape} of {image.dtype}")
         return fromarray(image)
-    return image.convert("RGB") if isinstance(image, Image) else read_image(Path(image))
+    return to_rgb(image) if isinstance(image, Image) else read_image(Path(image))

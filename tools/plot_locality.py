@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models.files import write_atomically
-from models.layers import PartitionBlock
+from models.layers import PartitionBlock, PartitionConv
 from models.locality import LocalityLinear
 from models.reparam import fold_batch_norm
 from tasks.inference import add_checkpoint_options, load_checkpoint
@@ -102,6 +102,8 @@ def kernels(block: Block) -> tuple[Tensor, Tensor]:
     if isinstance(block, LocalityLinear):
         (h, w), before, after = block.size, block.weight, block.get_equivalent_linear()[0]
     else:
+        if isinstance(block.fc3, PartitionConv):
+            raise ValueError("the block has a convolution in place of FC3: there is no FC kernel to draw")
         assert isinstance(block.fc3_bn, nn.modules.batchnorm._BatchNorm)
         h, w, weight = block.h, block.w, block.fc3.weight.flatten(1)
         before, after = fold_batch_norm(weight, None, block.fc3_bn)[0], block.get_equivalent_fc3()[0]

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_helpers import largest_difference, random_tensor, randomised, small_options, tiny_network
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from models import RepMLP, RepMLPBlock, add_local_branches, create_model, list_models
 from models.build import changeable, structure_changes
@@ -127,7 +129,17 @@ def bare_branch(block: PartitionBlock) -> None:
     block.branches, block.repconv3 = (3,), nn.Conv2d(2, 2, 3, padding=1)
 
 
+def with_activation(block: PartitionBlock) -> None:
+    block.fc3_bn = BatchNormAct2d(block.norm_channels())
+
+
+def parametrized(block: PartitionBlock) -> None:
+    parametrize.register_parametrization(block.fc3, "weight", nn.Tanh())
+
+
 MISPLACED = {
+    with_activation: r"fc3_bn is BatchNormAct2d\(.*: a BatchNorm of \d+ channels, or nothing, belongs there",
+    parametrized: r"fc3 is Parametrized.*: its weight is no parameter, as under a parametrization",
     layer_norm: r"fc3_bn is LayerNorm\(.*: a BatchNorm of \d+ channels, or nothing, belongs there",
     too_few_channels: r"fc3_bn is BatchNorm2d\(.*: a BatchNorm of \d+ channels, or nothing, belongs there",
     instance_norm: r"fc3_bn is InstanceNorm2d\(.*: a BatchNorm of \d+ channels, or nothing, belongs there",
@@ -172,6 +184,22 @@ def test_another_global_perceptron_is_refused() -> None:
     block.avg.bn = nn.GroupNorm(2, 4)
     with pytest.raises(ValueError, match=r"avg\.bn is GroupNorm\(.*: a BatchNorm of 4 channels, or nothing, belongs"):
         block.get_equivalent_fc3()
+
+
+def test_a_layer_in_a_folded_convolution_is_refused() -> None:
+    model = create_model("FaceResNet", deploy=True)
+    model.stage1[0].shortcut.bn = nn.BatchNorm2d(128)
+    for act in (model.locality_injection, lambda: fuse_batch_norms(model)):
+        with pytest.raises(ValueError, match=r"^stage1\.0\.shortcut: bn is BatchNorm2d\(.*: nothing of that name"):
+            act()
+
+
+def test_a_parametrized_token_mixing_layer_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    add_local_branches(model, 4, names=["0"])
+    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    with pytest.raises(ValueError, match=r"^0: the layer is Parametrized.*: its weight is no parameter"):
+        to_deploy(model)
 
 
 def test_a_further_layer_beside_a_token_mixing_layer_is_refused() -> None:

@@ -145,6 +145,12 @@ def test_what_a_network_is_unless_it_is_told_otherwise() -> None:
     assert (model.num_classes, model.model.segmentation_head[0].in_channels) == (4, 512)
 
 
+def test_a_classifier_that_had_inserted_batch_norms_becomes_the_backbone() -> None:
+    options = {k: v for k, v in SMALL.items() if k in ("img_size", *STRUCTURE)} | {"insert_bn": True}
+    trained = to_deploy(randomised(create_model("RepMLPNet-D256", **options)).eval())
+    SegmentationNetwork(**SMALL, insert_bn=True, deploy=True).double().eval().load_backbone(trained)
+
+
 @pytest.mark.parametrize("deploy", [False, True])
 @pytest.mark.parametrize("downsample", [None, "conv5"])
 def test_a_trained_classifier_becomes_the_backbone(downsample: str | None, deploy: bool) -> None:

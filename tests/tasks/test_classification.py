@@ -86,3 +86,11 @@ def test_teachers_that_do_not_fit(teacher, call, tmp_path):
         f"DATA.IMG_SIZE 24 DISTILL.TEACHER {teacher}"
     )
     assert "nowhere.pth" in refused("DISTILL.TEACHER nowhere.pth")
+    own = tmp_path / "RepMLPNet-Digits" / "quickstart" / "best_ckpt.pth"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.hardlink_to(teacher)
+    assert "would be replaced by this run's own: give the run another TAG" in refused(f"DISTILL.TEACHER {own}")
+    payload = torch.load(teacher, weights_only=True)
+    payload["meta"]["task"] = "verification"
+    torch.save(payload, tmp_path / "face.pth")
+    assert "is of TASK verification: a teacher is a classifier" in refused(f"DISTILL.TEACHER {tmp_path / 'face.pth'}")

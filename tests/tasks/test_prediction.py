@@ -96,6 +96,14 @@ def test_a_network_in_training_mode_and_half_precision(deployed, scan):
     assert np.abs(predict["pred_scores"] - scores).max() < 0.05
 
 
+def test_an_image_of_16_bits(deployed, tmp_path):
+    image = Image.fromarray(np.arange(0, 64000, 250, dtype=np.uint16).reshape(16, 16))
+    image.save(tmp_path / "grey.png")
+    model = get_model(ARCH, pretrained=deployed)
+    scores = [inference_model(model, of)["pred_scores"] for of in (image, tmp_path / "grey.png")]
+    assert np.array_equal(*scores)
+
+
 def test_what_can_not_be_classified(deployed, scan, tmp_path):
     model = get_model(ARCH, pretrained=deployed)
     with pytest.raises(ValueError, match=r"an array of an image is \(H, W, 3\) of uint8, not \(4, 4\) of float64"):
@@ -106,6 +114,13 @@ def test_what_can_not_be_classified(deployed, scan, tmp_path):
         inference_model(torch.nn.Linear(2, 2), scan)
     with pytest.raises(ValueError, match="with a head"):
         inference_model(create_model(ARCH, num_classes=0), scan)
+    with pytest.raises(ValueError, match="pools its last map"):
+        inference_model(create_model(ARCH, global_pool=""), scan)
+    with pytest.raises(ValueError, match="32-bit float pixels have no known range"):
+        inference_model(model, Image.open(scan).convert("F"))
+    model.dataset = "faces"
+    with pytest.raises(ValueError, match="trained on 'faces': its outputs are not those of classes"):
+        inference_model(model, scan)
     model.dataset = "birds"
     with pytest.raises(ValueError, match="trained on 'birds', which is unknown here"):
         inference_model(model, scan)

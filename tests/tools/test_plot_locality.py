@@ -38,6 +38,11 @@ def answers(block, channels, channel, point, output_channel, fc_alone):
     return (out[:-1] - out[-1]).view(H, W)
 
 
+def test_a_convolution_in_place_of_the_fc_is_refused():
+    with pytest.raises(ValueError, match="a convolution in place of FC3"):
+        locality(RepMLP(4, (8, 8), 8, 8, 2, (1, 3), fc3_as_conv=9))
+
+
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("point", [None, (0, 5)], ids=str)
 @torch.no_grad()
