@@ -140,6 +140,7 @@ def test_the_recipe_of_pspnet_over_repmlp_resnet():
         "MODEL.ARCH": "RepMLP-Res50-g4-8-320",
         "MODEL.GP_REDUCTION": (1, 4, 8, 1),
         "SEG.DECODER": "pspnet",
+        "SEG.AUX_WEIGHT": 0.4,
         "SEG.WIDTH": 512,
         "SEG.OUTPUT_STRIDE": 8,
         "SEG.BACKBONE_SIZE": 720,
