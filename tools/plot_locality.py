@@ -1,9 +1,9 @@
 """Draws what Locality Injection adds to an FC kernel: the values around one output point, before and after.
 
-A value stands for the weight between an output point and an input point. Colours show the logarithm of its magnitude
-over that of the smallest one. The square is the largest local kernel; points outside of it that are larger than the
-median within are marked. The kernel before injection has the BatchNorm of FC3 folded in, so that values outside of the
-square are the same in both.
+A value stands for the weight between an output point and an input point. Colours show the natural logarithm of its
+magnitude over that of the smallest one. The square is the largest local kernel, the dashed one the output point; points
+outside of the kernel that are larger than the median within are marked. The kernel before injection has the BatchNorm
+of FC3 folded in, so that values outside of the square are the same in both.
 
 python -m tools.plot_locality output/RepMLPNet-Digits/quickstart/best_ckpt.pth locality.png
 """
@@ -138,7 +138,7 @@ def locality(
 
 
 def log_magnitudes(values: Tensor) -> Tensor:
-    """Returns log10 of the magnitude over the smallest one; a zero counts as the smallest that is not zero.
+    """Returns ln of the magnitude over the smallest one; a zero counts as the smallest that is not zero.
 
     Raises:
         ValueError: all are zero, or one is not finite.
@@ -147,7 +147,7 @@ def log_magnitudes(values: Tensor) -> Tensor:
     if not magnitudes.isfinite().all() or not magnitudes.any():
         raise ValueError("the kernel is zero or not finite around this point: choose another one")
     smallest = magnitudes[magnitudes > 0].min()
-    return (magnitudes.clamp(min=smallest) / smallest).log10()
+    return (magnitudes.clamp(min=smallest) / smallest).log()
 
 
 def draw(shown: Locality, title: str) -> bytes:
@@ -170,22 +170,26 @@ def draw(shown: Locality, title: str) -> bytes:
         axis.set_title(f"{name}\nmean |weight|: {', '.join(means)}", fontsize=10)
         axis.set_xlabel("x of the input point")
     axes[0].set_ylabel("y of the input point")
-    figure.colorbar(image, ax=axes, label="log10(|weight| / smallest |weight| of the picture)", shrink=0.85)
+    figure.colorbar(image, ax=axes, label="ln(|weight| / smallest |weight| of the picture)", shrink=0.85)
     figure.suptitle(title, fontsize=11)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)
     return content.getvalue()
 
 
 def _draw_points(axis: "Axes", shown: Locality, values: Tensor) -> None:
-    """Draws the square of the largest local kernel, cut off at the edges of the map, and marks points outside."""
+    """Draws squares: the largest local kernel, cut off at the edges, and the output point; marks points outside."""
     from matplotlib.patches import Rectangle
 
     rows, columns = (where.tolist() for where in shown.within.nonzero().T)
     corner, size = (columns[0] - 0.5, rows[0] - 0.5), (columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
     k = shown.kernel_size
     axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor="red", linewidth=2, label=f"{k}x{k} kernel"))
+    y, x = shown.point
+    dashed = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linestyle="--", linewidth=1.5)
+    dashed.set_label("output point")
+    axis.add_patch(dashed)
     rows, columns = (where.tolist() for where in shown.marked(values).nonzero().T)
     label = "outside, larger than the median within"
     axis.plot(columns, rows, "o", color="white", markeredgecolor="black", markersize=4, label=label)

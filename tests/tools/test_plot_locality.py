@@ -1,5 +1,6 @@
 """`tools.plot_locality`: the values of the picture are the answers of the block to single points."""
 
+import math
 from functools import partial
 
 import pytest
@@ -71,8 +72,8 @@ def test_points_within_the_kernel_and_large_ones_outside():
     assert shown.marked(values).nonzero().tolist() == [[0, 3], [1, 3]]  # the median within is 3
 
 
-def test_colours_are_logarithms_over_the_smallest_magnitude():
-    values = torch.tensor([0.01, -0.1, 1.0, 0.0], dtype=torch.float64)
+def test_colours_are_natural_logarithms_over_the_smallest_magnitude():
+    values = torch.tensor([1 / math.e, -1.0, math.e, 0.0], dtype=torch.float64)
     torch.testing.assert_close(log_magnitudes(values), torch.tensor([0.0, 1.0, 2.0, 0.0], dtype=torch.float64))
     for useless in (torch.zeros(3), torch.tensor([1.0, torch.nan])):
         with pytest.raises(ValueError, match="zero or not finite"):
