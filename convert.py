@@ -36,6 +36,7 @@ from utils import cli
 from utils.files import check_target
 from utils.text import printable
 
+IMAGENET = "imagenet"  # for whose images weights without metadata are taken to be
 ROUNDING_TOLERANCE = 100  # of the written weights, in units of their dtype's epsilon
 
 
@@ -112,15 +113,19 @@ def convert(network: Network, insert_bn: bool) -> tuple[nn.Module, float]:
     return inserted, max(difference, verify(inserted, deploy, network.image_size))
 
 
+@torch.no_grad()
 def check_plain(target: Path, converted: nn.Module, network: Network, task: type[Task]) -> None:
     """Raises ValueError where weights alone would not make the same network again when they are read."""
     try:
         checkpoint = take_weights(target, {"model": converted.state_dict()}, ema=False)
         if task_of(checkpoint) is not task:
             raise ValueError(f"weights alone do not say that they are of the task {task.name}")
-        size = task.network_from(checkpoint, network.arch).image_size
-        if size != network.image_size:
-            raise ValueError(f"weights alone say images of {size}, not {network.image_size}")
+        read = task.network_from(checkpoint, network.arch)
+        if read.image_size != network.image_size:
+            raise ValueError(f"weights alone say images of {read.image_size}, not {network.image_size}")
+        images = torch.ones(1, input_channels(converted), *network.image_size, dtype=next(converted.parameters()).dtype)
+        if not torch.equal(read.model(images), converted.eval()(images)):
+            raise ValueError("weights alone do not say all of the network's structure")
     except ValueError as error:
         raise ValueError(f"{error}: leave out --plain; nothing was written") from error
 
@@ -142,6 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plain:
         check_plain(target, converted, network, task)
         write_weights(target, converted.state_dict())
+        dataset = checkpoint.meta.get("dataset", IMAGENET)
+        if dataset != IMAGENET:
+            print(f"without metadata, programs that classify images need --dataset {dataset}")
     else:
         form = "train" if args.insert_bn else "deploy"
         meta = task.metadata(network.arch, converted, network.image_size, form, checkpoint.meta.get("dataset"))

@@ -14,16 +14,27 @@ from .published import (
     fuse_bn,
     get_model,
     get_RepMLPNet_model,
+    model_map,
 )
 from .pure_mlp import PureMLP, PureMLPSpec
 from .repmlp_resnet import RepMLP, RepMLPResNet, RepMLPResNetSpec
-from .repmlpnet import SPECS, RepMLPBlock, RepMLPNet, RepMLPNetSpec
+from .repmlpnet import (
+    SPECS,
+    FFNBlock,
+    GlobalPerceptron,
+    RepMLPBlock,
+    RepMLPNet,
+    RepMLPNetSpec,
+    RepMLPNetUnit,
+)
 from .resmlp import ResMLP, ResMLPSpec
 from .version import __version__ as __version__
 
 __all__ = [
     "SPECS",
     "DenseBackbone",
+    "FFNBlock",
+    "GlobalPerceptron",
     "MobileFaceNet",
     "MobileFaceNetSpec",
     "PureMLP",
@@ -32,6 +43,7 @@ __all__ = [
     "RepMLPBlock",
     "RepMLPNet",
     "RepMLPNetSpec",
+    "RepMLPNetUnit",
     "RepMLPResNet",
     "RepMLPResNetSpec",
     "ResMLP",
@@ -51,4 +63,5 @@ __all__ = [
     "get_RepMLPNet_model",
     "get_model",
     "list_models",
+    "model_map",
 ]

@@ -68,6 +68,17 @@ def create_RepMLPNet_L256(deploy: bool = False) -> RepMLPNet:
     return get_RepMLPNet_model("RepMLPNet-L256", deploy)
 
 
+# The published dictionary of constructors.
+model_map = {
+    "RepMLPNet-T224": create_RepMLPNet_T224,
+    "RepMLPNet-T256": create_RepMLPNet_T256,
+    "RepMLPNet-B224": create_RepMLPNet_B224,
+    "RepMLPNet-B256": create_RepMLPNet_B256,
+    "RepMLPNet-D256": create_RepMLPNet_D256,
+    "RepMLPNet-L256": create_RepMLPNet_L256,
+}
+
+
 def fuse_bn(conv_or_fc: nn.Conv2d | nn.Linear, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Returns weight and bias of the one layer that equals a layer and the BatchNorm after it, see `fold_batch_norm`.
 

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, SupportsIndex, TypeVar, cast
 
 from timm.layers import to_2tuple
 
@@ -20,7 +20,7 @@ def also_called_as(**others: Callable[..., Mapping[str, Any]]) -> Callable[[Cons
     """Lets an `__init__` be called by other signatures, too.
 
     A call is read by the first signature that it fits, its own before the others. To fit means that all arguments have
-    a place and that the first one has the annotated type.
+    a place, that the first one has the annotated type, and that integers stand where the signature has them.
 
     Args:
         **others: functions with the other signatures, by the names that messages give them; each returns the keyword
@@ -53,8 +53,10 @@ def _fits(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str
         bound = signature.bind(*args, **kwargs)
     except TypeError:
         return False
-    first = next(iter(signature.parameters.values()))
-    return isinstance(bound.arguments.get(first.name, first.default), first.annotation)
+    first, *others = signature.parameters.values()
+    integers = [bound.arguments[p.name] for p in others if p.annotation is int and p.name in bound.arguments]
+    typed = isinstance(bound.arguments.get(first.name, first.default), first.annotation)
+    return typed and all(isinstance(value, SupportsIndex) for value in integers)
 
 
 def _refusal(

@@ -6,7 +6,7 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
-from data import BatchTransform
+import data
 from engine.distillation import HardDistillation
 from engine.metrics import ClassificationMetric
 from engine.precision import autocast, dtype_of
@@ -39,7 +39,7 @@ class Classification(Task):
             raise ValueError(f"val has {val} classes, train {found}: they need the same labels")
         return wanted
 
-    def batch_augmentation(self) -> BatchTransform | None:
+    def batch_augmentation(self) -> data.BatchTransform | None:
         """Builds random erasing, Mixup and CutMix, and distillation where DISTILL.TEACHER is set; None for nothing."""
         augmentation = super().batch_augmentation()
         if not self.cfg.DISTILL.TEACHER:
@@ -59,13 +59,14 @@ class Classification(Task):
         """The network in DISTILL.TEACHER, converted if it can be, on the device.
 
         Raises:
-            ValueError: it is of another task, has other classes, or does not take images of this size.
+            ValueError: it is of another task, has other classes, or does not take images of this size or normalization.
         """
         path, device = self.cfg.DISTILL.TEACHER, self.rank_info.device
         checkpoint = read_checkpoint(path)
         task = checkpoint.meta.get("task", self.name)
         if task != self.name:
             raise ValueError(f"DISTILL.TEACHER {path} is of TASK {task}: a teacher is a classifier")
+        self._check_normalization(path, checkpoint.meta.get("dataset", ""))
         network = build_from(checkpoint, self.cfg.DISTILL.ARCH or None)
         if network.num_classes != self.num_outputs():
             raise ValueError(
@@ -79,6 +80,15 @@ class Classification(Task):
         except (ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(f"DISTILL.TEACHER {path} can't see the training images: {error}") from error
         return teacher
+
+    def _check_normalization(self, path: str, dataset: str) -> None:
+        """Raises ValueError if a teacher's images are normalized in another way than those of the training."""
+        own, other = data.DATASETS[self.dataset_name], data.DATASETS.get(dataset)
+        if other and (own.mean, own.std) != (other.mean, other.std):
+            raise ValueError(
+                f"DISTILL.TEACHER {path} was trained on images normalized as those of {dataset}, not of "
+                f"{self.dataset_name}"
+            )
 
     def build_criterion(self, num_outputs: int) -> nn.Module:
         """Builds the mean cross-entropy of logits (N, K) and targets.

@@ -88,6 +88,8 @@ def inference_model(
     """
     if isinstance(model, str):
         model = get_model(model, pretrained, device or default_device())
+    elif pretrained is not True:
+        raise ValueError("pretrained is for a model given by its name: load the weights by get_model")
     if not isinstance(model, CLASSIFIERS) or not model.num_classes:
         raise ValueError(f"inference_model takes a network of get_model, with a head, not a {type(model).__name__}")
     if not model.global_pool:
@@ -111,7 +113,11 @@ def inference_model(
 
 def _rgb(image: str | Path | np.ndarray | Image) -> Image:
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"an array of an image is (H, W, 3) of uint8, not {image.shape} of {image.dtype}")
         return fromarray(image)
-    return to_rgb(image) if isinstance(image, Image) else read_image(Path(image))
+    if isinstance(image, Image):
+        return to_rgb(image)
+    if not isinstance(image, str | Path):
+        raise ValueError(f"an image is a file, an array or an image of Pillow, not a {type(image).__name__}")
+    return read_image(Path(image))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import repmlpnet
-from models import RepMLPBlock, RepMLPNet, create_model, fuse_bn, get_model
+from models import SPECS, RepMLPBlock, RepMLPNet, create_model, fuse_bn, get_model
 from models.checkpoints import describe
 from models.files import write_checkpoint
 from models.published import MMPRETRAIN, PUBLISHED
@@ -248,3 +248,16 @@ def test_get_model_refuses(tmp_path: Path) -> None:
         get_model("resnet50")
     with pytest.raises(ValueError, match="no checkpoint at"):
         get_model(ARCH, pretrained=tmp_path / "none.pth")
+
+
+def test_a_block_of_mmpretrain_by_position() -> None:
+    block = RepMLPBlock(8, 3, 4, (1, 3))
+    assert (block.h, block.w, block.branches) == (3, 4, (1, 3))
+    with pytest.raises(TypeError, match="no RepMLPBlock takes these arguments together"):
+        RepMLPBlock(8, 8, 8, None, "4", None)
+
+
+def test_the_published_dictionary() -> None:
+    assert list(repmlpnet.model_map) == list(PUBLISHED)
+    with torch.device("meta"):
+        assert all(build().spec == SPECS[name] for name, build in repmlpnet.model_map.items())

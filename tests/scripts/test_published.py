@@ -183,6 +183,7 @@ def test_every_reader_takes_a_plain_file(ending, trained, deployed, call, tmp_pa
     path = tmp_path / f"plain{ending}"
     result = call("convert.py", trained.folder / "best_ckpt.pth", path, "--plain")
     assert (result.status, result.err) == (0, "")
+    assert "need --dataset digits\n" in result.out
     if ending == ".safetensors":
         expected = torch.load(deployed, weights_only=True)["model"]
         found = load_file(path)

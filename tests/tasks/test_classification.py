@@ -86,6 +86,12 @@ def test_teachers_that_do_not_fit(teacher, call, tmp_path):
         f"DATA.IMG_SIZE 24 DISTILL.TEACHER {teacher}"
     )
     assert "nowhere.pth" in refused("DISTILL.TEACHER nowhere.pth")
+    payload = torch.load(teacher, weights_only=True)
+    payload["meta"]["dataset"] = "cf10"
+    torch.save(payload, tmp_path / "other.pth")
+    assert "was trained on images normalized as those of cf10, not of digits" in refused(
+        f"DISTILL.TEACHER {tmp_path / 'other.pth'}"
+    )
     own = tmp_path / "RepMLPNet-Digits" / "quickstart" / "best_ckpt.pth"
     own.parent.mkdir(parents=True, exist_ok=True)
     own.hardlink_to(teacher)

@@ -108,6 +108,12 @@ def test_what_can_not_be_classified(deployed, scan, tmp_path):
     model = get_model(ARCH, pretrained=deployed)
     with pytest.raises(ValueError, match=r"an array of an image is \(H, W, 3\) of uint8, not \(4, 4\) of float64"):
         inference_model(model, np.zeros((4, 4)))
+    with pytest.raises(ValueError, match=r"of uint8, not \(0, 5, 3\) of uint8"):
+        inference_model(model, np.zeros((0, 5, 3), np.uint8))
+    with pytest.raises(ValueError, match="an image is a file, an array or an image of Pillow, not a NoneType"):
+        inference_model(model, None)
+    with pytest.raises(ValueError, match="pretrained is for a model given by its name"):
+        inference_model(model, scan, pretrained=deployed)
     with pytest.raises(FileNotFoundError):
         inference_model(model, tmp_path / "none.png")
     with pytest.raises(ValueError, match="takes a network of get_model, with a head, not a Linear"):
