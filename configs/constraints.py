@@ -296,20 +296,6 @@ TRAINING_CONFLICTS = (
         "the last decay would never happen; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
     ),
     Conflict(
-        (
-            "TRAIN.LR_SCHEDULER.MILESTONES",
-            "TRAIN.LR_SCHEDULER.NAME",
-            "TRAIN.LR_SCHEDULER.WARMUP_PREFIX",
-            "TRAIN.WARMUP_EPOCHS",
-            "TRAIN.EPOCHS",
-        ),
-        lambda milestones, schedule, prefix, warmup, epochs: (
-            schedule == "multistep" and prefix and milestones[-1] + warmup >= epochs
-        ),
-        "the last decay would never come, since milestones count from the end of the warm-up; set them lower, or "
-        "TRAIN.LR_SCHEDULER.WARMUP_PREFIX to False",
-    ),
-    Conflict(
         ("TASK", "DATA.BATCH_SIZE"),
         lambda task, batch_size: batch_size < TASKS[task].least_batch_size,
         "the networks of this task normalize over the images of a batch; set DATA.BATCH_SIZE higher",

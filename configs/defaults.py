@@ -182,8 +182,8 @@ _C.TRAIN.LR_SCHEDULER = CfgNode()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"
 # Epochs between decays of the schedule `step`; at least 1.
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
-# Epochs, or fractions of epochs, at which the schedule `multistep` decays, in ascending order, below EPOCHS; they are
-# rounded to updates.
+# Epochs, or fractions of epochs, after which the schedule `multistep` decays, counted from the start of the training,
+# in ascending order, below EPOCHS; they are rounded to updates.
 _C.TRAIN.LR_SCHEDULER.MILESTONES = (30.0, 60.0, 90.0)
 # Factor of each decay of the schedules `step` and `multistep`; above 0, at most 1.
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1

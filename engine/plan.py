@@ -1,5 +1,6 @@
 """The training plan: the numbers that follow from the settings, the number of processes and the data set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from yacs.config import CfgNode
@@ -48,8 +49,8 @@ def plan_training(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Tra
         steps_per_epoch: batches that each process sees in one epoch.
 
     Raises:
-        ValueError: the training images do not fill one batch, the batches do not fill one update, or the moving
-            average of the weights would be a mere copy.
+        ValueError: the training images do not fill one batch, the batches do not fill one update, a milestone is no
+            update of the training, or the moving average of the weights would be a mere copy.
     """
     if steps_per_epoch < 1:
         raise ValueError(
@@ -65,6 +66,8 @@ def plan_training(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Tra
     global_batch = cfg.DATA.BATCH_SIZE * world_size * accumulation
     _check_average(cfg.TRAIN, global_batch)
     updates_per_epoch = steps_per_epoch // accumulation
+    milestones = tuple(round(epochs * updates_per_epoch) for epochs in cfg.TRAIN.LR_SCHEDULER.MILESTONES)
+    _check_milestones(cfg.TRAIN, milestones, updates_per_epoch)
     return TrainingPlan(
         global_batch=global_batch,
         lr=cfg.TRAIN.BASE_LR * global_batch / REFERENCE_BATCH,
@@ -74,8 +77,18 @@ def plan_training(cfg: CfgNode, *, world_size: int, steps_per_epoch: int) -> Tra
         total_updates=cfg.TRAIN.EPOCHS * updates_per_epoch,
         warmup_updates=cfg.TRAIN.WARMUP_EPOCHS * updates_per_epoch,
         decay_updates=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch,
-        milestone_updates=tuple(round(epochs * updates_per_epoch) for epochs in cfg.TRAIN.LR_SCHEDULER.MILESTONES),
+        milestone_updates=milestones,
     )
+
+
+def _check_milestones(cfg: CfgNode, milestones: Sequence[int], updates_per_epoch: int) -> None:
+    """Raises ValueError if a decay of the schedule `multistep` would come before the first update or after the last."""
+    total = cfg.EPOCHS * updates_per_epoch
+    if cfg.LR_SCHEDULER.NAME == "multistep" and not all(0 < milestone < total for milestone in milestones):
+        raise ValueError(
+            f"TRAIN.LR_SCHEDULER.MILESTONES = {list(cfg.LR_SCHEDULER.MILESTONES)}: with {updates_per_epoch} updates "
+            "per epoch, one is before the first update or after the last one; move it by an update or more"
+        )
 
 
 def ema_weight(cfg: CfgNode, global_batch: int) -> float:

@@ -81,8 +81,10 @@ def _step(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[s
 
 
 def _multistep(optimizer: Optimizer, cfg: CfgNode, plan: TrainingPlan, warmup: dict[str, Any]) -> Scheduler:
-    # timm decays one update before the milestone, see its docstring; here it is the first update of the lower rate.
-    milestones = [update + 1 for update in plan.milestone_updates]
+    # timm decays one update before the milestone; here it is the first update of the lower rate. With WARMUP_PREFIX
+    # timm counts from the end of the warm-up; milestones always count from the start of the training.
+    counted_from = plan.warmup_updates if cfg.WARMUP_PREFIX else 0
+    milestones = [update + 1 - counted_from for update in plan.milestone_updates]
     return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=cfg.DECAY_RATE, t_in_epochs=False, **warmup)
 
 

@@ -61,6 +61,15 @@ def test_milestones_are_rounded_to_updates():
     assert plan_training(load(opts), world_size=1, steps_per_epoch=1001).milestone_updates == (500, 22_197, 37_007)
 
 
+@pytest.mark.parametrize("milestones", ["0.1", "9.9", "5,9.9"])
+def test_milestones_outside_of_the_training(milestones):
+    schedule = f"TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MILESTONES {milestones}"
+    opts = f"TRAIN.EPOCHS 10 TRAIN.WARMUP_EPOCHS 0 {schedule}"
+    with pytest.raises(ValueError, match="with 2 updates per epoch, one is before the first update or after the last"):
+        plan_training(load(opts), world_size=1, steps_per_epoch=2)
+    assert plan_training(load(opts), world_size=1, steps_per_epoch=20).milestone_updates[-1] < 200
+
+
 def test_all_three_learning_rates_scale():
     plan = plan_training(load("TRAIN.WARMUP_LR 1e-6 TRAIN.MIN_LR 1e-5"), world_size=4, steps_per_epoch=10)
     assert (plan.warmup_lr, plan.min_lr) == pytest.approx((2e-6, 2e-5), rel=1e-12)
