@@ -153,4 +153,4 @@ def test_predict_reads_no_pipe_and_gives_no_answer_that_is_not_finite(trained, s
     torch.save(payload | {"model": payload["model"] | huge}, tmp_path / "huge.pth")
     status, out, err = call("tools/predict.py", tmp_path / "huge.pth", path)
     assert (status, out) == (2, "")
-    assert "the network's answers are not finite" in err
+    assert "the network's outputs are not finite" in err
