@@ -179,6 +179,11 @@ def check_kernel_sizes(branches: Sequence[int]) -> None:
         raise ValueError(f"local convolutions need different, odd kernel sizes, not {tuple(branches)}")
 
 
+def local_branches(block: nn.Module, kernel_sizes: Sequence[int]) -> list[ConvNorm]:
+    """Returns the parallel convolutions of a block with their BatchNorms, in the order of their kernel sizes."""
+    return [cast(ConvNorm, block.get_submodule(f"repconv{k}")) for k in kernel_sizes]
+
+
 def fold_branches(branches: Sequence[ConvNorm]) -> tuple[Tensor, Tensor]:
     """Returns, in float64, the one convolution that equals parallel ones with their BatchNorms.
 
@@ -283,9 +288,6 @@ class PartitionBlock(Reparameterizable):
         for k in self.branches:
             self.add_module(f"repconv{k}", ConvNorm(conv(k)))
 
-    def _local_branches(self) -> list[ConvNorm]:
-        return [cast(ConvNorm, self.get_submodule(f"repconv{k}")) for k in self.branches]
-
     def _partition(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N * H/h * W/w, C, h, w)."""
         n, c, height, width = x.shape
@@ -356,7 +358,7 @@ class PartitionBlock(Reparameterizable):
             factor, bias = fold_batch_norm(factor, bias, self.fc3_bn)
         if not self.branches:
             return factor, bias, None
-        kernel, shift = fold_branches(self._local_branches())
+        kernel, shift = fold_branches(local_branches(self, self.branches))
         return factor, bias + shift.repeat_interleave(len(bias) // len(shift)), kernel
 
     def get_equivalent_fc3(self) -> tuple[Tensor, Tensor]:

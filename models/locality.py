@@ -20,7 +20,15 @@ from timm.layers import to_2tuple
 from timm.models.mlp_mixer import MixerBlock, ResBlock, SpatialGatingUnit
 from torch import Tensor, nn
 
-from .layers import ConvNorm, ShareSetConv, check_kernel_sizes, check_layers, check_own_weight, fold_branches
+from .layers import (
+    ConvNorm,
+    ShareSetConv,
+    check_kernel_sizes,
+    check_layers,
+    check_own_weight,
+    fold_branches,
+    local_branches,
+)
 from .reparam import Reparameterizable, conv_to_fc, inject_
 
 # The modules of timm that mix tokens, and the attribute that does it.
@@ -84,12 +92,9 @@ class LocalityLinear(nn.Linear, Reparameterizable):
             return F.linear(x, self.constraint(weight), bias)
         out = super().forward(x)
         maps = x.reshape(-1, x.shape[-2], *self.size)
-        for branch in self._local_branches():
+        for branch in local_branches(self, self.branches):
             out = out + branch(maps).reshape(x.shape)
         return out
-
-    def _local_branches(self) -> list[ConvNorm]:
-        return [cast(ConvNorm, self.get_submodule(f"repconv{k}")) for k in self.branches]
 
     def check_structure(self) -> None:
         """Raises ValueError where something stands in the layer that Locality Injection would not count."""
@@ -108,7 +113,7 @@ class LocalityLinear(nn.Linear, Reparameterizable):
         self.check_structure()
         if not self.branches:
             return self.weight, self.bias
-        kernel, shift = fold_branches(self._local_branches())
+        kernel, shift = fold_branches(local_branches(self, self.branches))
         weight = self.weight.double() + conv_to_fc(kernel, self.size)
         return weight.to(self.weight.dtype), (self.bias.double() + shift).to(self.bias.dtype)
 
@@ -128,7 +133,7 @@ class LocalityLinear(nn.Linear, Reparameterizable):
             weight, bias = self.get_equivalent_linear()
             self.weight.data = self.constraint(weight).contiguous()
         else:
-            kernel, shift = fold_branches(self._local_branches())
+            kernel, shift = fold_branches(local_branches(self, self.branches))
             self.weight.data = self.weight.contiguous()
             inject_(self.weight, shift.new_ones(len(self.weight), 1), kernel, self.size)
             bias = self.bias.double() + shift

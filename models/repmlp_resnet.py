@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .foldable import EmbeddingHead, FoldableConvNorm
-from .layers import GroupedFC, PartitionBlock, PartitionConv, check_kernel_sizes, describe_module, is_batch_norm
+from .layers import (
+    GroupedFC,
+    PartitionBlock,
+    PartitionConv,
+    check_kernel_sizes,
+    describe_module,
+    is_batch_norm,
+    local_branches,
+)
 from .reparam import absorb_batch_norm
 from .stages import StagedNetwork
 from .variants import build_variant, variant_cfg
@@ -175,7 +183,7 @@ class RepMLP(PartitionBlock):
         # `len` would make the size of the batch a constant of an exported network.
         out = self.fc3(partitions).reshape(partitions.shape[0], self.fc3.out_channels, -1, 1)
         out = self.fc3_bn(out).view_as(partitions)
-        for branch in self._local_branches():
+        for branch in local_branches(self, self.branches):
             out = out + branch(partitions)
         return self._restore(out, x.shape)
 
@@ -399,8 +407,9 @@ class RepMLPResNet(StagedNetwork):
     @property
     def partition(self) -> tuple[int, int] | None:
         """(height, width) of the smallest partitions, in pixels of the image; None without a RepMLP."""
-        stages = zip(self.feature_info, self.spec.reductions, self.spec.blocks, strict=False)  # some may be removed
-        sides = [self.spec.partition * info["reduction"] for info, r, blocks in stages if r and blocks > 1]
+        spec, left = self.spec, len(self.feature_info)  # later stages may be removed
+        stages = zip(spec.strides[:left], spec.reductions[:left], spec.blocks[:left], strict=True)
+        sides = [spec.partition * stride for stride, reduction, blocks in stages if reduction and blocks > 1]
         return to_2tuple(min(sides)) if sides else None
 
     def _repmlp(self, stage: int, deploy: bool) -> RepMLP:

@@ -16,7 +16,7 @@ from timm.layers import DropPath, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .layers import ConvNorm, PartitionBlock, PointwiseConv, ShareSetConv, ShareSetFC, describe_module
+from .layers import ConvNorm, PartitionBlock, PointwiseConv, ShareSetConv, ShareSetFC, describe_module, local_branches
 from .signatures import also_called_as, mmpretrain_block, mmpretrain_network, published_block, published_network
 from .stages import StagedNetwork
 from .variants import CIFAR100, DIGITS, SHAPES, build_variant, variant_cfg
@@ -135,7 +135,7 @@ class RepMLPBlock(PartitionBlock):
             out = self._constrained_fc3(rows, self.constraint)
         else:
             out = self.fc3_bn(self.fc3(rows))
-            for branch in self._local_branches():
+            for branch in local_branches(self, self.branches):
                 out = out + branch(partitions)
         out = self._restore(out.reshape(partitions.shape), x.shape)
         return out if self.gp is None else out * self.gp(x)

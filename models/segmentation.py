@@ -230,7 +230,7 @@ def _strides(arch: str, name: str, options: dict[str, Any]) -> list[int]:
     with torch.device("meta"):
         try:
             backbone: Any = timm.create_model(name, features_only=True, **options)
-        except (AssertionError, NotImplementedError, TypeError) as error:
+        except (AssertionError, NotImplementedError, TypeError) as error:  # of timm, for a stride or argument it lacks
             if not options:
                 raise
             raise ValueError(f"the stride of {arch} can't be changed: {options}") from error
