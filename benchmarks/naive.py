@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import RepMLPBlock, RepMLPNet
+from models import GlobalPerceptron, RepMLPBlock, RepMLPNet, RepMLPNetUnit
 from models.layers import ConvNorm
-from models.repmlpnet import GlobalPerceptron, RepMLPNetUnit
 
 
 def naive(model: RepMLPNet) -> "NaiveRepMLPNet":

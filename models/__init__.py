@@ -17,16 +17,9 @@ from .published import (
     model_map,
 )
 from .pure_mlp import PureMLP, PureMLPSpec
+from .repmlp_block import FFNBlock, GlobalPerceptron, RepMLPBlock
 from .repmlp_resnet import RepMLP, RepMLPResNet, RepMLPResNetSpec
-from .repmlpnet import (
-    SPECS,
-    FFNBlock,
-    GlobalPerceptron,
-    RepMLPBlock,
-    RepMLPNet,
-    RepMLPNetSpec,
-    RepMLPNetUnit,
-)
+from .repmlpnet import SPECS, RepMLPNet, RepMLPNetSpec, RepMLPNetUnit
 from .resmlp import ResMLP, ResMLPSpec
 from .version import __version__ as __version__
 

@@ -25,8 +25,9 @@ from torch.utils.flop_counter import register_flop_formula
 from .fused_resnet import FusedRepMLPResNet
 from .layers import ConvNorm, product_for_onnx
 from .reparam import check_blocks, fold_batch_norm, is_reparameterizable, relative_difference, to_deploy
+from .repmlp_block import GlobalPerceptron
 from .repmlp_resnet import RepMLPResNet
-from .repmlpnet import GlobalPerceptron, RepMLPNet, RepMLPNetUnit, check_input_size
+from .repmlpnet import RepMLPNet, RepMLPNetUnit, check_input_size
 
 # Columns of an FFN that are computed at a time on a CPU: few enough that the hidden ones stay in the cache, enough that
 # the weights are not read too often, and a multiple of 16, since a product of another width is a tenth slower.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from model_helpers import largest_difference, random_tensor, randomised
 from torch import Tensor, nn
 
-from models.repmlpnet import FFNBlock, RepMLPBlock, RepMLPNetUnit
+from models import FFNBlock, RepMLPBlock, RepMLPNetUnit
 
 EXACT = 1e-12
 examples = settings(deadline=None, derandomize=True, max_examples=200)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from models import RepMLPBlock
 from models.layers import PartitionBlock
 from models.locality import LocalityLinear
 from models.reparam import randomize_statistics
 from models.repmlp_resnet import RepMLP
-from models.repmlpnet import RepMLPBlock
 from tools.plot_locality import Locality, draw, locality, log_magnitudes
 
 H, W = 5, 6

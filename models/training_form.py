@@ -1,0 +1,165 @@
+"""A RepMLPNet unit in training: the layers of `repmlpnet.py`, computed with few passes over their maps.
+
+Parameters, running statistics and, but for rounding, outputs and gradients are those of the layers applied one by one.
+What differs, and why, is told in `training_ops.py`, which has the operations; here they are given the parameters.
+
+Shapes: N partitions of images, C channels in groups of S share-sets, K = h * w positions.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .layers import ConvNorm, ShareSetConv, autocast_dtype, local_branches
+from .repmlp_block import FFNBlock, RepMLPBlock
+from .training_ops import combine, convolve, feed_forward, homogeneous, moments, normalize, wide
+
+
+class UnitLayers(NamedTuple):
+    """The layers of a unit: x + drop_path(block(prebn1(x))), then x + drop_path(ffn(prebn2(x)))."""
+
+    prebn1: nn.Module
+    block: RepMLPBlock
+    prebn2: nn.Module
+    ffn: FFNBlock
+    drop_path: nn.Module
+
+
+class BatchStatistics(NamedTuple):
+    """Mean and biased variance (channels,) that a BatchNorm has computed from so many `values` of each channel."""
+
+    norm: nn.BatchNorm2d
+    mean: Tensor
+    var: Tensor
+    values: int
+
+
+def suits(layers: UnitLayers) -> bool:
+    """Returns whether this form computes what the layers do.
+
+    It does for ordinary BatchNorms in training mode and for the layers that a network is built with. It does not for
+    BatchNorms that are frozen or synchronised, for converted weights, for layers put in by others, or with hooks.
+    """
+    block, ffn = layers.block, layers.ffn
+    if block.deploy or block.constraint is not None or block.fc3.bias is not None:
+        return False
+    branches = local_branches(block, block.branches)
+    norms = [layers.prebn1, layers.prebn2, block.fc3_bn, *(b.bn for b in branches), ffn.ffn_fc1.bn, ffn.ffn_fc2.bn]
+    return (
+        all(map(_is_ordinary, norms))
+        and len({cast(nn.BatchNorm2d, norm).momentum for norm in norms}) == 1
+        and len({cast(nn.BatchNorm2d, norm).eps for norm in norms}) == 1
+        and all(type(b) is ConvNorm and type(b.conv) is ShareSetConv for b in branches)
+        and type(ffn.act) is nn.GELU
+        and ffn.act.approximate == "none"
+        and not any(_has_hooks(m) for part in (block, ffn) for m in part.modules())
+    )
+
+
+def _is_ordinary(norm: nn.Module) -> bool:
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and not _has_hooks(norm)
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(map(bool, hooks))
+
+
+def apply(layers: UnitLayers, x: Tensor) -> Tensor:
+    """Applies a unit that `suits`: (N, C, H, W) -> (N, C, H, W), and updates the running statistics."""
+    block, dtype = layers.block, autocast_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        partitions = block._partition(x.to(dtype)).contiguous()
+        positions, first = _mix_positions(layers, partitions, _drop_path(layers.drop_path, x))
+        gate = _for_partitions(_drop_path(layers.drop_path, x), partitions)
+        out, second = _mix_channels(layers, positions, gate)
+    _track([*first, *second])
+    return block._restore(out.view(partitions.shape), x.shape)
+
+
+def _drop_path(drop_path: nn.Module, x: Tensor) -> Tensor:
+    """Draws what drop path multiplies the branch of every image with, (images, 1)."""
+    factors: Tensor = drop_path(torch.ones(len(x), 1, 1, 1, dtype=wide(x.dtype), device=x.device))
+    return factors.flatten(1)
+
+
+def _for_partitions(per_image: Tensor, partitions: Tensor) -> Tensor:
+    """Repeats what belongs to images (images, ...) for each of their partitions (N, ...)."""
+    parts = len(partitions) // len(per_image)
+    return per_image if parts == 1 else per_image.repeat_interleave(parts, 0)
+
+
+def _mix_positions(layers: UnitLayers, x: Tensor, drop_path: Tensor) -> tuple[Tensor, list[BatchStatistics]]:
+    """Applies `prebn1` and the RepMLP block, beside the shortcut: (N, C, h, w) -> X, see `combine`."""
+    block, norm = layers.block, cast(nn.BatchNorm2d, layers.prebn1)
+    (n, c, h, w), sets = x.shape, block.share_sets
+    count = x.numel() // sets
+    flat, y, rows, mean, var = normalize(x.view(n, c, h * w), norm.weight, norm.bias, norm.eps)
+    statistics = [BatchStatistics(norm, mean, var, x.numel() // c)]
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    shift = torch.addcmul(norm.bias, mean, scale, value=-1)
+    gate = _for_partitions(drop_path, x)
+    if block.gp is not None:
+        image_means = torch.addcmul(shift, rows.view(len(drop_path), -1, c).mean(1), scale)
+        gate = gate * _for_partitions(block.gp(image_means[..., None, None]).flatten(1), x)
+    gate = gate.expand(n, c)
+    factor, offset = torch.ones_like(gate), torch.zeros_like(gate)
+    if 1 in block.branches:
+        # channel c of y has mean norm.bias and variance scale^2 * var, and the branch multiplies it by a number
+        (branch,) = local_branches(block, [1])
+        weight = branch.conv.weight.flatten()
+        mean_y = norm.bias.view(-1, sets).mean(0)
+        var_y = (scale.square() * var + norm.bias.square()).view(-1, sets).mean(0) - mean_y.square()
+        var = weight.square() * var_y
+        scale_1 = weight * branch.bn.weight * (var + branch.bn.eps).rsqrt()
+        shift_1 = torch.addcmul(branch.bn.bias, scale_1, mean_y, value=-1)
+        scale_1, shift_1 = scale_1.repeat(c // sets), shift_1.repeat(c // sets)
+        factor = torch.addcmul(factor, gate, scale_1 * scale)
+        offset = gate * torch.addcmul(shift_1, scale_1, shift)
+        statistics.append(BatchStatistics(branch.bn, weight * mean_y, var, count))
+    larger = local_branches(block, [k for k in block.branches if k > 1])
+    kernels = [b.conv.weight.to(x.dtype).repeat(c // sets, 1, 1, 1) for b in larger]
+    fc3 = block.fc3.weight.to(x.dtype).view(sets, h * w, h * w)
+    maps = convolve(y.view(n, c, h, w), fc3, kernels)
+    norms = [cast(nn.BatchNorm2d, block.fc3_bn), *(b.bn for b in larger)]
+    weights, biases = torch.stack([m.weight for m in norms]), torch.stack([m.bias for m in norms])
+    positions, means, variances = combine(flat, factor, offset, gate, weights, biases, norm.eps, maps)
+    statistics += [BatchStatistics(*s, count) for s in zip(norms, means, variances, strict=True)]
+    return positions, statistics
+
+
+def _mix_channels(layers: UnitLayers, positions: Tensor, gate: Tensor) -> tuple[Tensor, list[BatchStatistics]]:
+    """Applies `prebn2` and the FFN, beside the shortcut: X -> (N, C, K); gate is (N, 1)."""
+    ffn, dtype, norm = layers.ffn, positions.dtype, cast(nn.BatchNorm2d, layers.prebn2)
+    norm1, norm2 = ffn.ffn_fc1.bn, ffn.ffn_fc2.bn
+    positions, mean, covariance = moments(positions, norm.bias)
+    var, kernel = covariance.diagonal(), ffn.ffn_fc1.conv.weight.flatten(1)
+    weight = kernel * (norm.weight * (var + norm.eps).rsqrt())
+    var1 = ((weight @ covariance) * weight).sum(1).clamp_min(0)
+    weight = weight * (norm1.weight * (var1 + norm1.eps).rsqrt()).unsqueeze(1)
+    first = homogeneous(weight, torch.addmv(norm1.bias, weight, mean, alpha=-1)).to(dtype)
+    second = ffn.ffn_fc2.conv.weight.flatten(1).to(dtype)
+    out, mean2, var2 = feed_forward(positions, first, second, norm2.weight, norm2.bias, norm2.eps, gate)
+    batch = (norm, mean, var), (norm1, kernel @ norm.bias, var1), (norm2, mean2, var2)
+    return out, [BatchStatistics(*s, positions.shape[1]) for s in batch]
+
+
+@torch.no_grad()
+def _track(statistics: Sequence[BatchStatistics]) -> None:
+    """Updates the running statistics of BatchNorms, all of one momentum, as each would by itself."""
+    norms = [s.norm for s in statistics]
+    batch = [s.mean for s in statistics]
+    batch += torch._foreach_mul([s.var for s in statistics], [s.values / (s.values - 1) for s in statistics])
+    running = [cast(Tensor, norm.running_mean) for norm in norms] + [cast(Tensor, norm.running_var) for norm in norms]
+    batch = [b.to(r.dtype) for b, r in zip(batch, running, strict=True)]
+    torch._foreach_lerp_(running, batch, cast(float, norms[0].momentum))
+    torch._foreach_add_([cast(Tensor, norm.num_batches_tracked) for norm in norms], 1)
