@@ -144,7 +144,8 @@ class ShareSetConv(nn.Conv2d):
         c, h, w = x.shape[1:]
         s = self.groups
         if self.kernel_size == (1, 1):
-            return x.reshape(-1, s, h, w) * self.weight.reshape(s, 1, 1)
+            dtype = autocast_dtype(x)  # as for a convolution: autocast leaves products of two dtypes in the wider one
+            return x.reshape(-1, s, h, w).to(dtype) * self.weight.reshape(s, 1, 1).to(dtype)
         # One kernel for each channel: many times faster than S groups over N * C / S maps.
         return F.conv2d(x, self.weight.repeat(c // s, 1, 1, 1), padding=self.padding, groups=c).reshape(-1, s, h, w)
 

@@ -78,6 +78,18 @@ SPECS: dict[str, RepMLPNetSpec] = {
 BASE = SPECS["RepMLPNet-B224"]  # what MMPretrain calls "base"
 
 
+class PatchEmbedding(ConvNorm):
+    """A convolution that takes patches together, a BatchNorm and ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch: int) -> None:
+        super().__init__(nn.Conv2d(in_channels, out_channels, patch, stride=patch, bias=False), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, I, H, W) -> (N, O, H / patch, W / patch)."""
+        x = self.act(training_form.batch_norm(self.bn, self.conv(x)))
+        return x
+
+
 class RepMLPNetUnit(nn.Module):
     """A RepMLP block over positions, then an FFN over channels, each after a BatchNorm and beside a shortcut.
 
@@ -101,7 +113,7 @@ class RepMLPNetUnit(nn.Module):
             layers = training_form.UnitLayers(
                 self.prebn1, self.repmlp_block, self.prebn2, self.ffn_block, self.drop_path
             )
-            if training_form.suits(layers):
+            if training_form.suits(layers, x):
                 return training_form.apply(layers, x)
         x = x + self.drop_path(self.repmlp_block(self.prebn1(x)))
         x = x + self.drop_path(self.ffn_block(self.prebn2(x)))
@@ -170,14 +182,11 @@ class RepMLPNet(StagedNetwork):
             )
             return RepMLPNetUnit(channels, block, spec.ffn_expansion, float(drop_path[stage][depth]))
 
-        def embedding(in_channels: int, out_channels: int, patch: int) -> ConvNorm:
-            return ConvNorm(nn.Conv2d(in_channels, out_channels, patch, stride=patch, bias=False), nn.ReLU())
-
-        self.conv_embedding = embedding(in_chans, spec.channels[0], spec.patch_size)
+        self.conv_embedding = PatchEmbedding(in_chans, spec.channels[0], spec.patch_size)
         self.stages = nn.ModuleList(
             nn.ModuleList(unit(stage, depth) for depth in range(blocks)) for stage, blocks in enumerate(spec.blocks)
         )
-        self.embeds = nn.ModuleList(embedding(before, after, patch=2) for before, after in pairwise(spec.channels))
+        self.embeds = nn.ModuleList(PatchEmbedding(before, after, patch=2) for before, after in pairwise(spec.channels))
         self.feature_info = [
             {"num_chs": channels, "reduction": stride, "module": f"stages.{stage}.{blocks - 1}"}
             for stage, (channels, stride, blocks) in enumerate(zip(spec.channels, strides, spec.blocks, strict=True))

@@ -1,4 +1,4 @@
-"""A RepMLPNet unit in training: the layers of `repmlpnet.py`, computed with few passes over their maps.
+"""RepMLPNet in training: the layers of its units, computed with few passes over their maps.
 
 Parameters, running statistics and, but for rounding, outputs and gradients are those of the layers applied one by one.
 What differs, and why, is told in `training_ops.py`, which has the operations; here they are given the parameters.
@@ -36,19 +36,19 @@ class BatchStatistics(NamedTuple):
     values: int
 
 
-def suits(layers: UnitLayers) -> bool:
-    """Returns whether this form computes what the layers do.
+def suits(layers: UnitLayers, x: Tensor) -> bool:
+    """Returns whether this form computes what the layers do with a map (N, C, H, W).
 
     It does for ordinary BatchNorms in training mode and for the layers that a network is built with. It does not for
     BatchNorms that are frozen or synchronised, for converted weights, for layers put in by others, or with hooks.
     """
     block, ffn = layers.block, layers.ffn
-    if block.deploy or block.constraint is not None or block.fc3.bias is not None:
+    if block.constraint is not None or block.fc3.bias is not None:  # of converted weights
         return False
     branches = local_branches(block, block.branches)
     norms = [layers.prebn1, layers.prebn2, block.fc3_bn, *(b.bn for b in branches), ffn.ffn_fc1.bn, ffn.ffn_fc2.bn]
     return (
-        all(map(_is_ordinary, norms))
+        all(_is_ordinary(norm, x) for norm in norms)
         and len({cast(nn.BatchNorm2d, norm).momentum for norm in norms}) == 1
         and len({cast(nn.BatchNorm2d, norm).eps for norm in norms}) == 1
         and all(type(b) is ConvNorm and type(b.conv) is ShareSetConv for b in branches)
@@ -58,10 +58,11 @@ def suits(layers: UnitLayers) -> bool:
     )
 
 
-def _is_ordinary(norm: nn.Module) -> bool:
+def _is_ordinary(norm: nn.Module, x: Tensor) -> bool:
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
+        and x.numel() > x.shape[1]  # one value of a channel has no variance, which is an error
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
@@ -72,6 +73,16 @@ def _is_ordinary(norm: nn.Module) -> bool:
 def _has_hooks(module: nn.Module) -> bool:
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(map(bool, hooks))
+
+
+def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Applies a BatchNorm to a map (N, C, H, W), an ordinary one in training with sums over all of a GPU."""
+    if not _is_ordinary(norm, x):
+        return cast(Tensor, norm(x))
+    norm, x = cast(nn.BatchNorm2d, norm), x.contiguous()
+    _, y, _, mean, var = normalize(x.flatten(2), norm.weight, norm.bias, norm.eps)
+    _track([BatchStatistics(norm, mean, var, x.numel() // x.shape[1])])
+    return y.view(x.shape)
 
 
 def apply(layers: UnitLayers, x: Tensor) -> Tensor:

@@ -245,13 +245,13 @@ class _Combine(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, factor, gate, shift, scales, on_maps, mean, invstd, scale, *maps = ctx.saved_tensors
         (n, c, k), sets = x.shape, scale.shape[1]
-        d = grads[0][:c].view(c, n, k).transpose(0, 1).contiguous()
+        d = grads[0][:c].view(c, n, k).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         d_offset, d_factor, *products = _row_sums(d, x, *maps)
         d_gate = d_offset * shift
         for scale_of_map, product in zip(scales, products, strict=True):
             d_gate.addcmul_(product, scale_of_map)
         gated = (torch.stack([d_offset, *products]) * gate).view(1 + len(maps), -1, sets).sum(1)
-        d_bias = gated[:1].expand_as(mean)
+        d_bias = gated[:1].repeat(len(maps), 1)  # a tensor for each, since gradients are added up in place
         d_weight, *statistics = _norm_gradients(gated[1:], d_bias, mean, invstd, scale, x.numel() // sets)
         of_rows = (t.repeat(1, c // sets).unsqueeze(1).expand(-1, n, -1) for t in statistics)
         d_maps = [_behind_norm(m, d, *t) for m, *t in zip(maps, on_maps, *of_rows, strict=True)]
