@@ -229,6 +229,9 @@ class RepMLPNet(StagedNetwork):
         x = self.embeds[stage - 1](x) if stage else self.conv_embedding(x)
         return self._run(self.stages[stage].children(), x)
 
+    def _apply_head_norm(self, x: Tensor) -> Tensor:
+        return training_form.batch_norm(self.head_norm, x)
+
     def _keep(self, stages: int) -> None:
         self.stages, self.embeds = self.stages[:stages], self.embeds[: stages - 1]
 

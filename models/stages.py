@@ -72,6 +72,11 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         """Raises ValueError for an image (N, in_chans, H, W) of a size that does not fit."""
         check_exact_size(x, self.img_size)
 
+    def _apply_head_norm(self, x: Tensor) -> Tensor:
+        """Applies the norm after the last stage."""
+        x = self.head_norm(x)
+        return x
+
     @abstractmethod
     def _stage(self, stage: int, x: Tensor) -> Tensor:
         """Applies one stage to the map of the stage before, or to the image."""
@@ -157,7 +162,7 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         self._check_size(x)
         for stage in range(len(self.feature_info)):
             x = self._stage(stage, x)
-        x = self.head_norm(x)
+        x = self._apply_head_norm(x)
         return x
 
     def forward_intermediates(
@@ -194,7 +199,7 @@ class StagedNetwork(ReparameterizableNetwork, ABC):
         for stage in range(last_taken + 1 if stop_early else len(self.feature_info)):
             x = self._stage(stage, x)
             ends = stage + 1 == len(self.feature_info)
-            final = self.head_norm(x) if ends and (norm or not intermediates_only) else x
+            final = self._apply_head_norm(x) if ends and (norm or not intermediates_only) else x
             if stage in taken:
                 features.append(final if norm else x)
         return features if intermediates_only else (final, features)

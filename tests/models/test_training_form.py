@@ -1,4 +1,4 @@
-"""The training form computes what the layers of a network compute one by one: outputs, gradients, running statistics."""
+"""The training form computes what the layers compute one by one: outputs, gradients, running statistics."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from models import RepMLPBlock, RepMLPNetUnit, training_ops
 from models.layers import ConvNorm
-from models.repmlpnet import PatchEmbedding
 from models.reparam import randomize_statistics
+from models.repmlpnet import PatchEmbedding
 
 ROUNDING = 1e-11  # of float64, through a whole unit and back
 SHAPES = {
