@@ -7,7 +7,8 @@ Shapes: N partitions of images, C channels in groups of S share-sets, K = h * w 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,13 +89,18 @@ def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
 def apply(layers: UnitLayers, x: Tensor) -> Tensor:
     """Applies a unit that `suits`: (N, C, H, W) -> (N, C, H, W), and updates the running statistics."""
     block, dtype = layers.block, autocast_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         partitions = block._partition(x.to(dtype)).contiguous()
         positions, first = _mix_positions(layers, partitions, _drop_path(layers.drop_path, x))
         gate = _for_partitions(_drop_path(layers.drop_path, x), partitions)
         out, second = _mix_channels(layers, positions, gate)
     _track([*first, *second])
     return block._restore(out.view(partitions.shape), x.shape)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Returns a context without autocast, on any device: there is none on `meta`."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _drop_path(drop_path: nn.Module, x: Tensor) -> Tensor:

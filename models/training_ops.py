@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 # Rows of X below the channels: one of ones, the others of zeros, since matrix units take multiples of eight.
 EXTRA_ROWS = 8
+PIECE = 1024  # columns of X that a CPU converts to float32 at a time, few enough for its cache
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -267,7 +268,7 @@ class _Moments(Function):
             centred = x[:c] - mean.unsqueeze(1)
             covariance = centred @ centred.t() / count
         else:  # products of half precision are exact in float32; the row of ones gives the mean
-            product = torch.mm(x, x.t(), out_dtype=torch.float32) if x.is_cuda else x.float() @ x.float().t()
+            product = _float32_product(x)
             second, mean = product[:c, :c] / count, product[:c, c] / count
             covariance = torch.addr(second, mean, mean, alpha=-1)
         ctx.save_for_backward(x, mean)
@@ -321,6 +322,19 @@ class _FeedForward(Function):
         d_hidden = torch.ops.aten.gelu_backward(torch.mm(second.t(), dz), hidden)
         d_first = torch.mm(d_hidden, x.t())
         return dx.addmm_(first.t(), d_hidden), d_first, d_second, d_weight, d_bias, None, None
+
+
+def _float32_product(x: Tensor) -> Tensor:
+    """Returns x x^T in float32 for x in half precision, without a copy of x in float32."""
+    if x.device.type != "cpu":
+        return torch.mm(x, x.t(), out_dtype=torch.float32)
+    if torch.compiler.is_compiling():
+        return x.float() @ x.float().t()
+    product = torch.zeros(len(x), len(x))
+    for piece in x.split(PIECE, 1):
+        columns = piece.float()
+        product.addmm_(columns, columns.t())
+    return product
 
 
 def _norm_gradients(
