@@ -1,0 +1,116 @@
+"""Copies between the host and a GPU that do not make the host wait, or only once.
+
+A copy runs beside the host only from or to page-locked memory. On a CPU all functions return what they are given.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes, of each tensor in a buffer
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor on the device, without waiting for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class CopyStream:
+    """Copies to the device on a stream of its own, beside what the device computes.
+
+    The host is ahead of the device, so that a batch which is copied when its turn comes arrives while the device still
+    computes on the one before it. Reading further ahead would gain nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor on the device, for the current stream, which waits for it; the host does not."""
+        if self._stream is None:
+            return tensor.to(self._device, non_blocking=True)
+        with torch.cuda.stream(self._stream):
+            copied = tensor.to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        copied.record_stream(current)  # or its memory would be used again before the current stream is done
+        return copied
+
+
+def to_host(state: Any) -> Any:
+    """Copies the tensors of nested containers to the host, and waits for the device once.
+
+    Each keeps its dtype and strides, and has a storage of its own: `torch.save` writes the whole storage of a view.
+    Tensors on the CPU are not copied. The device needs no memory for it.
+    """
+    tensors = [tensor for tensor in _tensors(state) if tensor.is_cuda]
+    if not tensors:
+        return state
+    buffer, offsets = _page_locked(tensors)
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        _like(tensor, buffer[offset:]).copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    memory = buffer.numpy()  # each result keeps it alive
+    results = [
+        _like(tensor, torch.frombuffer(memory, dtype=torch.uint8, count=max(1, tensor.nbytes), offset=offset))
+        for tensor, offset in zip(tensors, offsets, strict=True)
+    ]
+    return _replaced(state, tensors, results)
+
+
+def to_device(state: Any, device: torch.device) -> Any:
+    """Copies the tensors of nested containers to the device, without waiting for the copies."""
+    tensors = [tensor for tensor in _tensors(state) if tensor.device != device]
+    if device.type != "cuda" or not tensors:
+        return state
+    buffer, offsets = _page_locked(tensors)
+    results = []
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        results.append(_like(tensor, buffer[offset:]).copy_(tensor).to(device, non_blocking=True))
+    return _replaced(state, tensors, results)
+
+
+def _page_locked(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Returns a page-locked buffer, in bytes, that holds these tensors, and where in it each begins."""
+    sizes = [-(-max(1, tensor.nbytes) // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    *offsets, total = accumulate(sizes, initial=0)
+    return torch.empty(total, dtype=torch.uint8, pin_memory=True), offsets
+
+
+def _like(tensor: Tensor, memory: Tensor) -> Tensor:
+    """Returns a view of bytes as a tensor of the same shape, dtype and, if it has no gaps, strides."""
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return memory[: tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, strides)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(value)
+
+
+def _replaced(state: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Any:
+    """Returns new containers with `results` in the place of `tensors`."""
+    by_id = {id(tensor): result for tensor, result in zip(tensors, results, strict=True)}
+    return _mapped(state, lambda tensor: by_id.get(id(tensor), tensor))
+
+
+def _mapped(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        mapped = copy(state)  # of the same type, with the attributes of a state dict
+        mapped.update({key: _mapped(value, function) for key, value in state.items()})
+        return mapped
+    if isinstance(state, list | tuple):
+        return type(state)(_mapped(value, function) for value in state)
+    return state
