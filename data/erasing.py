@@ -19,8 +19,8 @@ Box = tuple[int, int, int, int]  # as `box_masks` takes it
 class BatchErasing(RandomErasing):
     """timm's RandomErasing, of all images at once.
 
-    The boxes are those that timm draws. What fills them in the modes `rand` and `pixel` is drawn for the whole batch, of
-    the same distribution.
+    The boxes are those that timm draws. What fills them in the modes `rand` and `pixel` is drawn for the whole batch,
+    from the same distribution.
     """
 
     def __call__(self, input: Tensor) -> Tensor:

@@ -51,18 +51,22 @@ def to_host(state: Any) -> Any:
     Tensors on the CPU are not copied. The device needs no memory for it.
     """
     tensors = [tensor for tensor in _tensors(state) if tensor.is_cuda]
-    if not tensors:
-        return state
+    return _replaced(state, tensors, _host_copies(tensors)) if tensors else state
+
+
+def _host_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     buffer, offsets = _page_locked(tensors)
     for tensor, offset in zip(tensors, offsets, strict=True):
         _like(tensor, buffer[offset:]).copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensors[0].device).synchronize()
+    if tensors[0].is_cuda:
+        torch.cuda.current_stream(tensors[0].device).synchronize()
     memory = buffer.numpy()  # each result keeps it alive
-    results = [
-        _like(tensor, torch.frombuffer(memory, dtype=torch.uint8, count=max(1, tensor.nbytes), offset=offset))
+    return [
+        _like(tensor, torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=offset))
+        if tensor.nbytes
+        else torch.empty_like(tensor, device="cpu")
         for tensor, offset in zip(tensors, offsets, strict=True)
     ]
-    return _replaced(state, tensors, results)
 
 
 def to_device(state: Any, device: torch.device) -> Any:
@@ -79,9 +83,9 @@ def to_device(state: Any, device: torch.device) -> Any:
 
 def _page_locked(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Returns a page-locked buffer, in bytes, that holds these tensors, and where in it each begins."""
-    sizes = [-(-max(1, tensor.nbytes) // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     *offsets, total = accumulate(sizes, initial=0)
-    return torch.empty(total, dtype=torch.uint8, pin_memory=True), offsets
+    return torch.empty(total, dtype=torch.uint8, pin_memory=torch.cuda.is_available()), offsets
 
 
 def _like(tensor: Tensor, memory: Tensor) -> Tensor:
