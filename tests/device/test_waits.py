@@ -1,7 +1,7 @@
 """The host does not wait for the device within an update, as far as the operators on a CPU and on `meta` show it.
 
-A host waits where a value is read (`item`), where a shape depends on values (boolean masks, `nonzero`), and in a copy that
-is not asked to run beside it. On `meta`, a device without values, every copy to the device can be seen; the fused
+A host waits where a value is read (`item`), where a shape depends on values (boolean masks, `nonzero`), and in a copy
+that is not asked to run beside it. On `meta`, a device without values, every copy to the device can be seen; the fused
 optimizers and autocast do not know it, so that updates with them run on the CPU.
 """
 
