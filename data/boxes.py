@@ -18,4 +18,4 @@ def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
     top, bottom, left, right = boxes[..., None, None, None].unbind(-4)
     rows = torch.arange(height, device=boxes.device)[:, None]
     columns = torch.arange(width, device=boxes.device)
-    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    return ((rows >= top) & (rows < bottom)) & ((columns >= left) & (columns < right))
