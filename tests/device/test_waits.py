@@ -5,8 +5,9 @@ that is not asked to run beside it. On `meta`, a device without values, every co
 optimizers and autocast do not know it, so that updates with them run on the CPU.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -17,18 +18,20 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_parts import ema_of, optimizer_of, trainer_of
+from training_parts import checkpoint_folder, ema_of, optimizer_of, trainer_of
 
 import data
 import models
 from data import Batch, Normalize
 from engine.distillation import HardDistillation
 from engine.optimizer import OPTIMIZERS
+from engine.state import read_state, restore
 from engine.trainer import Trainer
 from tasks.verification import LOSSES, TargetsByIndex
 from utils.distributed import RankInfo
 
 ARCH, CLASSES, SIZE, COUNT = "RepMLPNet-Digits", 10, 16, 8
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU, META = torch.device("cpu"), torch.device("meta")
 # Operators whose result, or its shape, is a value of the device.
 READING = {
@@ -123,6 +126,18 @@ def second_update(run: Trainer) -> int:
     return waits.copies
 
 
+@contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """Lets torch itself raise for what waits for a GPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 ERASING = [f"AUG.REPROB 0.5 AUG.RECOUNT 2 AUG.REMODE {mode}" for mode in data.ERASING_MODES]
 MIXING = [f"AUG.REPROB 0 AUG.MIXUP 0.4 AUG.CUTMIX 1 AUG.MIXUP_MODE {mode}" for mode in data.MIXUP_MODES]
 # Of a batch: images and labels; the boxes of erasing; the shares and boxes of mixing by image or pair.
@@ -159,6 +174,43 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
 def test_no_operator_of_an_update_reads_a_value(changes):
     assert second_update(run_of(CPU, **changes)) == 0
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # of torch, for its first call in another thread
+@pytest.mark.parametrize("changes", [{"opts": opts} for opts, _ in COPIES] + SETTINGS, ids=str)
+def test_an_update_does_not_wait_for_a_gpu(changes):
+    run = run_of(torch.device("cuda", 0), **changes)
+    run.forward.train()
+    for index in range(4):
+        group = [batch.pin_memory() for batch in batches(run.accumulation)]
+        with waits_are_errors() if index > 1 else nullcontext():
+            run._update(group)
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_run_on_a_gpu_resumes_without_a_wait_from_what_it_has_saved(tmp_path):
+    run, other = (run_of(torch.device("cuda", 0), ema=True) for _ in range(2))
+    run.forward.train()
+    run._update([batch.pin_memory() for batch in batches(1)])
+    for value in run.network.state_dict().values():
+        value.copy_(torch.rand(value.shape, device=CPU).to(value.dtype))
+    checkpoint_folder(tmp_path).save(run)
+    saved = torch.load(tmp_path / "latest.pth", weights_only=True)
+    for name, value in run.network.state_dict().items():
+        copy = saved["model"][name]
+        assert copy.device == CPU
+        assert copy.untyped_storage().nbytes() == copy.nbytes == value.nbytes
+        assert torch.equal(copy, value.cpu())
+    state = read_state(tmp_path / "latest.pth")
+    with waits_are_errors():
+        restore(other, state)
+    for own, theirs in zip(other.optimizer.state.values(), run.optimizer.state.values(), strict=True):
+        assert all(torch.equal(own[name].cpu(), theirs[name].cpu()) for name in theirs)
+    for own, theirs in zip(other.network.state_dict().values(), run.network.state_dict().values(), strict=True):
+        assert torch.equal(own.cpu(), theirs.cpu())
 
 
 class Broken(nn.CrossEntropyLoss):
