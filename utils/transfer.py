@@ -3,7 +3,7 @@
 A copy runs beside the host only from or to page-locked memory. On a CPU all functions return what they are given.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import accumulate
 from typing import Any
@@ -24,8 +24,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 class CopyStream:
     """Copies to the device on a stream of its own, beside what the device computes.
 
-    The host is ahead of the device, so that a batch which is copied when its turn comes arrives while the device still
-    computes on the one before it. Reading further ahead would gain nothing.
+    While the device has work left, the host is ahead of it: a batch that is copied when its turn comes arrives while
+    the device computes on the one before it. So none has to be fetched early, and dropped where an epoch is stopped.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -103,18 +103,18 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def _replaced(state: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Any:
-    """Returns new containers with `results` in the place of `tensors`."""
+    """Returns new containers, with `results` in the place of `tensors`."""
     by_id = {id(tensor): result for tensor, result in zip(tensors, results, strict=True)}
-    return _mapped(state, lambda tensor: by_id.get(id(tensor), tensor))
 
+    def replaced(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return by_id.get(id(value), value)
+        if isinstance(value, dict):
+            new = copy(value)  # of the same type, with the attributes of a state dict
+            new.update({key: replaced(inner) for key, inner in value.items()})
+            return new
+        if isinstance(value, list | tuple):
+            return type(value)(replaced(inner) for inner in value)
+        return value
 
-def _mapped(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(state, Tensor):
-        return function(state)
-    if isinstance(state, dict):
-        mapped = copy(state)  # of the same type, with the attributes of a state dict
-        mapped.update({key: _mapped(value, function) for key, value in state.items()})
-        return mapped
-    if isinstance(state, list | tuple):
-        return type(state)(_mapped(value, function) for value in state)
-    return state
+    return replaced(state)
