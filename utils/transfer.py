@@ -48,8 +48,8 @@ def to_host(state: Any) -> Any:
     """Copies the tensors of nested containers to the host, and waits for the device once.
 
     Each keeps its dtype and strides, and has a storage of its own: `torch.save` writes the whole storage of a view.
-    Tensors on the CPU are not copied. The device needs no memory for it; torch keeps the page-locked memory of the host,
-    rounded up to a power of two, for the next time.
+    Tensors on the CPU are not copied. The device needs no memory for it; torch keeps the page-locked memory of the
+    host, rounded up to a power of two, for the next time.
     """
     tensors = [tensor for tensor in _tensors(state) if tensor.is_cuda]
     return _replaced(state, tensors, _host_copies(tensors)) if tensors else state
