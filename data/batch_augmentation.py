@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from yacs.config import CfgNode
 
 from utils.seed import keyed_rng
+
+from .erasing import BatchErasing
+from .mixing import BatchMixup
 
 MIXUP_MODES = ("batch", "pair", "elem")
 ERASING_MODES = ("const", "rand", "pixel")
@@ -33,10 +34,9 @@ class BatchAugmentation:
     `soft_targets` says whether the targets are distributions over the classes or class numbers.
     """
 
-    def __init__(self, mixup: Mixup | None, *, reprob: float, remode: str, recount: int, seed: int, rank: int) -> None:
+    def __init__(self, erasing: BatchErasing | None, mixup: BatchMixup | None, *, seed: int, rank: int) -> None:
         self.soft_targets = mixup is not None
-        self._mixup = mixup
-        self._reprob, self._remode, self._recount = reprob, remode, recount
+        self._erasing, self._mixup = erasing, mixup
         self._seed, self._rank = seed, rank
 
     def __call__(self, images: Tensor, labels: Tensor, *, epoch: int, step: int) -> tuple[Tensor, Tensor]:
@@ -46,9 +46,8 @@ class BatchAugmentation:
         targets are float (N, classes), smoothed labels mixed like the images; otherwise they are `labels`.
         """
         with _device_rng(images.device, self._seed, epoch, step, self._rank, _STREAM):
-            if self._reprob > 0:
-                erase = RandomErasing(self._reprob, mode=self._remode, max_count=self._recount, device=images.device)
-                images = erase(images)
+            if self._erasing is not None:
+                images = self._erasing(images)
             if self._mixup is not None:
                 if self._mixup.cutmix_minmax is not None:
                     _check_box(self._mixup.cutmix_minmax, images)
@@ -89,15 +88,16 @@ def build_batch_augmentation(
 
     Raises ValueError for an odd batch with mixing.
     """
-    reprob = 0.0 if cfg.PRESET is not None else cfg.REPROB
+    erases = cfg.PRESET is None and cfg.REPROB > 0
+    erasing = BatchErasing(cfg.REPROB, mode=cfg.REMODE, max_count=cfg.RECOUNT) if erases else None
     mixup = _build_mixup(cfg, num_classes, batch_size, label_smoothing)
-    if mixup is None and reprob == 0:
+    if mixup is None and erasing is None:
         return None
-    return BatchAugmentation(mixup, reprob=reprob, remode=cfg.REMODE, recount=cfg.RECOUNT, seed=seed, rank=rank)
+    return BatchAugmentation(erasing, mixup, seed=seed, rank=rank)
 
 
-def _build_mixup(cfg: CfgNode, num_classes: int, batch_size: int, label_smoothing: float) -> Mixup | None:
-    """Returns timm's Mixup and CutMix, None if both are off; raises ValueError for an odd batch."""
+def _build_mixup(cfg: CfgNode, num_classes: int, batch_size: int, label_smoothing: float) -> BatchMixup | None:
+    """Returns Mixup and CutMix, None if both are off; raises ValueError for an odd batch."""
     if cfg.MIXUP == 0 and cfg.CUTMIX == 0 and cfg.CUTMIX_MINMAX is None:
         return None
     if batch_size % 2:
@@ -105,7 +105,7 @@ def _build_mixup(cfg: CfgNode, num_classes: int, batch_size: int, label_smoothin
             f"DATA.BATCH_SIZE {batch_size} is odd, and AUG.MIXUP and AUG.CUTMIX mix pairs of images: "
             "make it even, or set both to 0"
         )
-    return Mixup(
+    return BatchMixup(
         mixup_alpha=cfg.MIXUP,
         cutmix_alpha=cfg.CUTMIX,
         cutmix_minmax=cfg.CUTMIX_MINMAX,

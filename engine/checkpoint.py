@@ -14,6 +14,7 @@ from models import schema
 from models.checkpoints import Checkpoint
 from models.files import link_checkpoint, write_checkpoint
 from utils.distributed import broadcast_from_rank0, gather_objects, rank
+from utils.transfer import to_host
 
 from .state import mean_statistics, read_state, training_state
 from .trainer import Trainer
@@ -102,7 +103,7 @@ class CheckpointFolder:
         with mean_statistics(trainer) as of_ranks:
             payload = training_state(trainer) | {"rank_statistics": of_ranks, "saved_as": kinds} | self._extra
             if trainer.rank_info.is_main:
-                self._write(payload)
+                self._write(to_host(payload))
 
     def complete(self, checkpoint: Checkpoint) -> None:
         """Writes the files of a state that are missing because the run was killed while it saved; rank 0 writes.

@@ -13,6 +13,7 @@ from data import Batch
 from models.checkpoints import read_checkpoint
 from models.reparam import relative
 from utils import distributed
+from utils.transfer import CopyStream, send
 
 from .metrics import Metric, Result
 from .precision import autocast
@@ -72,12 +73,12 @@ def evaluate(
     Raises:
         ValueError: an image can't be read, or there are none.
     """
-    was_training, unreadable = network.training, list[str]()
+    was_training, unreadable, copies = network.training, list[str](), CopyStream(device)
     network.eval()
     metric.begin(network)
     for batch in batches:
         with precision:
-            outputs = network(normalize(batch.images.to(device, non_blocking=True)))
+            outputs = network(normalize(copies.send(batch.images)))
         metric.update(outputs, batch)
         unreadable += batch.unreadable
     network.train(was_training)
@@ -96,7 +97,7 @@ def refuse_nonfinite(result: Result) -> None:
 
 def _refuse_unreadable(unreadable: list[str], device: torch.device) -> None:
     """Raises ValueError on all processes if any of them could not read an image."""
-    count = int(distributed.all_reduce_sum(torch.tensor(len(unreadable), device=device)))
+    count = int(distributed.all_reduce_sum(send(torch.tensor(len(unreadable)), device)))
     if count:
         example = unreadable[0] if unreadable else "see the error of another process"
         raise ValueError(f"{count} images can't be read, so the figures would be wrong: {example}")
@@ -132,11 +133,11 @@ def compare(
 ) -> Comparison:
     """Evaluates two networks in evaluation mode side by side, in one process; otherwise as `evaluate`."""
     largest, scale, same, compared = torch.zeros(4, dtype=torch.float64, device=device)
-    unreadable: list[str] = []
+    unreadable, copies = list[str](), CopyStream(device)
     for metric, network in zip(metrics, (first, second), strict=True):
         metric.begin(network)
     for batch in batches:
-        images = normalize(batch.images.to(device, non_blocking=True))
+        images = normalize(copies.send(batch.images))
         with precision:
             outputs = first(images), second(images)
         for metric, output in zip(metrics, outputs, strict=True):

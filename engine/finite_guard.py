@@ -73,7 +73,7 @@ class FiniteGuard:
             ValueError: more than TRAIN.MAX_SKIPPED, or the loss scale has collapsed.
         """
         updates, self._updates = self._updates, []
-        skipped, infinite_loss = self._skipped.tolist(), self._infinite_loss.tolist()
+        skipped, infinite_loss = torch.stack((self._skipped, self._infinite_loss)).tolist()
         total, what = skipped_before, ""
         for i, (update, lr, images) in enumerate(updates):
             if not skipped[i] or (self._scaler.is_enabled() and not infinite_loss[i]):

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import schema
-from models.checkpoints import Checkpoint, load_weights, read_checkpoint, take_weights, unusable_values
+from models.checkpoints import Checkpoint, check_weights, read_checkpoint, take_weights, unusable_values
 from utils.distributed import gather_rows
+from utils.transfer import to_device
 
 from .optimizer import match_layout, state_mismatch
 from .statistics import RunningStatistics
@@ -149,9 +150,10 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> int:
         ValueError: the state is of another network, optimizer or order of images.
     """
     path, payload = checkpoint.path, checkpoint.payload
-    load_weights(trainer.network, checkpoint)
+    _load_weights(trainer, trainer.network, checkpoint)
     if trainer.ema is not None:
-        load_weights(trainer.ema.module, take_weights(path, payload, ema=True) if "ema" in payload else checkpoint)
+        averaged = take_weights(path, payload, ema=True) if "ema" in payload else checkpoint
+        _load_weights(trainer, trainer.ema.module, averaged)
     _load_criterion(trainer, payload.get("criterion", {}), path)
     _load_optimizer(trainer, payload["optimizer"], path)
     if payload.get("scaler"):
@@ -164,6 +166,12 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> int:
     return _load_progress(trainer, payload, path)
 
 
+def _load_weights(trainer: Trainer, network: nn.Module, checkpoint: Checkpoint) -> None:
+    """Loads the weights of a network, which are checked on the CPU."""
+    check_weights(network, checkpoint)
+    network.load_state_dict(to_device(checkpoint.state_dict, trainer.rank_info.device))
+
+
 def _load_criterion(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     """Loads the parameters of the loss, if it has some."""
     own = {name: value.shape for name, value in trainer.criterion.state_dict().items()}
@@ -172,7 +180,7 @@ def _load_criterion(trainer: Trainer, state: dict[str, Any], path: Path) -> None
     problems = unusable_values(trainer.criterion.state_dict(), state)
     if problems:
         raise ValueError(f"the parameters of the loss in {path} can't be used: {problems}")
-    trainer.criterion.load_state_dict(state)
+    trainer.criterion.load_state_dict(to_device(state, trainer.rank_info.device))
 
 
 def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
@@ -188,7 +196,8 @@ def _load_optimizer(trainer: Trainer, state: dict[str, Any], path: Path) -> None
         own | {"params": saved["params"]}
         for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    moments = to_device(state["state"], trainer.rank_info.device)
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     match_layout(optimizer)
 
 

@@ -1,8 +1,11 @@
-"""The running statistics of networks as one flat tensor, to copy, restore and gather."""
+"""The running statistics of networks as one flat tensor, to copy, restore, gather and average."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.distributed import all_reduce_sum, world_size
+from utils.transfer import send
 
 
 class RunningStatistics:
@@ -19,5 +22,10 @@ class RunningStatistics:
     def write(self, flat: Tensor) -> None:
         """Restores the values that `read` returned."""
         if self._tensors:
-            pieces = flat.to(self._tensors[0].device).split([t.numel() for t in self._tensors])
+            pieces = send(flat, self._tensors[0].device).split([t.numel() for t in self._tensors])
             torch._foreach_copy_(self._tensors, [p.view_as(t) for p, t in zip(pieces, self._tensors, strict=True)])
+
+    def average(self) -> None:
+        """Replaces them by their means over all processes; a collective operation, one reduction for all."""
+        if self._tensors and world_size() > 1:
+            self.write(all_reduce_sum(self.read()) / world_size())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from timm.utils import distribute_bn
 from torch import nn
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from .precision import autocast
 from .run import Run, open_log, run_folder
 from .schedule import build_schedule
 from .state import read_state, restore
+from .statistics import RunningStatistics
 from .sync_batch_norm import synchronise_batch_norms
 from .task import Size
 from .trainer import Trainer
@@ -226,9 +226,7 @@ def run_epochs(
         if not trainer.train_epoch(bar, after_update):
             trainer.logger.info(f"stopping on request, state saved after update {progress.update}")
             raise Stopped(stop.number)
-        if run.rank_info.world_size > 1:
-            for network in trainer.networks:
-                distribute_bn(network, run.rank_info.world_size, reduce=True)
+        RunningStatistics(*trainer.networks).average()
         last = epoch + 1 == cfg.TRAIN.EPOCHS
         due = last or (epoch + 1) % cfg.EVAL_FREQ == 0
         best, best_ema = evaluate_epoch(run, trainer, eval_loader) if due else (False, False)

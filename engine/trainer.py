@@ -20,6 +20,7 @@ from utils.distributed import RankInfo
 from utils.log import MetricsWriter
 from utils.meters import Mean, Pace
 from utils.seed import seed_everything
+from utils.transfer import CopyStream
 
 from .ema import ModelEma
 from .finite_guard import FiniteGuard
@@ -88,6 +89,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self._guard = FiniteGuard(self.network, self.cfg, self.scaler, self.locate, self.logger)
         self.unreadable: set[str] = set()  # paths, with the reason
+        self._copies = CopyStream(device)
         self._buckets_ordered = not isinstance(self.forward, DistributedDataParallel)
         # Since the last report, and for the whole epoch; saved in checkpoints.
         self.meters = {name: Mean(device) for name in ("loss", "grad_norm", "epoch_loss")}
@@ -156,8 +158,7 @@ class Trainer:
         """Accumulates the gradient of batch `index` in a group of `size`; returns its loss, on the device."""
         device, progress = self.rank_info.device, self.progress
         self._note_unreadable(batch.unreadable)
-        images = self.normalize(batch.images.to(device, non_blocking=True))
-        targets = batch.labels.to(device, non_blocking=True)
+        images, targets = self.normalize(self._copies.send(batch.images)), self._copies.send(batch.labels)
         if self.batch_augmentation is not None:
             step = progress.update * self.accumulation + index
             images, targets = self.batch_augmentation(images, targets, epoch=progress.epoch, step=step)

@@ -224,7 +224,13 @@ def _structure_errors(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Loads weights strictly: names and shapes must be the model's, values finite and of the same kind of dtype.
+    """Loads weights strictly; raises ValueError as `check_weights`."""
+    check_weights(model, checkpoint)
+    model.load_state_dict(checkpoint.state_dict)
+
+
+def check_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Checks that names and shapes are the model's, values finite and of the same kind of dtype.
 
     Raises:
         ValueError: they differ; the message counts and names the differences, and describes the file and the network.
@@ -233,7 +239,6 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     problems = unusable_values(model.state_dict(), checkpoint.state_dict)
     if problems:
         raise ValueError(f"{checkpoint.path} can't be used: {problems}")
-    model.load_state_dict(checkpoint.state_dict)
 
 
 def check_fit(model: nn.Module, checkpoint: Checkpoint, identity: Identity | None = None) -> None:

@@ -7,7 +7,8 @@ of the network.
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import data
 from engine.metrics import VerificationMetric
@@ -29,6 +30,20 @@ LOSSES = {
     # AM-Softmax (arXiv:1801.05599, Eq. 6) is the formula of CosFace (arXiv:1801.09414, Eq. 4), with another scale.
     "amsoftmax": MarginSoftmax("CosFaceLoss", 0.35, 30.0),
 }
+
+
+class TargetsByIndex:
+    """Mixed into a loss of pytorch-metric-learning: the same values, without its boolean masks.
+
+    The host would wait in each update for the number of elements that such a mask selects.
+    """
+
+    def forward(self: Any, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Returns the mean loss of embeddings (N, E) and labels (N,)."""
+        cosine, targets = self.get_cosine(embeddings), labels[:, None]
+        own = cosine.gather(1, targets)
+        shifted = cosine.scatter_add(1, targets, self.modify_cosine_of_target_classes(own) - own)
+        return F.cross_entropy(self.scale_logits(shifted, embeddings), labels, reduction="none").mean()
 
 
 class Verification(Task):
@@ -58,10 +73,8 @@ class Verification(Task):
         margin = kind.margin if face.MARGIN is None else face.MARGIN
         scale = kind.scale if face.SCALE is None else face.SCALE
         people = len(self.train_source.classes)
-        loss: nn.Module = getattr(losses, kind.loss)(
-            num_classes=people, embedding_size=num_outputs, margin=margin, scale=scale
-        )
-        return loss
+        loss = type(kind.loss, (TargetsByIndex, getattr(losses, kind.loss)), {})
+        return loss(num_classes=people, embedding_size=num_outputs, margin=margin, scale=scale)
 
     @cached_property
     def pairs(self) -> data.Pairs:

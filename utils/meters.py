@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .distributed import all_reduce_sum, gather_objects, rank, world_size
+from .transfer import send
 
 
 class Mean:
@@ -42,7 +43,7 @@ class Mean:
         rows = torch.tensor(sums or [[0.0, 0.0]], dtype=torch.float64).view(-1, 2)
         if len(rows) != world_size():
             rows = torch.cat((rows.sum(0, keepdim=True), rows.new_zeros(world_size() - 1, 2)))
-        self._sums.copy_(rows[rank()])
+        self._sums = send(rows[rank()], self._sums.device)
 
 
 class Pace:

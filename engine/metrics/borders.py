@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from utils import distributed
+from utils.transfer import send
+
+from .counts import count_each
 
 Size = tuple[int, int]  # height, width in pixels
 NEAREST = 4  # pixels that the first range holds: one position of the finest map
@@ -28,7 +31,7 @@ class BorderAccuracy:
         self._partition, bounds = partition, [NEAREST]
         while bounds[-1] < max(partition):
             bounds.append(2 * bounds[-1])
-        self._bounds = torch.tensor(bounds, device=device)
+        self._bounds = send(torch.tensor(bounds), device)
         self._counts = torch.zeros(2, len(bounds), dtype=torch.int64, device=device)  # right, all
 
     def update(self, right: Tensor, counted: Tensor) -> None:
@@ -37,7 +40,7 @@ class BorderAccuracy:
         ranges = torch.bucketize(distances, self._bounds, right=True).expand_as(right)
         counted = counted & (distances != NO_BORDER)
         masks = (right & counted, counted)
-        self._counts += torch.stack([ranges[mask].bincount(minlength=len(self._bounds)) for mask in masks])
+        self._counts += torch.stack([count_each(ranges, mask, len(self._bounds)) for mask in masks])
 
     def compute(self) -> dict[str, float | None] | None:
         """Returns the accuracy in percent by range, over all processes; None without a border in any image.

@@ -14,6 +14,7 @@ from utils import distributed
 
 from .base import Metric, Result, on_images
 from .borders import BorderAccuracy
+from .counts import count_each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +63,8 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tenso
         predictions: int64, the same shape, each 0 to K - 1, or K for no class.
         classes: K.
     """
-    counted = labels != IGNORED
-    cells = labels[counted] * (classes + 1) + predictions[counted]
-    return cells.bincount(minlength=classes * (classes + 1)).view(classes, classes + 1)
+    cells = labels * (classes + 1) + predictions
+    return count_each(cells, labels != IGNORED, classes * (classes + 1)).view(classes, classes + 1)
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:
@@ -81,6 +81,7 @@ def summarise(
     Raises:
         ValueError: it is zero everywhere.
     """
+    confusion = confusion.cpu()
     pixels = int(confusion.sum())
     if not pixels:
         raise ValueError("there are no labelled pixels to evaluate")

@@ -60,7 +60,7 @@ class VerificationMetric(Metric):
     def update(self, outputs: Tensor, batch: Batch) -> None:
         """Accumulates embeddings (N, E)."""
         self._indices.append(batch.indices)
-        self._embeddings.append(outputs.double().cpu())
+        self._embeddings.append(outputs.double())
 
     def predictions(self, outputs: Tensor) -> None:
         """Returns None: embeddings are not logits."""
