@@ -70,8 +70,6 @@ def _check_compilation(cfg: CfgNode, rank_info: RankInfo) -> None:
     """Raises ValueError for settings that do not work with COMPILE on CPUs."""
     if not cfg.COMPILE or rank_info.device.type != "cpu":
         return
-    if cfg.CHANNELS_LAST:  # seen with torch 2.15: the compiler assumes other strides
-        raise ValueError("COMPILE computes wrong gradients with CHANNELS_LAST on CPUs: turn one of them off")
     if cfg.TRAIN.SYNC_BN and cfg.TRAIN.USE_CHECKPOINT and rank_info.world_size > 1:
         raise ValueError(
             "COMPILE does not work with both TRAIN.SYNC_BN and TRAIN.USE_CHECKPOINT on CPUs: turn one of the three off"

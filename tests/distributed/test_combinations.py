@@ -200,7 +200,6 @@ def test_compiled(tmp_path_factory, name):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ("CHANNELS_LAST True", "COMPILE computes wrong gradients with CHANNELS_LAST on CPUs"),
         (
             "TRAIN.SYNC_BN True TRAIN.USE_CHECKPOINT True",
             "COMPILE does not work with both TRAIN.SYNC_BN and TRAIN.USE_CHECKPOINT",
