@@ -16,8 +16,8 @@ from data import (
     PRESETS,
     is_auto_augment_policy,
 )
+from engine.compilation import COMPILE_MODES
 from engine.optimizer import OPTIMIZERS
-from engine.parallel import COMPILE_MODES
 from engine.precision import AUTO, PRECISIONS
 from engine.schedule import SCHEDULES
 from models.dense import DOWNSAMPLINGS, FULL_RANK
