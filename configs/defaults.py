@@ -287,8 +287,16 @@ _C.AMP = "auto"
 _C.COMPILE = "auto"
 # Mode of torch.compile: default | reduce-overhead (CUDA graphs, for batches of few images, where a GPU waits for the
 # host) | max-autotune (benchmarks kernels and uses CUDA graphs; compiles for long) | max-autotune-no-cudagraphs. Those
-# with CUDA graphs have not been tried in training.
+# with CUDA graphs have not been tried in training, and do not go with ACCUMULATION_STEPS.
 _C.COMPILE_MODE = "default"
+# Whether a GPU may round the factors of float32 products and convolutions to TF32 (10 bits of mantissa): faster where
+# AMP is off, without effect under bf16 and fp16.
+_C.TF32 = False
+# Whether cuDNN times its convolutions for every new shape and takes the fastest; off under DETERMINISTIC.
+_C.CUDNN_BENCHMARK = True
+# Whether a GPU's memory is reserved in segments that grow, so that inputs of many sizes fragment it less. A setting of
+# the allocator in the environment (PYTORCH_ALLOC_CONF, PYTORCH_CUDA_ALLOC_CONF) stays as it is.
+_C.EXPANDABLE_SEGMENTS = False
 # Whether the channels-last memory format is used; faster for convolutional networks of timm, but not for a RepMLPNet.
 _C.CHANNELS_LAST = False
 # Whether only deterministic algorithms are used; slower.

@@ -17,6 +17,7 @@ from .precision import PRECISIONS, autocast
 
 AUTO = "auto"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 # Whether a compiled update was measured to be faster than an eager one, by kind of device (`kind_of`) and precision (a
 # key of `PRECISIONS`); COMPILE auto compiles where this says so, and nowhere else. An entry needs, in docs/results.md,
@@ -131,6 +132,7 @@ def _try_out(compiled: nn.Module, network: nn.Module, precision: str, shape: tup
                 with autocast(device, PRECISIONS[precision]):
                     outputs = compiled(images)
                 _total(outputs).backward()
+                network.zero_grad(set_to_none=True)  # a CUDA graph writes them to the same memory every time
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ImportError) as error:  # what compilers raise has no narrower type in common
