@@ -11,6 +11,7 @@ from functools import partial
 
 from configs import changed_settings
 from configs.command_line import parse
+from engine import backends
 from engine.evaluate import evaluate_checkpoint
 from engine.run import Run
 from engine.summary import summarize
@@ -40,6 +41,7 @@ Every key that --opts sets is explained in configs/defaults.py.
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what the command line asks for."""
     options = parse(argv, description=__doc__, epilog=EPILOG)
+    backends.set_up(options.config)
     cfg, rank_info = options.config, distributed.init(options.local_rank)
     modes = (
         (cfg.THROUGHPUT_MODE, measure_throughput),

@@ -19,6 +19,7 @@ from torch import nn
 
 from configs import Override, load_config, parse_opts
 from data import DATASETS
+from engine import backends
 from engine.evaluate import Comparison, compare, evaluate, refuse_nonfinite
 from engine.precision import PRECISIONS, autocast
 from engine.task import Task
@@ -103,6 +104,8 @@ def check(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> tu
     """
     if args.fuse and args.amp != "off":
         raise ValueError("mode check compares the network of --fuse in full precision: leave --amp out")
+    if task.cfg.TF32:
+        raise ValueError("mode check compares in float32, and not rounded to TF32: leave TF32 out")
     device, dtype = task.rank_info.device, PRECISIONS[args.amp]
     converted = prepare(network, device, fuse=True) if args.fuse else to_deploy(network)
     metrics = task.build_metric(loaded.network.num_classes), task.build_metric(loaded.network.num_classes)
@@ -147,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_target(args.json, [args.weights, args.data, *args.opts])  # a key may name a file, such as FACE.PAIRS
     loaded, device = load(args), default_device()
     task = build_task(args, loaded.task, device)
+    backends.set_up(task.cfg)
     task.check_classes(args.weights, loaded.network.num_classes)
     network = prepare(loaded.network.model, device)
     if args.mode == "check":

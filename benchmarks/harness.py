@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from engine.backends import set_tf32
 from utils import cli
 from utils.text import Column, table
 
@@ -195,7 +196,7 @@ def start(args: argparse.Namespace) -> Clock:
 
 def settle_precision(tf32: bool) -> None:
     """Sets whether a GPU may round to TF32, and how many forms of one network torch compiles before it gives up."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    set_tf32(tf32)
     torch._dynamo.config.recompile_limit = 256
 
 

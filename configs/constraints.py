@@ -16,8 +16,8 @@ from data import (
     PRESETS,
     is_auto_augment_policy,
 )
+from engine.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
 from engine.optimizer import OPTIMIZERS
-from engine.parallel import COMPILE_MODES
 from engine.precision import AUTO, PRECISIONS
 from engine.schedule import SCHEDULES
 from models.dense import DOWNSAMPLINGS, FULL_RANK
@@ -294,6 +294,11 @@ TRAINING_CONFLICTS = (
         ("TRAIN.LR_SCHEDULER.MILESTONES", "TRAIN.LR_SCHEDULER.NAME", "TRAIN.EPOCHS"),
         lambda milestones, schedule, epochs: schedule == "multistep" and milestones[-1] >= epochs,
         "the last decay would never happen; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
+    ),
+    Conflict(
+        ("COMPILE", "COMPILE_MODE", "TRAIN.ACCUMULATION_STEPS"),
+        lambda compiles, mode, steps: compiles and mode in WITH_CUDA_GRAPHS and steps > 1,
+        "CUDA graphs overwrite the gradients of earlier batches; set COMPILE_MODE default or max-autotune-no-cudagraphs",
     ),
     Conflict(
         ("TASK", "DATA.BATCH_SIZE"),

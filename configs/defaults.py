@@ -5,7 +5,20 @@ Values stand here as the user writes them: learning rates per 256 images of glob
 
 from yacs.config import CfgNode
 
-from .field_types import BOOLEAN, INTEGER, INTEGERS, NUMBER, NUMBER_PAIR, NUMBERS, PATH, SIZE, TEXT, FieldType, optional
+from .field_types import (
+    BOOLEAN,
+    INTEGER,
+    INTEGERS,
+    NUMBER,
+    NUMBER_PAIR,
+    NUMBERS,
+    PATH,
+    SIZE,
+    SWITCH,
+    TEXT,
+    FieldType,
+    optional,
+)
 
 _C = CfgNode()
 
@@ -268,11 +281,22 @@ _C.TEST.EMA = None
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixed precision: auto (bf16 on a GPU, off on a CPU) | off (float32) | bf16 | fp16 (with loss scaling)
 _C.AMP = "auto"
-# Whether the network is compiled with torch.compile.
-_C.COMPILE = False
-# Mode of torch.compile: default | reduce-overhead (CUDA graphs, for small batches) | max-autotune (benchmarks kernels
-# and uses CUDA graphs; compiles for long) | max-autotune-no-cudagraphs
+# Whether the network is trained, or timed, in a form compiled by torch.compile; auto: it is trained so where a
+# measurement has shown a gain for the device and AMP, and where the compiler works (engine/compilation.py; so far
+# nowhere). The log says what auto comes to.
+_C.COMPILE = "auto"
+# Mode of torch.compile: default | reduce-overhead (CUDA graphs, for batches of few images, where a GPU waits for the
+# host) | max-autotune (benchmarks kernels and uses CUDA graphs; compiles for long) | max-autotune-no-cudagraphs. Those
+# with CUDA graphs have not been tried in training, and do not go with ACCUMULATION_STEPS.
 _C.COMPILE_MODE = "default"
+# Whether a GPU may round the factors of float32 products and convolutions to TF32 (10 bits of mantissa): faster where
+# AMP is off, without effect under bf16 and fp16.
+_C.TF32 = False
+# Whether cuDNN times its convolutions for every new shape and takes the fastest; off under DETERMINISTIC.
+_C.CUDNN_BENCHMARK = True
+# Whether a GPU's memory is reserved in segments that grow, so that inputs of many sizes fragment it less. A setting of
+# the allocator in the environment (PYTORCH_ALLOC_CONF, PYTORCH_CUDA_ALLOC_CONF) stays as it is.
+_C.EXPANDABLE_SEGMENTS = False
 # Whether the channels-last memory format is used; faster for convolutional networks of timm, but not for a RepMLPNet.
 _C.CHANNELS_LAST = False
 # Whether only deterministic algorithms are used; slower.
@@ -308,6 +332,7 @@ SPECIAL: dict[str, FieldType] = {
     "FACE.PAIRS": PATH,
     "DISTILL.TEACHER": PATH,
     "OUTPUT": PATH,
+    "COMPILE": SWITCH,
     "DATA.IMG_SIZE": optional(SIZE),
     "DATA.TEST_SIZE": optional(SIZE),
     "DATA.TEST_BATCH_SIZE": optional(INTEGER),

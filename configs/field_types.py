@@ -30,6 +30,10 @@ def _boolean(value: object) -> bool:
     return word == "true"
 
 
+def _switch(value: object) -> bool | str:
+    return "auto" if str(value).strip().lower() == "auto" else _boolean(value)
+
+
 def _number(value: object) -> float:
     # True is 1 to Python, but hardly to the user.
     if isinstance(value, bool) or not isinstance(value, str | Real):
@@ -106,6 +110,7 @@ def optional(field_type: FieldType) -> FieldType:
 
 
 BOOLEAN = FieldType("true or false", _boolean)
+SWITCH = FieldType(f"{BOOLEAN.name}, or auto", _switch)
 INTEGER = FieldType("an integer", _integer)
 NUMBER = FieldType("a finite number", _number)
 TEXT = FieldType("text", _text)

@@ -1,4 +1,4 @@
-"""The network as it is trained: with its loss, compiled and distributed."""
+"""The network as it is trained: with its loss, and distributed."""
 
 import warnings
 from typing import Any, cast
@@ -9,8 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from utils.distributed import RankInfo
-
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class NetworkWithLoss(nn.Module):
@@ -39,13 +37,8 @@ def in_float32(outputs: Any) -> Any:
 
 
 def wrap(network: nn.Module, criterion: nn.Module, cfg: CfgNode, rank_info: RankInfo) -> nn.Module:
-    """Joins a network and its criterion, both on the device; compiles the network, synchronises gradients.
-
-    Raises:
-        ValueError: COMPILE does not work with another setting.
-    """
-    _check_compilation(cfg, rank_info)
-    forward = NetworkWithLoss(compile_network(network, cfg), criterion)
+    """Joins a network, compiled or not, and its criterion, both on the device; synchronises gradients."""
+    forward = NetworkWithLoss(network, criterion)
     if rank_info.world_size == 1:
         return forward
     with warnings.catch_warnings():
@@ -58,21 +51,4 @@ def wrap(network: nn.Module, criterion: nn.Module, cfg: CfgNode, rank_info: Rank
             gradient_as_bucket_view=True,
             # A static graph does not allow no_sync().
             static_graph=cfg.TRAIN.ACCUMULATION_STEPS <= 1,
-        )
-
-
-def compile_network(network: nn.Module, cfg: CfgNode) -> nn.Module:
-    """Compiles a network if COMPILE is on."""
-    return cast(nn.Module, torch.compile(network, mode=cfg.COMPILE_MODE)) if cfg.COMPILE else network
-
-
-def _check_compilation(cfg: CfgNode, rank_info: RankInfo) -> None:
-    """Raises ValueError for settings that do not work with COMPILE on CPUs."""
-    if not cfg.COMPILE or rank_info.device.type != "cpu":
-        return
-    if cfg.CHANNELS_LAST:  # seen with torch 2.15: the compiler assumes other strides
-        raise ValueError("COMPILE computes wrong gradients with CHANNELS_LAST on CPUs: turn one of them off")
-    if cfg.TRAIN.SYNC_BN and cfg.TRAIN.USE_CHECKPOINT and rank_info.world_size > 1:
-        raise ValueError(
-            "COMPILE does not work with both TRAIN.SYNC_BN and TRAIN.USE_CHECKPOINT on CPUs: turn one of the three off"
         )

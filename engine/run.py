@@ -16,6 +16,7 @@ from utils.files import clear_about_space
 from utils.lock import first_missing, folder_lock, without_trace
 from utils.log import create_logger
 
+from . import backends
 from .precision import dtype_of, precision_name
 from .task import Task
 
@@ -82,7 +83,7 @@ def open_log(run: Run, arch: str, *, lock: bool = False) -> Iterator[logging.Log
         logger = create_logger(folder, rank_info.rank)
         for notice in run.notices:
             logger.warning(notice)
-        if cfg.DETERMINISTIC:
-            torch.use_deterministic_algorithms(True)
         logger.info(f"{rank_info.world_size} process(es) on {rank_info.device.type}, amp {run.amp}, output in {folder}")
+        if rank_info.device.type == "cuda":
+            logger.info(backends.describe(cfg))
         yield logger

@@ -13,7 +13,7 @@ from models.folding import count_batch_norms, fold_verified
 from models.fusion import fuse_verified, is_fusible
 from models.reparam import is_reparameterizable, to_deploy
 
-from .parallel import compile_network
+from .compilation import compile_network
 from .precision import autocast
 from .run import Run, open_log
 from .task import Size
@@ -43,7 +43,8 @@ def measure_throughput(run: Run) -> None:
         elif count_batch_norms(forms[-1][1]):
             forms += [(*form, images, precision) for form in _folded(*forms[-1][:2], size, logger)]
         for name, form, inputs, context in forms:
-            speed = throughput(compile_network(form, cfg), inputs, context)
+            timed = compile_network(form, cfg) if cfg.COMPILE is True else form
+            speed = throughput(timed, inputs, context)
             logger.info(f"{task.arch} {name}, batch {len(images)}, {torch.get_num_threads()} threads: {speed}")
 
 

@@ -20,6 +20,7 @@ from utils.log import MetricsWriter
 from utils.signals import Stopped, StopRequest
 
 from .checkpoint import CheckpointFolder, clear_leftovers, find_checkpoint
+from .compilation import compile_for_training
 from .ema import ModelEma
 from .evaluate import evaluate
 from .optimizer import build_optimizer
@@ -126,6 +127,8 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
     if cfg.TRAIN.SYNC_BN and rank_info.world_size > 1:
         network = synchronise_batch_norms(network)
     num_outputs = task.num_outputs()
+    shape = (cfg.DATA.BATCH_SIZE, 3, *task.train_size)
+    compiled = compile_for_training(network, cfg, rank_info, run.amp, shape, logger)
     criterion = task.build_criterion(num_outputs).to(rank_info.device)
     optimizer = build_optimizer(network, cfg.TRAIN, plan.lr, criterion)
     ema = ModelEma(network, cfg.TRAIN, plan) if cfg.TRAIN.EMA_ALPHA > 0 else None
@@ -137,7 +140,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
         rank_info=rank_info,
         plan=plan,
         network=network,
-        forward=wrap(network, criterion, cfg, rank_info),
+        forward=wrap(compiled, criterion, cfg, rank_info),
         criterion=criterion,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, cfg.TRAIN.LR_SCHEDULER, plan),

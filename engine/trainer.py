@@ -22,6 +22,7 @@ from utils.meters import Mean, Pace
 from utils.seed import seed_everything
 from utils.transfer import CopyStream
 
+from .compilation import without_effect
 from .ema import ModelEma
 from .finite_guard import FiniteGuard
 from .plan import TrainingPlan
@@ -192,12 +193,10 @@ class Trainer:
         DistributedDataParallel regroups gradients after the first backward passes of each process. The grouping affects
         the rounding of sums over three or more processes, so the first update of a resumed run would otherwise differ.
         """
-        buffers = [buffer.clone() for buffer in self.forward.buffers()]
-        for _ in range(BUCKET_ORDERING_PASSES):
-            self._backward(batch, 0, 1)
-            self.optimizer.zero_grad(set_to_none=True)
-        for buffer, saved in zip(self.forward.buffers(), buffers, strict=True):
-            buffer.copy_(saved)
+        with without_effect(self.forward):
+            for _ in range(BUCKET_ORDERING_PASSES):
+                self._backward(batch, 0, 1)
+                self.optimizer.zero_grad(set_to_none=True)
         self._buckets_ordered = True
 
     def _note_unreadable(self, images: list[str]) -> None:

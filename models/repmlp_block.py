@@ -6,7 +6,9 @@ State-dict names and shapes are those of the published code.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layers import ConvNorm, PartitionBlock, PointwiseConv, ShareSetConv, ShareSetFC, describe_module, local_branches
@@ -88,6 +90,24 @@ class RepMLPBlock(PartitionBlock):
         return {"gp"}
 
 
+class _Unstacked(torch.autograd.Function):
+    """The images of a tall image: (1, C, N * H, W) -> (N, C, H, W), strided as (C, N, H, W).
+
+    The gradient of a mere view could be a tall image whose channels are its last axis in memory. torch's BatchNorm on a
+    CPU would misread it: with one image, its strides do not tell the two layouts apart (torch 2.11 to 2.15).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, images: int) -> Tensor:
+        _, c, height, w = x.shape
+        return x.view(c, images, height // images, w).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        n, c, h, w = grads[0].shape
+        return grads[0].transpose(0, 1).contiguous().view(1, c, n * h, w), None
+
+
 class FFNBlock(nn.Module):
     """The usual two-layer perceptron over channels, as 1x1 convolutions with BatchNorm.
 
@@ -105,4 +125,5 @@ class FFNBlock(nn.Module):
         n, c, h, w = x.shape
         x = x.transpose(0, 1).reshape(1, c, n * h, w)
         x = self.ffn_fc2(self.act(self.ffn_fc1(x)))
-        return x.view(c, n, h, w).transpose(0, 1)
+        out: Tensor = _Unstacked.apply(x, n)
+        return out

@@ -69,9 +69,6 @@ class Segmentation(Task):
         Raises:
             ValueError: an option does not fit the architecture.
         """
-        if self.cfg.COMPILE and self.rank_info.device.type == "cpu" and not self.cfg.THROUGHPUT_MODE:
-            # Seen with torch 2.15, in float64 too.
-            raise ValueError("COMPILE computes wrong gradients of segmentation networks on CPUs: turn it off")
         seg, own = self.cfg.SEG, changeable(self.arch)
         if own:
             check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in self.structure})

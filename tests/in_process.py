@@ -26,6 +26,14 @@ FLAGS: tuple[tuple[Callable, Callable], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    *(
+        (partial(getattr, backend, name), partial(setattr, backend, name))
+        for backend, name in (
+            (torch.backends.cudnn, "benchmark"),
+            (torch.backends.cudnn, "allow_tf32"),
+            (torch.backends.cuda.matmul, "allow_tf32"),
+        )
+    ),
 )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import data
 from data.transforms import Transform
+from engine.backends import set_tf32
 from tasks.classification import Classification
 from tasks.inference import add_checkpoint_options, default_device, load_checkpoint, prepare
 from tasks.prediction import normalization, probabilities, read_image
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = [path for path in args.images if not path.is_dir()]  # a folder is not an image and not read
         check_target(args.json, filter(None, [args.weights, *images, args.classes]))
     device = default_device()
+    set_tf32(False)
     task, checkpoint, network = load_checkpoint(args.weights, args.arch, args.ema)
     if task is not Classification:
         raise ValueError(f"{args.weights} is of the task {task.name}, whose networks name no classes")

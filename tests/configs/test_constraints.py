@@ -159,6 +159,14 @@ CONTRADICTIONS = [
         "FACE.MARGIN FACE.LOSS",
         "set FACE.MARGIN to 1 at most",
     ),
+    *(
+        (
+            f"COMPILE {compiles} COMPILE_MODE {mode} TRAIN.ACCUMULATION_STEPS 2",
+            "COMPILE COMPILE_MODE TRAIN.ACCUMULATION_STEPS",
+            "set COMPILE_MODE default or max-autotune-no-cudagraphs",
+        )
+        for compiles, mode in (("true", "reduce-overhead"), ("auto", "max-autotune"))
+    ),
     ("TASK segmentation DATA.BATCH_SIZE 1", "TASK DATA.BATCH_SIZE", "set DATA.BATCH_SIZE higher"),
 ]
 AGREEMENTS = [
@@ -172,6 +180,9 @@ AGREEMENTS = [
     "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0",
     "TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.MILESTONES 50,99.5",
     "TRAIN.LR_SCHEDULER.NAME step TRAIN.EPOCHS 20",
+    "COMPILE false COMPILE_MODE reduce-overhead TRAIN.ACCUMULATION_STEPS 2",
+    "COMPILE true COMPILE_MODE reduce-overhead TRAIN.ACCUMULATION_STEPS 1",
+    "COMPILE true COMPILE_MODE max-autotune-no-cudagraphs TRAIN.ACCUMULATION_STEPS 2",
     "DATA.BATCH_SIZE 1",
     "TASK segmentation DATA.BATCH_SIZE 2",
     "TASK segmentation DATA.BATCH_SIZE 1 EVAL_MODE true MODEL.RESUME a",

@@ -22,6 +22,9 @@ WRITTEN = [
     ("DATA.ZIP_MODE", "TRUE", True),
     ("DATA.PIN_MEMORY", "false", False),
     ("DATA.PIN_MEMORY", "False", False),
+    ("COMPILE", "True", True),
+    ("COMPILE", "false", False),
+    ("COMPILE", "auto", "auto"),
     ("TAG", "plain", "plain"),
     ("TAG", "123", "123"),
     ("TAG", "0123", "0123"),  # 83 to YAML 1.1

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from configs import Override, defaults, flatten, load_config
 from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS, unused_keys
-from configs.field_types import BOOLEAN, INTEGER, INTEGERS, NULL_WORDS, NUMBER, NUMBER_PAIR, PATH, SIZE, TEXT
+from configs.field_types import BOOLEAN, INTEGER, INTEGERS, NULL_WORDS, NUMBER, NUMBER_PAIR, PATH, SIZE, SWITCH, TEXT
 from configs.schema import DEFAULTS, FIELD_TYPES
 from tasks import TASKS
 
@@ -249,6 +249,7 @@ def test_flatten_is_in_the_order_of_the_schema():
 _TEXT = st.text().filter(lambda text: text.strip() and text not in NULL_WORDS)
 _BY_TYPE = {
     BOOLEAN.name: st.booleans(),
+    SWITCH.name: st.booleans() | st.just("auto"),
     INTEGER.name: st.integers(1, 1000),
     NUMBER.name: st.floats(1e-30, 1, exclude_max=True),
     TEXT.name: _TEXT,

@@ -197,22 +197,6 @@ def test_compiled(tmp_path_factory, name):
             torch.testing.assert_close(rank[name][0], expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ("CHANNELS_LAST True", "COMPILE computes wrong gradients with CHANNELS_LAST on CPUs"),
-        (
-            "TRAIN.SYNC_BN True TRAIN.USE_CHECKPOINT True",
-            "COMPILE does not work with both TRAIN.SYNC_BN and TRAIN.USE_CHECKPOINT",
-        ),
-    ],
-)
-def test_incompatible_settings_are_refused(keys, said):
-    cfg = settings(f"DATA.DATA_PATH digits COMPILE True {keys}")
-    with pytest.raises(ValueError, match=said):
-        wrap(nn.Linear(2, 2), nn.CrossEntropyLoss(), cfg, RankInfo(0, 2, 0, torch.device("cpu")))
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_processes_layout_and_checkpointing_equal_one_plain_process(optimizer):
     """To rounding: SYNC_BN x channels_last x accumulation x checkpointing x clipping x average, in double precision."""

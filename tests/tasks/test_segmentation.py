@@ -190,9 +190,3 @@ def test_a_classifier_of_timm_is_the_start_of_its_backbone(cityscapes_folder: Pa
     levels, given = network.backbone.state_dict(), trained.state_dict()
     assert given.keys() - levels.keys() == {"fc.weight", "fc.bias"}
     assert all(torch.equal(value, given[name]) for name, value in levels.items())
-
-
-def test_compilation_is_refused_on_a_cpu(refused, cityscapes_folder: Path, tmp_path: Path) -> None:
-    """There its gradients are wrong, in float64 too."""
-    error = refused("main_repmlp.py", *words(cityscapes_folder, tmp_path, "--compile"))
-    assert "COMPILE computes wrong gradients of segmentation networks on CPUs: turn it off" in error

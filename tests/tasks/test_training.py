@@ -148,9 +148,7 @@ def test_gradient_checkpointing_changes_no_weights(task, finished):
 
 
 # Compiling takes long, and one task shows it as well as another.
-COMPILED = [
-    pytest.param(name, marks=[pytest.mark.slow] if name != DEFAULT else []) for name in TASKS if name != "segmentation"
-]
+COMPILED = [pytest.param(name, marks=[pytest.mark.slow] if name != DEFAULT else []) for name in TASKS]
 
 
 @pytest.mark.parametrize("task", COMPILED, indirect=True)
