@@ -20,6 +20,7 @@ from models import list_models
 from tasks import TASKS
 from utils import cli, distributed
 from utils.log import NAME, log_failure
+from utils.memory import clear_about_memory
 from utils.signals import Stopped
 
 EPILOG = f"""{cli.listing("architectures", list_models())}
@@ -49,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     mode = next(function for chosen, function in modes if chosen)
     try:
-        task = TASKS[cfg.TASK](cfg, rank_info)
-        mode(Run(task, options.given, options.notices, partial(changed_settings, cfg=cfg)))
+        with clear_about_memory(cli.MORE_MEMORY):
+            task = TASKS[cfg.TASK](cfg, rank_info)
+            mode(Run(task, options.given, options.notices, partial(changed_settings, cfg=cfg)))
     except Exception as error:
         if not isinstance(error, Stopped):
             log_failure(logging.getLogger(NAME), error)

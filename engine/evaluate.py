@@ -13,10 +13,13 @@ from data import Batch
 from models.checkpoints import read_checkpoint
 from models.reparam import relative
 from utils import distributed
+from utils.memory import clear_about_memory
 
 from .metrics import Metric, Result
 from .precision import autocast
 from .run import Run, open_log
+
+SMALLER_BATCHES = "set a lower DATA.TEST_BATCH_SIZE (-b)"
 
 
 def evaluate_checkpoint(run: Run) -> None:
@@ -50,6 +53,7 @@ def evaluate_checkpoint(run: Run) -> None:
         logger.info(f"* {result}")
 
 
+@clear_about_memory(SMALLER_BATCHES)
 @torch.inference_mode()
 def evaluate(
     network: nn.Module,
@@ -120,6 +124,7 @@ class Comparison:
     difference: float
 
 
+@clear_about_memory(SMALLER_BATCHES)
 @torch.inference_mode()
 def compare(
     first: nn.Module,

@@ -18,6 +18,7 @@ from models.reparam import is_reparameterizable
 from utils import distributed
 from utils.files import write_text
 from utils.log import MetricsWriter
+from utils.memory import clear_about_memory
 from utils.signals import Stopped, StopRequest
 
 from .checkpoint import CheckpointFolder, clear_leftovers, find_checkpoint
@@ -223,7 +224,9 @@ def run_epochs(
     for epoch in range(progress.epoch, cfg.TRAIN.EPOCHS):
         loader.set_position(epoch, progress.consumed)
         bar = tqdm(loader, f"epoch {epoch}", leave=False, disable=None if run.rank_info.is_main else True)
-        if not trainer.train_epoch(bar, after_update):
+        with clear_about_memory(ways_to_need_less(run)):
+            completed = trainer.train_epoch(bar, after_update)
+        if not completed:
             trainer.logger.info(f"stopping on request, state saved after update {progress.update}")
             raise Stopped(stop.number)
         if run.rank_info.world_size > 1:
@@ -234,6 +237,21 @@ def run_epochs(
         best, best_ema = evaluate_epoch(run, trainer, eval_loader) if due else (False, False)
         periodic = last or (epoch + 1) % cfg.SAVE_FREQ == 0
         checkpoints.save(trainer, periodic=periodic, best=best, best_ema=best_ema)
+
+
+def ways_to_need_less(run: Run) -> str:
+    """Returns the settings with which the same training needs less memory, for an error."""
+    cfg, accumulation, ways = run.cfg, max(1, run.cfg.TRAIN.ACCUMULATION_STEPS), list[str]()
+    if run.task.least_batch_size <= cfg.DATA.BATCH_SIZE // 2:
+        ways.append(
+            f"DATA.BATCH_SIZE {cfg.DATA.BATCH_SIZE // 2} with TRAIN.ACCUMULATION_STEPS {2 * accumulation} (the global "
+            "batch stays)"
+        )
+    if not cfg.TRAIN.USE_CHECKPOINT:
+        ways.append("TRAIN.USE_CHECKPOINT True")
+    if run.dtype is None:
+        ways.append("AMP bf16")
+    return f"set {' or '.join(ways)}" if ways else "take a machine with more, or a smaller network"
 
 
 def evaluate_epoch(run: Run, trainer: Trainer, batches: BatchLoader) -> tuple[bool, bool]:
