@@ -17,8 +17,7 @@ from tools import soak
 DRIVER = Path(__file__).with_name("small_system.py")
 # A network without sizes of its own, on images of 3 MiB each in float32: 64 of them and their maps exceed the memory.
 ARCH, SIDE, MEMORY = "resnet18", 512, 450
-TRAINING = ("DATA.BATCH_SIZE", 64, "DATA.IMG_SIZE", SIDE, "DATA.NUM_WORKERS", 0, "TRAIN.EPOCHS", 1)
-TRAINING += ("TRAIN.WARMUP_EPOCHS", 0, "AUG.PRESET", "none", "TAG", "run")
+TRAINING = "DATA.NUM_WORKERS 0 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 AUG.PRESET none TAG run".split()
 FULL = r"the machine is out of memory: this process uses [\d.]+ [MG]iB of [\d.]+ GiB, asked for [\d.]+ [MG]iB more"
 
 
@@ -39,8 +38,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def training(output: Path, *changes: object) -> tuple[object, ...]:
-    return ("--data-path", "digits", "--arch", ARCH, "--output", output, "--opts", *TRAINING, *changes)
+def training(output: Path, *keys: object, side: int = SIDE, batch_size: int = 64) -> tuple[object, ...]:
+    sizes = ("DATA.IMG_SIZE", side, "DATA.BATCH_SIZE", batch_size)
+    return ("--data-path", "digits", "--arch", ARCH, "--output", output, "--opts", *TRAINING, *sizes, *keys)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_a_rank_of_two_is_named_and_the_other_ends(small, start, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = training(tmp_path)
+    words = training(tmp_path, side=64, batch_size=256)
     peer = start(soak.ROOT / "main_repmlp.py", *words, environment=common | {"RANK": "0"})
     line = one_line(small("main_repmlp.py", *words, environment=common | {"RANK": "1"}))
-    assert re.match(f"error: rank 1: {FULL}: set DATA.BATCH_SIZE 32 with ", line)
+    assert re.match(f"error: rank 1: {FULL}: set DATA.BATCH_SIZE 128 with ", line)
     assert peer.wait(60) != 0
 
 
