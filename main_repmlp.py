@@ -1,4 +1,4 @@
-"""Trains, evaluates (`--eval`), times (`--throughput`) or counts (`--summary`) a network, in one process or many."""
+"""Trains, profiles (`--profile`), evaluates (`--eval`), times (`--throughput`) or counts (`--summary`) a network."""
 
 if __name__ == "__main__":  # the imports below take seconds
     from utils.interrupt import end_on_interrupt
@@ -12,6 +12,7 @@ from functools import partial
 from configs import changed_settings
 from configs.command_line import parse
 from engine.evaluate import evaluate_checkpoint
+from engine.profile import profile_training
 from engine.run import Run
 from engine.summary import summarize
 from engine.throughput import measure_throughput
@@ -32,6 +33,7 @@ examples:
   python main_repmlp.py --eval --resume WEIGHTS.pth --data-path IMAGENET
   python main_repmlp.py --throughput --arch RepMLPNet-T224 --batch-size 16
   python main_repmlp.py --summary --arch RepMLPNet-T224
+  python main_repmlp.py --profile --cfg configs/quickstart.yaml
   python main_repmlp.py --cfg configs/cityscapes_upernet_d256.yaml --data-path CITYSCAPES --pretrained WEIGHTS.pth
   python main_repmlp.py --data-path digits --arch RepMLPNet-Digits --opts TRAIN.EPOCHS 20 TRAIN.BASE_LR 0.01
 Every key that --opts sets is explained in configs/defaults.py.
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (cfg.THROUGHPUT_MODE, measure_throughput),
         (cfg.SUMMARY_MODE, summarize),
         (cfg.EVAL_MODE, evaluate_checkpoint),
+        (cfg.PROFILE_MODE, profile_training),
         (True, train),
     )
     mode = next(function for chosen, function in modes if chosen)

@@ -201,6 +201,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "KEEP_CHECKPOINTS": at_least(0, MANY),
     "EVAL_FREQ": at_least(1, MANY),
     "PRINT_FREQ": at_least(1, 10_000),
+    "PEAK_TFLOPS": at_least(0, MANY),
     "SEED": from_to(0, 2**32 - 1),
 }
 
@@ -228,6 +229,14 @@ CONFLICTS = (
         ("SUMMARY_MODE", "THROUGHPUT_MODE"),
         lambda summary, throughput: summary and throughput,
         "a run does one of the two; give either SUMMARY_MODE or THROUGHPUT_MODE",
+    ),
+    *(
+        Conflict(
+            ("PROFILE_MODE", mode),
+            lambda profile, other: profile and other,
+            f"a run does one of the two; give either PROFILE_MODE or {mode}",
+        )
+        for mode in ("EVAL_MODE", "THROUGHPUT_MODE", "SUMMARY_MODE")
     ),
     *(
         Conflict(

@@ -34,6 +34,7 @@ from .state import read_state, restore
 from .sync_batch_norm import synchronise_batch_norms
 from .task import Size
 from .trainer import Trainer
+from .usage import workload_of
 
 # Batches of each process from which inserted BatchNorms get their first statistics.
 CALIBRATION_BATCHES = 32
@@ -124,6 +125,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
     cfg, task, rank_info = run.cfg, run.task, run.rank_info
     plan = plan_training(cfg, world_size=rank_info.world_size, steps_per_epoch=len(loader))
     logger.info(f"{task.arch}, {sum(p.numel() for p in network.parameters()):,} parameters; {plan}")
+    workload = workload_of(run, network, logger)
     if cfg.TRAIN.SYNC_BN and rank_info.world_size > 1:
         network = synchronise_batch_norms(network)
     num_outputs = task.num_outputs()
@@ -150,6 +152,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
         ema=ema,
         dtype=run.dtype,
         locate=task.train_source.locate,
+        workload=workload,
     )
 
 

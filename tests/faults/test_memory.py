@@ -17,7 +17,7 @@ from tools import soak
 DRIVER = Path(__file__).with_name("small_system.py")
 # A network without sizes of its own, on images of 3 MiB each in float32: 64 of them and their maps exceed the memory.
 ARCH, SIDE, MEMORY = "resnet18", 512, 450
-TRAINING = "DATA.NUM_WORKERS 0 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 AUG.PRESET none TAG run".split()
+TRAINING = ("DATA.NUM_WORKERS", 0, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "AUG.PRESET", "none", "TAG", "run")
 FULL = r"the machine is out of memory: this process uses [\d.]+ [MG]iB of [\d.]+ GiB, asked for [\d.]+ [MG]iB more"
 
 
