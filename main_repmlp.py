@@ -7,6 +7,7 @@ if __name__ == "__main__":  # the imports below take seconds
 
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 
 from configs import changed_settings
@@ -22,6 +23,7 @@ from tasks import TASKS
 from utils import cli, distributed
 from utils.log import NAME, log_failure
 from utils.memory import clear_about_memory
+from utils.peers import clear_about_peers
 from utils.signals import Stopped
 
 EPILOG = f"""{cli.listing("architectures", list_models())}
@@ -43,7 +45,8 @@ Every key that --opts sets is explained in configs/defaults.py.
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what the command line asks for."""
     options = parse(argv, description=__doc__, epilog=EPILOG)
-    cfg, rank_info = options.config, distributed.init(options.local_rank)
+    cfg = options.config
+    rank_info = distributed.init(options.local_rank, timedelta(minutes=cfg.DIST.TIMEOUT))
     modes = (
         (cfg.THROUGHPUT_MODE, measure_throughput),
         (cfg.SUMMARY_MODE, summarize),
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     mode = next(function for chosen, function in modes if chosen)
     try:
-        with clear_about_memory(cli.MORE_MEMORY):
+        with clear_about_peers(), clear_about_memory(cli.MORE_MEMORY):
             task = TASKS[cfg.TASK](cfg, rank_info)
             mode(Run(task, options.given, options.notices, partial(changed_settings, cfg=cfg)))
     except Exception as error:

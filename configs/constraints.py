@@ -192,6 +192,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "AUG.REPROB": PROBABILITY,
     "AUG.REMODE": one_of(ERASING_MODES),
     "AUG.RECOUNT": at_least(1, 1000),
+    "DIST.TIMEOUT": from_to(0.01, 100_000),
     "AMP": one_of((AUTO, *PRECISIONS)),
     "COMPILE_MODE": one_of(COMPILE_MODES),
     "OUTPUT": PRINTABLE,

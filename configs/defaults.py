@@ -264,6 +264,14 @@ _C.TEST.CROP = False
 _C.TEST.EMA = None
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------------------------
+_C.DIST = CfgNode()
+# Minutes that a process waits for the others before it ends, 0.01 to 100000. One of them may need long for a checkpoint
+# on a slow disk, or its part of an evaluation.
+_C.DIST.TIMEOUT = 30.0
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixed precision: auto (bf16 on a GPU, off on a CPU) | off (float32) | bf16 | fp16 (with loss scaling)

@@ -82,6 +82,7 @@ _WORDS: dict[str, str] = {
     "PRINT_FREQ": "log_interval print_freq log_freq disp_freq p",
     "SUMMARY_MODE": "summarize model_summary flops params count_params",
     "PROFILE_MODE": "profiler torch_profiler use_profiler trace",
+    "DIST.TIMEOUT": "dist_timeout ddp_timeout nccl_timeout init_timeout timeout",
     "PEAK_TFLOPS": "peak_flops gpu_peak_flops mfu",
     "EVAL_MODE": "evaluate test_only eval_only validate val test",
     _LAUNCHER: "world_size nproc nproc_per_node nnodes node_rank rank gpus num_gpus ngpus dist_url dist_backend "

@@ -13,7 +13,7 @@ from .train import build_network, build_trainer, ways_to_need_less
 
 # Updates: the first ones allocate, tune and compile; the profiler's own start is slow, and is left out too.
 WAIT, WARMUP, ACTIVE = 3, 2, 3
-MEMORY_EVENTS = 200_000  # of the allocator, in the snapshot; some 20,000 in an update of RepMLPNet-L256
+MEMORY_EVENTS = 100_000  # of the allocator, in the snapshot, each with the Python code behind it; earlier ones are lost
 ROWS = 20  # of the table
 
 
@@ -44,7 +44,7 @@ def profile_training(run: Run) -> None:
             return done
 
         if cuda:
-            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS, stacks="python")
         with clear_about_memory(ways_to_need_less(run)), profiler:
             loader.set_position(trainer.progress.epoch)
             while trainer.train_epoch(loader, after_update):

@@ -113,6 +113,7 @@ EDGES = [
     ("AUG.AUTO_AUGMENT", "none rand-m9 augmix-m3 original v0r 3a", "nothing off m9", "none, or a policy of timm"),
     ("SAVE_FREQ", "1", "0", "at least 1"),
     ("PEAK_TFLOPS", "0", "-1", "at least 0"),
+    ("DIST.TIMEOUT", "0.01", "0", "from 0.01 to 100000"),
     ("SAVE_STEPS", "0", "-1", "at least 0"),
     ("KEEP_CHECKPOINTS", "0", "-1", "at least 0"),
     ("EVAL_FREQ", "1", "0", "at least 1"),

@@ -73,7 +73,7 @@ def test_a_rank_of_two_is_named_and_the_other_ends(small, start, tmp_path):
     peer = start(soak.ROOT / "main_repmlp.py", *words, environment=common | {"RANK": "0"})
     line = one_line(small("main_repmlp.py", *words, environment=common | {"RANK": "1"}))
     assert re.match(f"error: rank 1: {FULL}: set DATA.BATCH_SIZE 128 with ", line)
-    assert peer.wait(60) != 0
+    assert re.match(f"error: rank 0 lost contact: rank 1 has failed: rank 1: {FULL}: set ", one_line(peer))
 
 
 def test_an_evaluation(small, tmp_path, weights):

@@ -39,6 +39,7 @@ FLAGS = {
     "--eval",
     "--throughput",
     "--summary",
+    "--profile",
     "--local-rank",
     "--local_rank",
 }
