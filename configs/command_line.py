@@ -47,6 +47,10 @@ FLAGS: dict[str, tuple[str, dict]] = {
         "SUMMARY_MODE",
         {"action": "store_true", "help": "print parameters and multiply-adds, by part, instead of training"},
     ),
+    "--profile": (
+        "PROFILE_MODE",
+        {"action": "store_true", "help": "write a trace of a few updates instead of training to the end"},
+    ),
 }
 APEX_LEVELS = {"O0": "off", "O1": "fp16", "O2": "fp16"}
 

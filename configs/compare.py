@@ -9,7 +9,7 @@ from .files import parse_yaml
 from .schema import DEFAULTS, FIELD_TYPES, flatten, read_setting
 
 # Keys that do not affect what a run computes.
-IGNORED = {"OUTPUT", "TAG", "MODEL.RESUME", "EVAL_MODE", "THROUGHPUT_MODE", "SUMMARY_MODE"}
+IGNORED = {"OUTPUT", "TAG", "MODEL.RESUME", "EVAL_MODE", "THROUGHPUT_MODE", "SUMMARY_MODE", "PROFILE_MODE"}
 
 
 def changed_settings(recorded: str, cfg: CfgNode) -> list[str]:

@@ -277,6 +277,14 @@ _C.TEST.CROP = False
 _C.TEST.EMA = None
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------------------------
+_C.DIST = CfgNode()
+# Minutes that a process waits for the others before it ends, 0.01 to 100000. One of them may need long for a checkpoint
+# on a slow disk, or its part of an evaluation.
+_C.DIST.TIMEOUT = 30.0
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixed precision: auto (bf16 on a GPU, off on a CPU) | off (float32) | bf16 | fp16 (with loss scaling)
@@ -315,6 +323,9 @@ _C.KEEP_CHECKPOINTS = 3
 _C.EVAL_FREQ = 1
 # Steps between log lines; 1 to 10000.
 _C.PRINT_FREQ = 10
+# Peak of the device in TFLOP/s, in the precision of the training (AMP), of which the log says the share that is
+# reached. 0: that of utils/accelerators.py for the GPUs listed there, and no share on others and on CPUs.
+_C.PEAK_TFLOPS = 0.0
 # Seed of all random number generators; 0 to 2^32 - 1.
 _C.SEED = 0
 # Whether to evaluate the checkpoint MODEL.RESUME instead of training.
@@ -323,6 +334,9 @@ _C.EVAL_MODE = False
 _C.THROUGHPUT_MODE = False
 # Whether to print the parameters and multiply-adds of the network, by part, instead of training; reads no images.
 _C.SUMMARY_MODE = False
+# Whether to train for a few updates only, without saving, and to write a profile of them: a trace of torch.profiler,
+# and on a GPU a snapshot of its memory.
+_C.PROFILE_MODE = False
 
 # The types of keys whose default does not tell: null, or text that is a path.
 SPECIAL: dict[str, FieldType] = {

@@ -83,7 +83,10 @@ _WORDS: dict[str, str] = {
     "KEEP_CHECKPOINTS": "checkpoint_hist keep_last",
     "EVAL_FREQ": "eval_freq eval_interval val_interval val_freq",
     "PRINT_FREQ": "log_interval print_freq log_freq disp_freq p",
-    "SUMMARY_MODE": "summarize model_summary flops params count_params profile",
+    "SUMMARY_MODE": "summarize model_summary flops params count_params",
+    "PROFILE_MODE": "profiler torch_profiler use_profiler trace",
+    "DIST.TIMEOUT": "dist_timeout ddp_timeout nccl_timeout init_timeout timeout",
+    "PEAK_TFLOPS": "peak_flops gpu_peak_flops mfu",
     "EVAL_MODE": "evaluate test_only eval_only validate val test",
     _LAUNCHER: "world_size nproc nproc_per_node nnodes node_rank rank gpus num_gpus ngpus dist_url dist_backend "
     "init_method master_addr master_port distributed multiprocessing_distributed",

@@ -13,11 +13,14 @@ from data import Batch
 from models.checkpoints import read_checkpoint
 from models.reparam import relative
 from utils import distributed
+from utils.memory import clear_about_memory
 from utils.transfer import CopyStream, send
 
 from .metrics import Metric, Result
 from .precision import autocast
 from .run import Run, open_log
+
+SMALLER_BATCHES = "set a lower DATA.TEST_BATCH_SIZE (-b)"
 
 
 def evaluate_checkpoint(run: Run) -> None:
@@ -51,6 +54,7 @@ def evaluate_checkpoint(run: Run) -> None:
         logger.info(f"* {result}")
 
 
+@clear_about_memory(SMALLER_BATCHES)
 @torch.inference_mode()
 def evaluate(
     network: nn.Module,
@@ -121,6 +125,7 @@ class Comparison:
     difference: float
 
 
+@clear_about_memory(SMALLER_BATCHES)
 @torch.inference_mode()
 def compare(
     first: nn.Module,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.folding import count_batch_norms, fold_verified
 from models.fusion import fuse_verified, is_fusible
 from models.reparam import is_reparameterizable, to_deploy
+from utils.memory import clear_about_memory
 
 from .compilation import compile_network
 from .precision import autocast
@@ -19,6 +20,7 @@ from .run import Run, open_log
 from .task import Size
 
 
+@clear_about_memory("lower DATA.BATCH_SIZE")
 def measure_throughput(run: Run) -> None:
     """Times a network with fresh weights: in training structure, in deploy structure, and without BatchNorms.
 

@@ -17,6 +17,7 @@ from models.reparam import is_reparameterizable
 from utils import distributed
 from utils.files import write_text
 from utils.log import MetricsWriter
+from utils.memory import clear_about_memory
 from utils.signals import Stopped, StopRequest
 
 from .checkpoint import CheckpointFolder, clear_leftovers, find_checkpoint
@@ -34,6 +35,7 @@ from .statistics import RunningStatistics
 from .sync_batch_norm import synchronise_batch_norms
 from .task import Size
 from .trainer import Trainer
+from .usage import workload_of
 
 # Batches of each process from which inserted BatchNorms get their first statistics.
 CALIBRATION_BATCHES = 32
@@ -124,6 +126,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
     cfg, task, rank_info = run.cfg, run.task, run.rank_info
     plan = plan_training(cfg, world_size=rank_info.world_size, steps_per_epoch=len(loader))
     logger.info(f"{task.arch}, {sum(p.numel() for p in network.parameters()):,} parameters; {plan}")
+    workload = workload_of(run, network, logger)
     if cfg.TRAIN.SYNC_BN and rank_info.world_size > 1:
         network = synchronise_batch_norms(network)
     num_outputs = task.num_outputs()
@@ -152,6 +155,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
         ema=ema,
         dtype=run.dtype,
         locate=task.train_source.locate,
+        workload=workload,
     )
 
 
@@ -226,7 +230,9 @@ def run_epochs(
     for epoch in range(progress.epoch, cfg.TRAIN.EPOCHS):
         loader.set_position(epoch, progress.consumed)
         bar = tqdm(loader, f"epoch {epoch}", leave=False, disable=None if run.rank_info.is_main else True)
-        if not trainer.train_epoch(bar, after_update):
+        with clear_about_memory(ways_to_need_less(run)):
+            completed = trainer.train_epoch(bar, after_update)
+        if not completed:
             trainer.logger.info(f"stopping on request, state saved after update {progress.update}")
             raise Stopped(stop.number)
         RunningStatistics(*trainer.networks).average()
@@ -235,6 +241,21 @@ def run_epochs(
         best, best_ema = evaluate_epoch(run, trainer, eval_loader) if due else (False, False)
         periodic = last or (epoch + 1) % cfg.SAVE_FREQ == 0
         checkpoints.save(trainer, periodic=periodic, best=best, best_ema=best_ema)
+
+
+def ways_to_need_less(run: Run) -> str:
+    """Returns the settings with which the same training needs less memory, for an error."""
+    cfg, accumulation, ways = run.cfg, max(1, run.cfg.TRAIN.ACCUMULATION_STEPS), list[str]()
+    if run.task.least_batch_size <= cfg.DATA.BATCH_SIZE // 2:
+        ways.append(
+            f"DATA.BATCH_SIZE {cfg.DATA.BATCH_SIZE // 2} with TRAIN.ACCUMULATION_STEPS {2 * accumulation} (the global "
+            "batch stays)"
+        )
+    if not cfg.TRAIN.USE_CHECKPOINT:
+        ways.append("TRAIN.USE_CHECKPOINT True")
+    if run.dtype is None:
+        ways.append("AMP bf16")
+    return f"set {' or '.join(ways)}" if ways else "take a machine with more, or a smaller network"
 
 
 def evaluate_epoch(run: Run, trainer: Trainer, batches: BatchLoader) -> tuple[bool, bool]:

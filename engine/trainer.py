@@ -4,7 +4,7 @@ import datetime
 import itertools
 import logging
 import math
-import resource
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from .ema import ModelEma
 from .finite_guard import FiniteGuard
 from .plan import TrainingPlan
 from .precision import autocast
+from .usage import Workload, usage
 
 # Backward passes after which the buckets of DistributedDataParallel are final: one records the order in which gradients
 # are ready; with a static graph, another one before it records the graph.
@@ -64,6 +65,7 @@ class Trainer:
         images: the size of the training set.
         dtype: of autocast; None for no autocast; float16 uses a loss scale.
         locate: returns the path of an image of the training set.
+        workload: what an image costs, for the log.
     """
 
     cfg: CfgNode
@@ -82,6 +84,7 @@ class Trainer:
     ema: ModelEma | None = None
     dtype: torch.dtype | None = None
     locate: Callable[[int], str] = str
+    workload: Workload = field(default_factory=Workload)
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -117,7 +120,7 @@ class Trainer:
         self.forward.train()
         self.optimizer.zero_grad(set_to_none=True)
         self._start_clocks()
-        for group in _groups(batches, self.accumulation):
+        for group in _groups(self._timed(batches), self.accumulation):
             self._update(group)
             if self.progress.update % self.cfg.PRINT_FREQ == 0:
                 self._report()
@@ -127,6 +130,18 @@ class Trainer:
         self._report_epoch()
         self.progress.epoch, self.progress.consumed = self.progress.epoch + 1, 0
         return True
+
+    def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields the batches, and counts the seconds that the host waits for each."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            for pace in (self._lap, self._epoch):
+                pace.wait(time.perf_counter() - start)
+            if batch is None:
+                return
+            yield batch
 
     def _update(self, group: list[Batch]) -> None:
         """Runs forward and backward on each batch of a group, then updates the weights once."""
@@ -230,6 +245,7 @@ class Trainer:
         """Logs the updates since the last report; within an epoch, only this and checkpoints wait for the device."""
         self.check_skipped()
         progress, plan, lap = self.progress, self.plan, self._lap
+        used = usage(lap, self.workload, self.rank_info)
         loss, grad_norm = self._take("loss"), self._take("grad_norm")
         left = (plan.total_updates - progress.update) * lap.seconds_per_update
         lr = self.optimizer.param_groups[0]["lr"]
@@ -237,10 +253,10 @@ class Trainer:
             f"Train: [{progress.epoch}/{self.cfg.TRAIN.EPOCHS}]"
             f"[{progress.update - progress.epoch * plan.updates_per_epoch}/{plan.updates_per_epoch}]  "
             f"eta {datetime.timedelta(seconds=int(left))}  lr {lr:.6g}  loss {loss:.4f}  grad_norm {grad_norm:.4f}  "
-            f"{lap.images_per_second:.1f} img/s  mem {_peak_memory(self.rank_info.device):.0f} MiB"
+            f"{used}"
         )
         values = {"epoch": progress.epoch, "lr": lr, "loss": loss, "grad_norm": grad_norm}
-        self.metrics.write("train", progress.update, values, {"images_per_second": lap.images_per_second})
+        self.metrics.write("train", progress.update, values, used.as_dict())
         lap.reset()
 
     def _report_epoch(self) -> None:
@@ -257,13 +273,6 @@ class Trainer:
         mean = self.meters[name].compute()
         self.meters[name].reset()
         return mean
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Returns the peak memory in MiB: of tensors on the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

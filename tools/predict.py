@@ -23,6 +23,7 @@ from tasks.inference import add_checkpoint_options, default_device, load_checkpo
 from tasks.prediction import normalization, probabilities, read_image
 from utils import cli
 from utils.files import check_target, write_json
+from utils.memory import clear_about_memory
 from utils.text import printable
 
 
@@ -90,7 +91,9 @@ def classified(
     """Yields each image's path with its probabilities (classes,), on the CPU."""
     while batch := [(path, transform(image)) for path, image in islice(images, batch_size)]:
         paths, pixels = zip(*batch, strict=True)
-        yield from zip(paths, probabilities(model, torch.stack(pixels), normalize), strict=True)
+        with clear_about_memory("lower -b"):
+            found = probabilities(model, torch.stack(pixels), normalize)
+        yield from zip(paths, found, strict=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

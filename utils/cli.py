@@ -13,11 +13,14 @@ from termcolor import colored
 
 from . import console
 from .interrupt import raise_on_interrupt
+from .memory import clear_about_memory
 from .signals import Stopped
 from .text import printable
 
 MAX_SIDE = 16384  # pixels of an image
 USER_ERROR = 2  # the exit status of a user error, as in argparse
+# Where no setting decides how much is needed.
+MORE_MEMORY = "end other programs that use it, or take a machine with more"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -103,7 +106,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 def status_of(main: Callable[[], int | None]) -> int:
     """Runs a script's `main` and returns its exit status; prints a user error as `run` does."""
     try:
-        return main() or 0
+        with clear_about_memory(MORE_MEMORY):
+            return main() or 0
     except SystemExit as stop:  # of the parser
         return cast(int, stop.code or 0)
     except Stopped as stop:

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 # Covers the slowest evaluation or checkpoint of one rank while the others wait.
 TIMEOUT = timedelta(minutes=30)
+_store: dist.Store | None = None
+_timeout = TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class RankInfo:
         return self.rank == 0
 
 
-def init(local_rank_flag: int | None = None) -> RankInfo:
+def init(local_rank_flag: int | None = None, timeout: timedelta = TIMEOUT) -> RankInfo:
     """Joins the process group of the launcher; without a launcher, the process is the only one.
 
     Understands the environment of torchrun and of `torch.distributed.launch` (with its `--local-rank` argument, which
     `local_rank_flag` passes on; the environment takes precedence), and that of Slurm's srun. Uses NCCL on GPUs, gloo on
-    CPUs.
+    CPUs. A process waits for the others in a collective operation until `timeout`.
 
     Raises:
         ValueError: the environment is incomplete or invalid, the processes can't connect, or a node has more processes
@@ -56,12 +58,14 @@ def init(local_rank_flag: int | None = None) -> RankInfo:
         )
     device = _device(local_rank)
     if world_size > 1:
-        _join(rank, world_size, device)
+        _join(rank, world_size, device, timeout)
     return RankInfo(rank, world_size, local_rank, device)
 
 
 def shutdown() -> None:
     """Leaves the process group, if there is one."""
+    global _store
+    _store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -74,6 +78,23 @@ def rank() -> int:
 def world_size() -> int:
     """Returns the number of processes, 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def store() -> dist.Store | None:
+    """Returns the key-value store of the process group; None without a group."""
+    return _store
+
+
+def timeout() -> timedelta:
+    """Returns how long a process waits for the others."""
+    return _timeout
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """Makes a group of all processes that works on the CPU, beside one on GPUs; None without a group. Collective."""
+    if not dist.is_initialized():
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_timeout))
 
 
 def barrier() -> None:
@@ -134,7 +155,8 @@ def gather_rows(tensor: Tensor, device: torch.device) -> list[Tensor]:
     return [rows[: shape[0]].cpu() for rows, shape in zip(gathered, shapes, strict=True)]
 
 
-def _join(rank: int, world_size: int, device: torch.device) -> None:
+def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
+    global _store, _timeout
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start with torchrun")
@@ -143,10 +165,13 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
         raise ValueError(f"the environment variable MASTER_PORT must be a port from 1 to 65535, not {port}")
     try:
         socket.getaddrinfo(address, port)  # torch itself would retry until its timeout
+        _store, _timeout = _open_store(rank, world_size, timeout), timeout
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            **_rendezvous(rank, world_size),
-            timeout=TIMEOUT,
+            store=_store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except (OSError, UnicodeError, dist.DistError) as error:
@@ -178,18 +203,19 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def _rendezvous(rank: int, world_size: int) -> dict[str, Any]:
-    """Returns the rendezvous as arguments of `init_process_group`; none for torch's default.
+def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Connects to the store by which the processes meet: that of torchrun, or else one that rank 0 holds.
 
     torchrun's store survives a restart and may return the addresses of dead processes (torch 2.15). The current
     processes therefore agree on a prefix of their own: rank 0 draws one and sends it to every other process together
     with the random number that this process has published, so that an answer to a dead process is not accepted.
     """
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0), timeout=TIMEOUT)
+        return dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+    store = dist.TCPStore(address, port, timeout=timeout)
     name = _publish_prefix(store, world_size) if rank == 0 else _receive_prefix(store, rank)
-    return {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world_size}
+    return dist.PrefixStore(name, store)
 
 
 def _publish_prefix(store: dist.Store, world_size: int) -> str:

@@ -47,7 +47,7 @@ class Mean:
 
 
 class Pace:
-    """Counts updates and images, and the seconds between `start` and `stop`."""
+    """Counts updates and images, the seconds between `start` and `stop`, and those of them spent waiting for data."""
 
     def __init__(self) -> None:
         self.reset()
@@ -55,13 +55,17 @@ class Pace:
     def reset(self) -> None:
         """Stops and clears all counts."""
         self.updates = self.images = 0
-        self._seconds = 0.0
+        self._seconds = self._waited = 0.0
         self._since: float | None = None
 
     def add(self, images: int) -> None:
         """Counts an update on this number of images over all processes."""
         self.updates += 1
         self.images += images
+
+    def wait(self, seconds: float) -> None:
+        """Counts seconds in which the loop waited for data; the clock runs meanwhile."""
+        self._waited += seconds
 
     def start(self) -> None:
         """Starts the clock, unless it runs already."""
@@ -82,3 +86,13 @@ class Pace:
     def seconds_per_update(self) -> float:
         """The mean until `stop`; nan if empty."""
         return self._seconds / self.updates if self.updates else math.nan
+
+    @property
+    def waiting_per_update(self) -> float:
+        """The mean seconds of waiting for data; nan if empty."""
+        return self._waited / self.updates if self.updates else math.nan
+
+    @property
+    def waiting_share(self) -> float:
+        """The part of the time until `stop` that was spent waiting for data, 0 to 1; nan if empty."""
+        return self._waited / self._seconds if self._seconds else math.nan

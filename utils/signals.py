@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from . import distributed
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -23,7 +25,7 @@ class StopRequest:
         # Ignored signals stay ignored, such as Ctrl-C in a background job of a shell.
         caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in caught}
-        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = distributed.cpu_group()
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -4,6 +4,8 @@ kill_at_update n    SIGKILL to itself before update n
 kill_at_rename n    SIGKILL to itself when its n-th checkpoint is about to get its name
 kill_after_rename n the same, when it has just got it
 signal_at_update    [n, signal, ...]: sends itself signals before update n
+sleep_at_update     [n, rank, seconds]: this rank sleeps before update n
+fail_at_update      [n, rank]: this rank ends with a user error before update n
 ignore              a signal that is ignored from the start, as in a background job of a shell
 record_images       prefix of files, one a rank, that get the epoch and the images of each update
 nan_at              updates whose images become NaN, counted from the start of the process
@@ -15,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -41,6 +44,11 @@ def before_updates(plan: dict) -> None:
         if trainer.progress.update == at:
             for number in signals:
                 os.kill(os.getpid(), number)
+        at, rank, seconds = plan.get("sleep_at_update", [None, 0, 0])
+        if (trainer.progress.update, trainer.rank_info.rank) == (at, rank):
+            time.sleep(seconds)
+        if [trainer.progress.update, trainer.rank_info.rank] == plan.get("fail_at_update"):
+            raise ValueError("made up")
         update(trainer, group)
         if "record_images" in plan:
             images = [int(index) for batch in group for index in batch.indices]

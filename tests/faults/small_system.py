@@ -2,6 +2,7 @@
 
 shared_memory   size of /dev/shm, for this process and its children alone
 files           how many more files this process may open, and each of its children
+memory          how many more MiB of addresses this process may have, and each of its children
 """
 
 import ctypes
@@ -31,6 +32,10 @@ if __name__ == "__main__":
     if "files" in plan:
         limit = len(os.listdir("/proc/self/fd")) + plan["files"]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    if "memory" in plan:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + plan["memory"] * 2**20,) * 2)
     sys.argv.pop(0)
     if sys.argv[0] != "nothing":
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_runs import Process, Run, children
+from fault_runs import Process, Run, children, one_line
 
 from tools import soak
 
@@ -85,15 +85,47 @@ def test_more_than_two_ranks_resume_exactly(start, run, tmp_path_factory, count,
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_rank_of_two_is_killed(two, run, victim):
-    """The other one ends too instead of waiting forever, and both resume exactly from the last checkpoint."""
+    """The other one says so and ends, instead of waiting forever; both resume exactly from the last checkpoint."""
     ranks = run.start_ranks(2, *HALF)
     ranks[0].until("Train: ", 4)
     os.kill(ranks[victim].pid, signal.SIGKILL)
     assert ranks[victim].wait() == -signal.SIGKILL
-    assert ranks[1 - victim].wait(60) == 1
+    assert ranks[1 - victim].wait(60) == 2
+    line = ranks[1 - victim].err.splitlines()[-1]  # torch itself warns of the store, which has ended with rank 0
+    silent = "rank 0 has ended" if victim == 0 else "rank 1 does not answer, it hangs or was killed"
+    assert line.startswith(f"error: rank {1 - victim} lost contact: {silent}")
+    log = (run.folder / f"log_rank{1 - victim}.txt").read_text()
+    assert log.splitlines()[-1].endswith(f"ERROR stopped: {line.removeprefix('error: ')}")
     assert run.leftovers() == []
     ended_well(run.start_ranks(2, *HALF))
     assert soak.differences(two.folder, run.folder) == []
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_of_three_that_hangs_is_named_by_the_others(run, victim):
+    """They wait three seconds for it."""
+    plan = {"sleep_at_update": [4, victim, 3600]}
+    options = ("DATA.BATCH_SIZE", 8, "DIST.TIMEOUT", 0.05)
+    ranks = run.start_ranks(3, *options, plan=plan)
+    ranks[0].until("Train: ", 2)
+    began = time.monotonic()
+    for rank in {0, 1, 2} - {victim}:
+        line = one_line(ranks[rank])
+        assert re.fullmatch(
+            rf"error: rank {rank} lost contact: rank {victim} does not answer, it hangs or was killed \(processes wait "
+            r"0\.05 minutes for each other, DIST\.TIMEOUT\); docs/distributed\.md .*",
+            line,
+        )
+        assert "Traceback" not in ranks[rank].err
+    assert 3 < time.monotonic() - began < 30
+    assert ranks[victim].alive()
+    os.kill(ranks[victim].pid, signal.SIGKILL)
+
+
+def test_a_rank_that_fails_is_named_with_its_reason(run):
+    ranks = run.start_ranks(2, *HALF, plan={"fail_at_update": [4, 1]})
+    assert one_line(ranks[1]) == "error: made up"
+    assert one_line(ranks[0]) == "error: rank 0 lost contact: rank 1 has failed: made up"
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ FLAGS = {
     "--eval",
     "--throughput",
     "--summary",
+    "--profile",
     "--local-rank",
     "--local_rank",
 }
@@ -195,6 +196,7 @@ def test_the_flags_are_these_and_help_explains_each(capsys):
         (["--eval", "--resume", "a.pth"], "EVAL_MODE", True),
         (["--throughput"], "THROUGHPUT_MODE", True),
         (["--summary"], "SUMMARY_MODE", True),
+        (["--profile"], "PROFILE_MODE", True),
         (["--opts", "TRAIN.BASE_LR", "5e-4"], "TRAIN.BASE_LR", 5e-4),
         (["--batch-size", "32", "--opts", "DATA.BATCH_SIZE", "32"], "DATA.BATCH_SIZE", 32),
     ],

@@ -104,6 +104,7 @@ def test_checkpoints_describe_themselves(task, finished):
 def test_the_curves_are_readable(task, finished):
     curves = EventAccumulator(str(finished.folder)).Reload()
     wanted = {"train/loss", "train/lr", "train/grad_norm", f"eval/{task.kind.metric}", f"eval_ema/{task.kind.metric}"}
+    wanted |= {f"train/{name}" for name in ("images_per_second", "data_seconds", "data_share", "tflops", "memory")}
     assert wanted <= set(curves.Tags()["scalars"])
     drawn = [(event.step, event.value) for event in curves.Scalars(f"eval/{task.kind.metric}")]
     assert drawn == [
