@@ -21,7 +21,7 @@ import torch
 from utils import cli
 from utils.text import Column, table
 
-from .roofline import Roofline
+from .limits import Roofline
 
 PACKAGES = ("torch", "torchvision", "timm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

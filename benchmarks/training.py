@@ -15,9 +15,11 @@ from engine.optimizer import build_optimizer, parameter_groups
 from engine.precision import autocast
 from utils import cli
 
-from . import harness, memory, roofline
+from . import harness, memory, work
 from .harness import DTYPES, Variant
+from .limits import Roofline
 from .naive import naive
+from .operators import Operator, record, total_bytes, without_memory
 
 LR, WEIGHT_DECAY = 1e-4, 0.05
 ADAMW = f"TRAIN.OPTIMIZER.NAME adamw TRAIN.WEIGHT_DECAY {WEIGHT_DECAY}"
@@ -96,14 +98,15 @@ def batch(arch: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 class Step:
-    """A network in one form, and its training step on one batch."""
+    """The training step of a network on one batch, in one form; all on one device.
 
-    def __init__(self, model: models.RepMLPNet, form: Form, images: Tensor, labels: Tensor, device: str) -> None:
-        self.device = torch.device(device)
-        network = (naive(model) if form.naive else deepcopy(model)).to(self.device)
+    The naive network comes from `naive`, see `step_of`.
+    """
+
+    def __init__(self, network: nn.Module, form: Form, images: Tensor, labels: Tensor) -> None:
         if form.checkpointed:
             cast(models.RepMLPNet, network).set_grad_checkpointing()
-        self.images, self.labels = images.to(self.device), labels.to(self.device)
+        self.images, self.labels = images, labels
         self.criterion = nn.CrossEntropyLoss()
         self.autocast_dtype = torch.bfloat16 if form.dtype == "bf16" else None
         self.optimizer: torch.optim.Optimizer
@@ -116,7 +119,7 @@ class Step:
 
     def backward(self) -> None:
         """Adds up the gradients of the batch."""
-        with autocast(self.device, self.autocast_dtype):
+        with autocast(self.images.device, self.autocast_dtype):
             loss = self.criterion(self.forward(self.images), self.labels)
         loss.backward()
 
@@ -133,6 +136,25 @@ class Step:
         found = {name: cast(Tensor, p.grad).double().cpu() for name, p in self.network.named_parameters()}
         self.optimizer.zero_grad(set_to_none=True)
         return found
+
+
+def step_of(model: models.RepMLPNet, form: Form, images: Tensor, labels: Tensor, device: str) -> Step:
+    """Returns the step of a copy of a network, on a device."""
+    network = (naive(model) if form.naive else deepcopy(model)).to(device)
+    return Step(network, form, images.to(device), labels.to(device))
+
+
+def recorded_step(arch: str, form: Form, batch_size: int) -> list[Operator]:
+    """Returns the operators of one step, not compiled, as a CPU runs them; nothing is computed."""
+    with torch.device("meta"):
+        model = cast(models.RepMLPNet, models.create_model(arch).train())
+        network = naive(model) if form.naive else model
+    with without_memory():
+        images = torch.empty(batch_size, 3, *models.default_image_size(arch))
+        labels = torch.empty(batch_size, dtype=torch.long)
+        step = Step(network.to_empty(device="cpu"), form, images, labels)
+        step()  # the first one makes the optimizer's state
+        return record(step)
 
 
 def gradient_difference(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> float:
@@ -152,10 +174,10 @@ def check_formulations(model: models.RepMLPNet, images: Tensor, labels: Tensor, 
     """
     double = deepcopy(model).double()
     data = images[:CHECKED_IMAGES].double(), labels[:CHECKED_IMAGES]
-    expected = Step(double, Form(naive=True), *data, device).gradients()
+    expected = step_of(double, Form(naive=True), *data, device).gradients()
     differences = []
     for form in (Form(), Form(checkpointed=True)):
-        actual = Step(double, form, *data, device).gradients()
+        actual = step_of(double, form, *data, device).gradients()
         differences.append(harness.check("our gradient in float64", gradient_difference(expected, actual), EXACT))
     return max(differences)
 
@@ -167,7 +189,7 @@ def peak_memory(arch: str, form: Form, batch_size: int, device: str, threads: in
     """
     torch.set_num_threads(threads)
     before = memory.in_use(device)
-    step = Step(build_model(arch), form, *batch(arch, batch_size), device)
+    step = step_of(build_model(arch), form, *batch(arch, batch_size), device)
     for _ in range(2):
         step()
     return memory.peak(device) - before
@@ -188,14 +210,14 @@ def build(names: Sequence[str], model: models.RepMLPNet, args: argparse.Namespac
         ValueError: a row is wrong.
     """
     images, labels = batch(args.arch, args.batch_size)
-    expected = Step(deepcopy(model).double(), Form(naive=True), images.double(), labels, args.device).gradients()
+    expected = step_of(deepcopy(model).double(), Form(naive=True), images.double(), labels, args.device).gradients()
     # A backward pass is two products for each of the forward pass. Recomputing is no useful work, so it is not counted.
-    flops = 3 * roofline.count_flops(model, tuple(images.shape))
-    traffic = roofline.training_bytes(model, args.batch_size, model.img_size)
+    flops = 3 * work.count_flops(model, tuple(images.shape))
+    traffic = work.training_bytes(model, args.batch_size, model.img_size)
     rows = {}
     for name in names:
         form = (FORMS | COMPILED)[name]
-        step = Step(model, form, images, labels, args.device)
+        step = step_of(model, form, images, labels, args.device)
         difference = gradient_difference(expected, step.gradients())
         harness.check(name, difference, TOLERANCES["tf32" if args.tf32 and form.dtype == "fp32" else form.dtype])
         rows[Variant(name, step, flops, traffic, form.dtype)] = difference
@@ -215,9 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     differences = build(names, model, args)
     variants = list(differences)
     dtypes = {dtype: DTYPES[dtype] for dtype in DTYPES if any(v.dtype == dtype for v in variants)}
-    limits = roofline.measure(args.device, dtypes, clock.now, args.min_seconds)
+    limits = Roofline.measure(args.device, dtypes, clock.now, args.min_seconds)
     times = harness.interleave(variants, clock, rounds=args.rounds, min_seconds=args.min_seconds)
-    limits = limits.best(roofline.measure(args.device, dtypes, clock.now, args.min_seconds))
+    limits = limits.best(Roofline.measure(args.device, dtypes, clock.now, args.min_seconds))
     rows = harness.summarise(variants, times, BASELINE, limits)
     for row, variant in zip(rows, variants, strict=True):
         row |= {"difference": differences[variant], "images_per_second": args.batch_size / row["median"]}

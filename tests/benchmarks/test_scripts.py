@@ -143,7 +143,7 @@ def spoiled_injection(model: models.RepMLPNet) -> None:
 def test_a_wrong_form_stops_scaling(spoil) -> None:
     spoil(scaling, "fuse_batch_norms")
     args = scaling.parse(["--arch", ARCH, "--batch-sizes", "1"])
-    limits = scaling.roofline.Roofline({"fp32": 1.0}, 1.0)
+    limits = scaling.Roofline({"fp32": 1.0}, 1.0)
     with pytest.raises(ValueError, match="fused is wrong"):
         scaling.rows_of(scaling.points(args)[0], args, scaling.harness.Clock("cpu"), limits)
 
