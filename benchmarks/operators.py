@@ -77,12 +77,13 @@ class Operator:
 
     @property
     def bytes(self) -> int:
-        """What it moves: everything it reads and writes, each once; a BatchNorm reads a map, or two, again."""
+        """What it moves: everything it reads and writes, each once, but for a BatchNorm in training."""
         if self.is_free:
             return 0
-        again = 0
-        if self.name in BATCH_NORMS:  # first the sums, then what is made with them; backward also of the gradient
-            again = max(operand.bytes for operand in self.reads) * (2 if self.name.endswith("backward") else 1)
+        # A BatchNorm in training first sums over a map, backward over two, and then reads it again. In evaluation it
+        # returns no statistics.
+        maps = 2 if self.name.endswith("backward") else 1
+        again = maps * self.reads[0].bytes if self.name in BATCH_NORMS and self.writes[1].elements else 0
         return again + sum(operand.bytes for operand in (*self.reads, *self.writes))
 
     @property

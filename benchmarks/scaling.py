@@ -98,9 +98,7 @@ def peak_memory(point: Point, form: str, dtype: str, device: str, threads: int) 
     return weights + memory.extra_peak(run, device)
 
 
-def rows_of(
-    point: Point, args: argparse.Namespace, clock: harness.Clock, limits: Roofline
-) -> list[dict[str, Any]]:
+def rows_of(point: Point, args: argparse.Namespace, clock: harness.Clock, limits: Roofline) -> list[dict[str, Any]]:
     """Returns the rows of a point, its forms timed side by side, their answer to its first image checked.
 
     Raises:

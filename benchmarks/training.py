@@ -35,6 +35,7 @@ COLUMNS = (
     ("GFLOP", "gflop", ".2f"),
     ("MB", "megabytes", ".1f"),
     ("of limit", "fraction", ".2f"),
+    ("moved MB/img", "moved", ".0f"),
     ("difference", "difference", ".1e"),
 )
 
@@ -213,13 +214,13 @@ def build(names: Sequence[str], model: models.RepMLPNet, args: argparse.Namespac
     expected = step_of(deepcopy(model).double(), Form(naive=True), images.double(), labels, args.device).gradients()
     # A backward pass is two products for each of the forward pass. Recomputing is no useful work, so it is not counted.
     flops = 3 * work.count_flops(model, tuple(images.shape))
-    traffic = work.training_bytes(model, args.batch_size, model.img_size)
     rows = {}
     for name in names:
         form = (FORMS | COMPILED)[name]
         step = step_of(model, form, images, labels, args.device)
         difference = gradient_difference(expected, step.gradients())
         harness.check(name, difference, TOLERANCES["tf32" if args.tf32 and form.dtype == "fp32" else form.dtype])
+        traffic = work.training_bytes(model, args.batch_size, model.img_size, DTYPES[form.dtype].itemsize)
         rows[Variant(name, step, flops, traffic, form.dtype)] = difference
     return rows
 
@@ -244,7 +245,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row, variant in zip(rows, variants, strict=True):
         row |= {"difference": differences[variant], "images_per_second": args.batch_size / row["median"]}
         row |= {"milliseconds": 1e3 * row["median"], "gflop": row["flops"] / 1e9, "megabytes": row["bytes"] / 1e6}
-        row |= weigh((FORMS | COMPILED)[variant.name], weighed, args)
+        form = (FORMS | COMPILED)[variant.name]
+        if not form.compiled:  # which only the compiler itself could count
+            row["moved"] = total_bytes(recorded_step(args.arch, form, args.batch_size)) / args.batch_size / 1e6
+        row |= weigh(form, weighed, args)
     memory_columns = [(f"MiB at {n}", f"peak_mib_{n}", ".0f") for n in weighed]
     harness.report(args, rows, (*COLUMNS, *memory_columns), clock, limits)
 

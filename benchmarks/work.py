@@ -52,11 +52,18 @@ def inference_bytes(model: nn.Module, batch_size: int, size: tuple[int, int], wi
     return width * (weights + batch_size * (3 * size[0] * size[1] + 2 * stage_elements(model, size) + classes))
 
 
-def training_bytes(model: nn.Module, batch_size: int, size: tuple[int, int]) -> int:
-    """Returns the least memory traffic of one step with AdamW, in bytes, everything in float32.
+def training_bytes(model: nn.Module, batch_size: int, size: tuple[int, int], width: int) -> int:
+    """Returns the least memory traffic of one step with AdamW, in bytes, the weights and all about them in float32.
 
     Of each weight: read forward and backward, gradient written and read, two moments read and written, weight written,
     which makes 9. The images are read once, the map of each stage and its gradient are written once and read once.
+
+    Args:
+        model: a RepMLPNet, or a timm network.
+        batch_size: images.
+        size: their height and width.
+        width: bytes of an element of the maps.
     """
     weights = sum(p.numel() for p in model.parameters())
-    return 4 * (9 * weights + batch_size * (3 * size[0] * size[1] + 4 * stage_elements(model, size)))
+    images, maps = 3 * size[0] * size[1], 4 * stage_elements(model, size)
+    return 9 * weights * 4 + batch_size * (images * 4 + maps * width)

@@ -159,7 +159,9 @@ def test_bytes_by_hand() -> None:
     assert work.stage_elements(model, (16, 16)) == maps
     weights = sum(p.numel() for p in model.parameters())
     assert work.inference_bytes(model, 2, (16, 16), 4) == 4 * (weights + 2 * (3 * 256 + 2 * maps + 10))
-    assert work.training_bytes(model, 2, (16, 16)) == 4 * (9 * weights + 2 * (3 * 256 + 4 * maps))
+    for width in (4, 2):
+        expected = 4 * (9 * weights + 2 * 3 * 256) + width * 2 * 4 * maps
+        assert work.training_bytes(model, 2, (16, 16), width) == expected
     with pytest.raises(ValueError, match="Linear"):
         work.stage_elements(nn.Linear(1, 1), (16, 16))
 

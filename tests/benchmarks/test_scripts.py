@@ -25,7 +25,7 @@ SCRIPTS = {
     "training": (
         ["--batch-size", "2", "--rounds", "1", "--only", "ours*"],
         ["naive fp32", "ours fp32", "ours bf16", "ours fp32, checkpointed", "ours bf16, checkpointed"],
-        {"flops", "bytes", "limit", "fraction", "difference", "images_per_second"},
+        {"flops", "bytes", "limit", "fraction", "moved", "difference", "images_per_second"},
     ),
     "injection": (
         ["--rounds", "1"],
