@@ -139,19 +139,17 @@ def product_bytes(operators: Iterable[Operator]) -> int:
 
 
 def _describe(func: OpOverload, args: tuple, kwargs: Mapping[str, Any], out: object) -> Operator:
-    name, outputs, inputs = str(func.overloadpacket), _tensors(out), _tensors((args, kwargs))
+    arguments = func._schema.arguments
+    given = dict(zip([argument.name for argument in arguments], args, strict=False)) | dict(kwargs)
+    reads = _tensors([given.get(argument.name) for argument in arguments if not argument.is_out])
+    changed = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    writes = _tensors(out)
     # In-place operators on lists return nothing.
-    known = {id(tensor) for tensor in outputs}
-    changed = [tensor for tensor in _changed(func, args, kwargs) if id(tensor) not in known]
-    writes = tuple(map(Operand.of, [*outputs, *changed]))
-    return Operator(name, tuple(map(Operand.of, inputs)), writes, not writes or func.is_view or name in _WITHOUT_ACCESS)
-
-
-def _changed(func: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    values = zip(func._schema.arguments, args, strict=False)
-    given = {argument.name: value for argument, value in values} | dict(kwargs)
-    written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return _tensors([given.get(name) for name in written])
+    returned = {id(tensor) for tensor in writes}
+    writes += [tensor for tensor in _tensors([given.get(name) for name in changed]) if id(tensor) not in returned]
+    name = str(func.overloadpacket)
+    is_free = not writes or func.is_view or name in _WITHOUT_ACCESS
+    return Operator(name, tuple(map(Operand.of, reads)), tuple(map(Operand.of, writes)), is_free)
 
 
 def _tensors(tree: object) -> list[Tensor]:
