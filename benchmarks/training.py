@@ -1,9 +1,9 @@
 """How long a training step takes (forward, loss, backward, optimizer), and how much memory, beside the naive one."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -42,12 +42,13 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Form:
-    """What a step is made of. The naive form has AdamW as it comes, ours the project's own."""
+    """What a step is made of. The naive form has AdamW as it comes, ours and that of peers the project's own."""
 
     naive: bool = False
     dtype: str = "fp32"  # bf16 is that of autocast, and weights stay in float32
     checkpointed: bool = False
-    compiled: bool = False
+    mode: str | None = None  # of torch.compile; None is eager
+    peer: str = ""  # the name of another network
 
 
 BASELINE = "naive fp32"
@@ -59,12 +60,19 @@ FORMS = {
     "ours fp32, checkpointed": Form(checkpointed=True),
     "ours bf16, checkpointed": Form(dtype="bf16", checkpointed=True),
 }
-COMPILED = {
-    "naive fp32, compiled": Form(naive=True, compiled=True),
-    "naive bf16, compiled": Form(naive=True, dtype="bf16", compiled=True),
-    "ours fp32, compiled": Form(compiled=True),
-    "ours bf16, compiled": Form(dtype="bf16", compiled=True),
-}
+# Of torch.compile; an empty name is the default mode, reduce-overhead that of CUDA graphs.
+MODES = {"cpu": ("",), "cuda": ("", "reduce-overhead")}
+
+
+def forms_of(args: argparse.Namespace) -> dict[str, Form]:
+    """Returns the rows that the command line may choose from, by name."""
+    eager = FORMS | {f"{peer} {dtype}": Form(dtype=dtype, peer=peer) for peer in args.peers for dtype in DTYPES}
+    compiled = {
+        f"{name}, compiled {mode}".rstrip(): replace(form, mode=mode)
+        for name, form in eager.items()
+        for mode in (MODES[args.device] if args.compile and not form.checkpointed else ())
+    }
+    return eager | compiled
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -74,6 +82,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=harness.positive, default=16, help="images of a step")
     parser.add_argument("--tf32", action="store_true", help="let a GPU round the factors of fp32 products to TF32")
     parser.add_argument("--compile", action="store_true", help="add compiled rows")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME", help="add networks of timm; resnet101")
     parser.add_argument(
         "--memory",
         type=harness.positive,
@@ -85,10 +94,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_model(arch: str) -> models.RepMLPNet:
-    """Returns a network of this project in training mode, with the same random weights every time."""
+def build_model(arch: str) -> nn.Module:
+    """Returns a network in training mode, with the same random weights every time."""
     torch.manual_seed(0)
-    return cast(models.RepMLPNet, models.create_model(arch).train())
+    return models.create_model(arch).train()
 
 
 def batch(arch: str, size: int) -> tuple[Tensor, Tensor]:
@@ -116,7 +125,9 @@ class Step:
         else:
             self.optimizer = build_optimizer(network, load_config(None, parse_opts(ADAMW.split())).TRAIN, LR)
         self.network = network
-        self.forward = cast(nn.Module, torch.compile(network, fullgraph=True)) if form.compiled else network
+        self.forward = network
+        if form.mode is not None:
+            self.forward = cast(nn.Module, torch.compile(network, fullgraph=True, mode=form.mode or None))
 
     def backward(self) -> None:
         """Adds up the gradients of the batch."""
@@ -139,17 +150,17 @@ class Step:
         return found
 
 
-def step_of(model: models.RepMLPNet, form: Form, images: Tensor, labels: Tensor, device: str) -> Step:
+def step_of(model: nn.Module, form: Form, images: Tensor, labels: Tensor, device: str) -> Step:
     """Returns the step of a copy of a network, on a device."""
-    network = (naive(model) if form.naive else deepcopy(model)).to(device)
+    network = (naive(cast(models.RepMLPNet, model)) if form.naive else deepcopy(model)).to(device)
     return Step(network, form, images.to(device), labels.to(device))
 
 
 def recorded_step(arch: str, form: Form, batch_size: int) -> list[Operator]:
     """Returns the operators of one step, not compiled, as a CPU runs them; nothing is computed."""
     with torch.device("meta"):
-        model = cast(models.RepMLPNet, models.create_model(arch).train())
-        network = naive(model) if form.naive else model
+        model = models.create_model(arch).train()
+        network = naive(cast(models.RepMLPNet, model)) if form.naive else model
     with without_memory():
         images = torch.empty(batch_size, 3, *models.default_image_size(arch))
         labels = torch.empty(batch_size, dtype=torch.long)
@@ -167,7 +178,7 @@ def gradient_difference(expected: dict[str, Tensor], actual: dict[str, Tensor]) 
     return difference if difference == difference else float("inf")
 
 
-def check_formulations(model: models.RepMLPNet, images: Tensor, labels: Tensor, device: str) -> float:
+def check_formulations(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> float:
     """Returns the difference of our gradients, plain and checkpointed, from the naive ones, all in float64.
 
     Raises:
@@ -198,29 +209,29 @@ def peak_memory(arch: str, form: Form, batch_size: int, device: str, threads: in
 
 def weigh(form: Form, batch_sizes: Sequence[int], args: argparse.Namespace) -> dict[str, Any]:
     """Returns the entries of a row for its peak memory: `peak_bytes` by batch size, and `peak_mib_N` for the table."""
-    peaks = {
-        n: memory.in_fresh_process(peak_memory, args.arch, form, n, args.device, args.threads) for n in batch_sizes
-    }
+    arch = form.peer or args.arch
+    peaks = {n: memory.in_fresh_process(peak_memory, arch, form, n, args.device, args.threads) for n in batch_sizes}
     return {"peak_bytes": peaks} | {f"peak_mib_{n}": peak / 2**20 for n, peak in peaks.items()}
 
 
-def build(names: Sequence[str], model: models.RepMLPNet, args: argparse.Namespace) -> dict[Variant, float]:
-    """Returns the rows, each with its difference from the float64 gradient of the naive formulation.
+def build(arch: str, forms: Mapping[str, Form], args: argparse.Namespace) -> dict[Variant, float]:
+    """Returns the rows of a network, each with its difference from a float64 gradient: the naive one, or a peer's own.
 
     Raises:
         ValueError: a row is wrong.
     """
-    images, labels = batch(args.arch, args.batch_size)
-    expected = step_of(deepcopy(model).double(), Form(naive=True), images.double(), labels, args.device).gradients()
+    model, (images, labels) = build_model(arch), batch(arch, args.batch_size)
+    reference = Form(naive=arch in models.SPECS)
+    expected = step_of(deepcopy(model).double(), reference, images.double(), labels, args.device).gradients()
     # A backward pass is two products for each of the forward pass. Recomputing is no useful work, so it is not counted.
     flops = 3 * work.count_flops(model, tuple(images.shape))
     rows = {}
-    for name in names:
-        form = (FORMS | COMPILED)[name]
+    for name, form in forms.items():
         step = step_of(model, form, images, labels, args.device)
         difference = gradient_difference(expected, step.gradients())
         harness.check(name, difference, TOLERANCES["tf32" if args.tf32 and form.dtype == "fp32" else form.dtype])
-        traffic = work.training_bytes(model, args.batch_size, model.img_size, DTYPES[form.dtype].itemsize)
+        size, width = images.shape[2:], DTYPES[form.dtype].itemsize
+        traffic = work.training_bytes(model, args.batch_size, (size[0], size[1]), width)
         rows[Variant(name, step, flops, traffic, form.dtype)] = difference
     return rows
 
@@ -230,12 +241,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     clock = harness.start(args)
     harness.settle_precision(args.tf32)
+    for peer in args.peers:
+        models.default_image_size(peer)  # an unknown one is to fail at once
     weighed = [] if args.memory is None else args.memory or [args.batch_size]
-    names = harness.chosen(FORMS | (COMPILED if args.compile else {}), args.only, BASELINE)
-    model = build_model(args.arch)
-    exact = check_formulations(model, *batch(args.arch, args.batch_size), args.device)
+    forms = forms_of(args)
+    forms = {name: forms[name] for name in harness.chosen(forms, args.only, BASELINE)}
+    exact = check_formulations(build_model(args.arch), *batch(args.arch, args.batch_size), args.device)
     print(f"{args.arch}, batch {args.batch_size}, AdamW; x: over {BASELINE}; gradients in float64 equal to {exact:.0e}")
-    differences = build(names, model, args)
+    differences: dict[Variant, float] = {}
+    for peer in ["", *args.peers]:
+        own = {name: form for name, form in forms.items() if form.peer == peer}
+        differences |= build(peer or args.arch, own, args) if own else {}
     variants = list(differences)
     dtypes = {dtype: DTYPES[dtype] for dtype in DTYPES if any(v.dtype == dtype for v in variants)}
     limits = Roofline.measure(args.device, dtypes, clock.now, args.min_seconds)
@@ -245,9 +261,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row, variant in zip(rows, variants, strict=True):
         row |= {"difference": differences[variant], "images_per_second": args.batch_size / row["median"]}
         row |= {"milliseconds": 1e3 * row["median"], "gflop": row["flops"] / 1e9, "megabytes": row["bytes"] / 1e6}
-        form = (FORMS | COMPILED)[variant.name]
-        if not form.compiled:  # which only the compiler itself could count
-            row["moved"] = total_bytes(recorded_step(args.arch, form, args.batch_size)) / args.batch_size / 1e6
+        form = forms[variant.name]
+        if form.mode is None:  # what a compiler makes of it only the compiler could count
+            operators = recorded_step(form.peer or args.arch, form, args.batch_size)
+            row["moved"] = total_bytes(operators) / args.batch_size / 1e6
         row |= weigh(form, weighed, args)
     memory_columns = [(f"MiB at {n}", f"peak_mib_{n}", ".0f") for n in weighed]
     harness.report(args, rows, (*COLUMNS, *memory_columns), clock, limits)
