@@ -24,7 +24,7 @@ from .operators import Operator, product_bytes, record, total_bytes, without_mem
 
 ARCHS = ("RepMLPNet-T224", "RepMLPNet-B224", "RepMLPNet-D256", "RepMLPNet-L256")
 GPUS = ("H200", "H100 80GB HBM3", "A100-SXM4-80GB", "L40S")
-STEPS = ("inference", "training")
+STEPS = ("inference", "training", "naive-training")  # the last one is that of the published formulation
 COLUMNS = (
     ("network", "arch", "s"),
     ("step", "step", "s"),
@@ -33,6 +33,7 @@ COLUMNS = (
     ("TFLOP", "tflop", ".2f"),
     ("GB fused", "gb_fused", ".2f"),
     ("GB eager", "gb_eager", ".2f"),
+    ("MB/img", "mb_per_image", ".0f"),
 )
 
 
@@ -41,7 +42,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     gpus = [accelerator.name for accelerator in ACCELERATORS]
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=models.SPECS, default=ARCHS, metavar="NAME", help="networks")
-    parser.add_argument("--step", nargs="+", choices=STEPS, default=STEPS, help="inference is that of the fused form")
+    parser.add_argument(
+        "--step", nargs="+", choices=STEPS, default=STEPS[:2], help="inference is that of the fused form"
+    )
     parser.add_argument("--batch-size", type=harness.positive, nargs="+", default=[32, 256], metavar="N", help="images")
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="training: bf16 autocast"
@@ -60,8 +63,8 @@ def build(arch: str, step: str) -> nn.Module:
 
 def count(arch: str, step: str, dtype: str, batch_size: int) -> list[Operator]:
     """Returns the operators of a training step, or of a forward pass as a GPU runs it; `dtype` is fp32 or bf16."""
-    if step == "training":
-        return training.recorded_step(arch, training.Form(dtype=dtype), batch_size)
+    if step != "inference":
+        return training.recorded_step(arch, training.Form(step == "naive-training", dtype), batch_size)
     network = build(arch, step).to(DTYPES[dtype])
     with without_memory(), torch.no_grad():  # inference mode would hide what some operators are made of
         network.to_empty(device="cuda")
@@ -74,7 +77,7 @@ def rows_of(arch: str, step: str, args: argparse.Namespace) -> Iterator[dict[str
 
     Its `seconds` are, for each GPU, those for the FLOPs, for the bytes of the products, and for those of all operators.
     """
-    passes = 3 if step == "training" else 1  # a backward pass is two products for each of the forward pass
+    passes = 1 if step == "inference" else 3  # a backward pass is two products for each of the forward pass
     for batch_size in args.batch_size:
         shape = batch_size, 3, *models.default_image_size(arch)
         flops = passes * work.count_flops(build(arch, step), shape)
@@ -86,6 +89,7 @@ def rows_of(arch: str, step: str, args: argparse.Namespace) -> Iterator[dict[str
             row = {"arch": arch, "step": step, "batch_size": batch_size, "dtype": precision, "seconds": seconds}
             row |= {"flops": flops, "bytes_fused": fused, "bytes_eager": eager}
             row |= {"tflop": flops / 1e12, "gb_fused": fused / 1e9, "gb_eager": eager / 1e9}
+            row |= {"mb_per_image": eager / batch_size / 1e6}
             yield row | {gpu: " / ".join(f"{1e3 * s:.2f}" for s in three.values()) for gpu, three in seconds.items()}
 
 

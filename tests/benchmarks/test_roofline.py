@@ -21,7 +21,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_every_step_batch_and_precision_has_a_row(rows) -> None:
     found = [(row["step"], row["batch_size"], row["dtype"]) for row in rows]
-    assert found == [(s, n, p) for s in roofline.STEPS for n in (8, 16) for p in PRECISIONS]
+    assert found == [(s, n, p) for s in roofline.STEPS[:2] for n in (8, 16) for p in PRECISIONS]
 
 
 def test_seconds_follow_the_data_sheet(rows) -> None:
@@ -46,6 +46,14 @@ def test_training_costs_three_passes(rows) -> None:
     inference, training = (row for row in rows if (row["batch_size"], row["dtype"]) == (8, "fp32"))
     assert 3 * inference["flops"] < training["flops"] < 3.5 * inference["flops"]  # the branches are in training alone
     assert training["bytes_eager"] > 3 * inference["bytes_eager"]
+
+
+def test_the_published_formulation_beside_ours(tmp_path) -> None:
+    words = ["--arch", ARCH, "--batch-size", "8", "--precision", "bf16", "--step", "training", "naive-training"]
+    roofline.main([*words, "--json", str(tmp_path / "result.json")])
+    ours, naive = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert (naive["step"], naive["flops"]) == ("naive-training", ours["flops"])
+    assert naive["bytes_eager"] != ours["bytes_eager"]
 
 
 def test_limits_of_a_data_sheet() -> None:
