@@ -13,8 +13,6 @@ BATCH = 256
 CEILING_MB = 320
 CEILING_LAUNCHES = 900
 MULTIPROCESSORS = 132  # of an H200; torch's BatchNorm starts one block for each channel
-# BatchNorms with fewer channels than that, which are left: of the embeddings, by channels.
-SMALL_NORMS: dict[int, int] = {64: 1, 128: 1}
 
 
 @cache
@@ -41,7 +39,7 @@ def test_batch_norms_use_the_whole_gpu() -> None:
         channels = operator.reads[0].shape[1] if operator.name in BATCH_NORMS else MULTIPROCESSORS
         if channels < MULTIPROCESSORS and not operator.name.endswith("backward"):
             small[channels] += 1
-    assert small == SMALL_NORMS
+    assert not small, "how many by their channels"
 
 
 def test_bytes_grow_with_the_batch_alone() -> None:
