@@ -22,7 +22,7 @@ from engine.backends import set_tf32
 from utils import cli
 from utils.text import Column, table
 
-from .roofline import Roofline
+from .limits import Roofline
 
 PACKAGES = ("torch", "torchvision", "timm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -171,8 +171,13 @@ def parser(description: str | None, rounds: int = 10) -> cli.Parser:
     result.add_argument("--threads", type=positive, default=1, help="CPU threads; one is timed by process CPU time")
     result.add_argument("--rounds", type=positive, default=rounds, help="how often every row is timed")
     result.add_argument("--min-seconds", type=float, default=0.2, help="shorter rows run repeatedly within a round")
-    result.add_argument("--json", type=Path, metavar="FILE", help="also write machine, settings and every time here")
+    add_json(result)
     return result
+
+
+def add_json(parser: cli.Parser) -> None:
+    """Adds the option that `write` looks at."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write settings and all figures to this file")
 
 
 def positive(text: str) -> int:
@@ -242,19 +247,21 @@ def report(
     if roofline is not None:
         print(f"limits: {roofline}")
     print(f"\n{table(rows, columns)}")
-    if args.json is not None:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        content = {
-            "script": Path(sys.argv[0]).stem,
-            "machine": where,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "device": args.device,
-            "threads": args.threads,
-            "dtype": sorted({row["dtype"] for row in rows if "dtype" in row}),
-            "clock": str(clock),
-            "settings": settings,
-            "roofline": None if roofline is None else asdict(roofline),
-            "rows": list(rows),
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    about = {"machine": where, "device": args.device, "threads": args.threads, "clock": str(clock)}
+    dtypes = sorted({row["dtype"] for row in rows if "dtype" in row})
+    write(args, rows, **about, dtype=dtypes, roofline=None if roofline is None else asdict(roofline))
+
+
+def write(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **about: object) -> None:
+    """Writes the file that `--json` names, if any: `script`, `versions`, `settings`, `rows`, and what else is given."""
+    if args.json is None:
+        return
+    content = {
+        "script": Path(sys.argv[0]).stem,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "settings": {key: value for key, value in vars(args).items() if key != "json"},
+        **about,
+        "rows": list(rows),
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(content, indent=1, default=str) + "\n")

@@ -16,8 +16,9 @@ from models.fusion import fuse_batch_norms
 from models.reparam import randomize_statistics, relative_difference, to_deploy
 from utils import cli
 
-from . import harness, roofline
+from . import harness, work
 from .harness import DTYPES, TOLERANCES, Variant
+from .limits import Roofline
 from .naive import naive
 from .peers import PEERS, peer_forms
 
@@ -74,7 +75,7 @@ def own_family(arch: str, batch_size: int) -> Family:
         "deploy": deploy,
         "fused": fuse_batch_norms(model),
     }
-    traffic = {k: roofline.inference_bytes(deploy, batch_size, model.img_size, d.itemsize) for k, d in DTYPES.items()}
+    traffic = {k: work.inference_bytes(deploy, batch_size, model.img_size, d.itemsize) for k, d in DTYPES.items()}
     return Family(arch, "naive training structure", forms, tuple(forms), model.img_size, traffic)
 
 
@@ -86,7 +87,7 @@ def peer_family(name: str, batch_size: int) -> Family:
     """
     forms, size = peer_forms(name), models.default_image_size(name)
     traffic = {
-        k: roofline.inference_bytes(next(iter(forms.values())), batch_size, size, d.itemsize) for k, d in DTYPES.items()
+        k: work.inference_bytes(next(iter(forms.values())), batch_size, size, d.itemsize) for k, d in DTYPES.items()
     }
     return Family(name, next(iter(forms)), forms, tuple(forms)[1:], size, traffic)
 
@@ -140,7 +141,7 @@ def build(family: Family, wanted: set[str], args: argparse.Namespace) -> Iterato
     for name, form, dtype, mode in rows:
         model = family.forms[form]
         run = Runner(model, images, dtype, args.device, mode)
-        flops = roofline.count_flops(model, tuple(images.shape))
+        flops = work.count_flops(model, tuple(images.shape))
         difference = relative_difference(expected, run().cpu())
         harness.check(name, difference, TOLERANCES["tf32" if args.tf32 and dtype == "fp32" else dtype])
         yield Variant(name, run, flops, family.bytes[dtype], dtype), difference
@@ -169,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     built = [row for family in families for row in build(family, wanted, args)]
     variants, differences = [variant for variant, _ in built], {variant.name: value for variant, value in built}
     dtypes = {dtype: DTYPES[dtype] for dtype in DTYPES if any(v.dtype == dtype for v in variants)}
-    limits = roofline.measure(args.device, dtypes, clock.now, args.min_seconds)
+    limits = Roofline.measure(args.device, dtypes, clock.now, args.min_seconds)
     times = harness.interleave(variants, clock, rounds=args.rounds, min_seconds=args.min_seconds)
-    limits = limits.best(roofline.measure(args.device, dtypes, clock.now, args.min_seconds))
+    limits = limits.best(Roofline.measure(args.device, dtypes, clock.now, args.min_seconds))
     rows = harness.summarise(variants, times, BASELINE, limits)
     compare_with_best(rows, wanted & set(names[0]))
     for row in rows:

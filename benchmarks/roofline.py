@@ -1,125 +1,121 @@
-"""The limits of a machine, measured, and the work of a network, counted."""
+"""How long GPUs need at least, by the data sheet: for the FLOPs, and for the bytes that the operators move.
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import cast
+The bytes are counted without a GPU: those of every operator of an eager run, each reading its inputs from memory and
+writing its outputs to it, and those of the matrix products and convolutions alone, as if all else were fused into them.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from models import RepMLPNet
-from models.counts import count
+import models
+from models.fusion import fuse_batch_norms
+from utils import cli
+from utils.accelerators import ACCELERATORS
+from utils.text import table
 
-# Sides of the square products that are tried. Larger ones are no faster, and take long.
-SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
-COPIED = {"cpu": 2**27, "cuda": 2**30}  # bytes
+from . import harness, training, work
+from .harness import DTYPES
+from .limits import PRECISIONS, Roofline
+from .operators import Operator, product_bytes, record, total_bytes, without_memory
 
-
-@dataclass(frozen=True)
-class Roofline:
-    """What a device can do at most: FLOP/s of matrix multiplication by dtype, and bytes/s of a copy (read + write)."""
-
-    peak: Mapping[str, float]
-    bandwidth: float
-
-    def limit(self, flops: float, traffic: float, dtype: str) -> float:
-        """Returns the seconds that this work takes at least; `traffic` in bytes."""
-        return max(flops / self.peak[dtype], traffic / self.bandwidth)
-
-    def best(self, other: "Roofline") -> "Roofline":
-        """Returns the higher limits of two measurements of one device."""
-        peak = {dtype: max(value, other.peak[dtype]) for dtype, value in self.peak.items()}
-        return Roofline(peak, max(self.bandwidth, other.bandwidth))
-
-    def __str__(self) -> str:
-        peaks = ", ".join(f"{value / 1e9:.0f} GFLOP/s {dtype}" for dtype, value in self.peak.items())
-        return f"{peaks} (matrix multiplication), {self.bandwidth / 1e9:.1f} GB/s (copy, read + write)"
+ARCHS = ("RepMLPNet-T224", "RepMLPNet-B224", "RepMLPNet-D256", "RepMLPNet-L256")
+GPUS = ("H200", "H100 80GB HBM3", "A100-SXM4-80GB", "L40S")
+STEPS = ("inference", "training", "naive-training")  # the last one is that of the published formulation
+COLUMNS = (
+    ("network", "arch", "s"),
+    ("step", "step", "s"),
+    ("batch", "batch_size", "d"),
+    ("precision", "dtype", "s"),
+    ("TFLOP", "tflop", ".2f"),
+    ("GB fused", "gb_fused", ".2f"),
+    ("GB eager", "gb_eager", ".2f"),
+    ("MB/img", "mb_per_image", ".0f"),
+)
 
 
-def measure(device: str, dtypes: Mapping[str, torch.dtype], now: Callable[[], float], seconds: float = 0.3) -> Roofline:
-    """Measures a device: the best rate of any product tried, and of copying a block too large for a cache.
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    gpus = [accelerator.name for accelerator in ACCELERATORS]
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=models.SPECS, default=ARCHS, metavar="NAME", help="networks")
+    parser.add_argument(
+        "--step", nargs="+", choices=STEPS, default=STEPS[:2], help="inference is that of the fused form"
+    )
+    parser.add_argument("--batch-size", type=harness.positive, nargs="+", default=[32, 256], metavar="N", help="images")
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="training: bf16 autocast"
+    )
+    parser.add_argument("--gpu", nargs="+", choices=gpus, default=GPUS, metavar="NAME", help=", ".join(gpus))
+    harness.add_json(parser)
+    return parser.parse_args(argv)
 
-    Args:
-        device: `cpu` (with the threads that torch is set to) or `cuda`.
-        dtypes: which to measure, by name.
-        now: the clock.
-        seconds: to spend on each product and on the copy.
+
+def build(arch: str, step: str) -> nn.Module:
+    """Returns the network of a step, on `meta`: in the training structure, or fused."""
+    with torch.device("meta"):
+        model = models.create_model(arch)
+    return fuse_batch_norms(model) if step == "inference" else model
+
+
+def count(arch: str, step: str, dtype: str, batch_size: int) -> list[Operator]:
+    """Returns the operators of a training step, or of a forward pass as a GPU runs it; `dtype` is fp32 or bf16."""
+    if step != "inference":
+        return training.recorded_step(arch, training.Form(step == "naive-training", dtype), batch_size)
+    network = build(arch, step).to(DTYPES[dtype])
+    with without_memory(), torch.no_grad():  # inference mode would hide what some operators are made of
+        network.to_empty(device="cuda")
+        images = torch.empty(batch_size, 3, *models.default_image_size(arch), dtype=DTYPES[dtype], device="cuda")
+        return record(lambda: network(images))
+
+
+def rows_of(arch: str, step: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yields a row for each batch size and precision.
+
+    Its `seconds` are, for each GPU, those for the FLOPs, for the bytes of the products, and for those of all operators.
     """
-    peak = {}
-    for name, dtype in dtypes.items():
-        rates = []
-        for side in SIDES[device]:
-            a, b, out = (torch.zeros(side, side, dtype=dtype, device=device).normal_() for _ in range(3))
-            rates.append(2 * side**3 / _fastest(partial(torch.mm, a, b, out=out), now, seconds))
-        peak[name] = max(rates)
-    source = torch.ones(COPIED[device] // 4, device=device)
-    target = torch.empty_like(source)
-    return Roofline(peak, 2 * COPIED[device] / _fastest(lambda: target.copy_(source), now, seconds))
+    passes = 1 if step == "inference" else 3  # a backward pass is two products for each of the forward pass
+    for batch_size in args.batch_size:
+        shape = batch_size, 3, *models.default_image_size(arch)
+        flops = passes * work.count_flops(build(arch, step), shape)
+        counted = {dtype: count(arch, step, dtype, batch_size) for dtype in {*map(dtype_of, args.precision)}}
+        for precision in args.precision:
+            operators = counted[dtype_of(precision)]
+            fused, eager = product_bytes(operators), total_bytes(operators)
+            seconds = {gpu: least_seconds(gpu, precision, flops, fused, eager) for gpu in args.gpu}
+            row = {"arch": arch, "step": step, "batch_size": batch_size, "dtype": precision, "seconds": seconds}
+            row |= {"flops": flops, "bytes_fused": fused, "bytes_eager": eager}
+            row |= {"tflop": flops / 1e12, "gb_fused": fused / 1e9, "gb_eager": eager / 1e9}
+            row |= {"mb_per_image": eager / batch_size / 1e6}
+            yield row | {gpu: " / ".join(f"{1e3 * s:.2f}" for s in three.values()) for gpu, three in seconds.items()}
 
 
-def _fastest(run: Callable[[], Tensor], now: Callable[[], float], seconds: float) -> float:
-    """Returns the shortest seconds of a run, of at least three within about `seconds`."""
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = now()
-        run()
-        times.append(now() - start)
-    return max(min(times), 1e-9)
+def dtype_of(precision: str) -> str:
+    """Returns what the tensors of a precision are held in."""
+    return "fp32" if precision == "tf32" else precision
 
 
-def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Returns the FLOPs, two for each of the multiply-adds of `models.counts`, in one forward pass.
-
-    Args:
-        model: on any device; not changed.
-        shape: of the input, (N, 3, H, W).
-    """
-    return 2 * count(model, shape).multiply_adds
-
-
-def stage_elements(model: nn.Module, size: tuple[int, int]) -> int:
-    """Returns the elements of the maps between the stages for one image of `size`: one map for each resolution.
-
-    Raises:
-        ValueError: neither a RepMLPNet nor a timm network that says what its stages are.
-    """
-    if isinstance(model, RepMLPNet):
-        channels, stride = [model.conv_embedding.conv.out_channels], model.conv_embedding.conv.stride[0]
-        channels += [cast(nn.Conv2d, embed.conv).out_channels for embed in model.embeds]
-        stages = {stride * 2**i: c for i, c in enumerate(channels)}
-    elif isinstance(info := getattr(model, "feature_info", None), list):
-        stages = {stage["reduction"]: stage["num_chs"] for stage in info}
-    else:
-        raise ValueError(f"the stages of a {type(model).__name__} are not known")
-    return sum(c * (size[0] // reduction) * (size[1] // reduction) for reduction, c in stages.items())
+def least_seconds(gpu: str, precision: str, flops: float, fused: float, eager: float) -> dict[str, float]:
+    """Returns how long a GPU takes for these FLOPs, and for either of these bytes, at the limits of its data sheet."""
+    sheet = next(Roofline.from_data_sheet(accelerator) for accelerator in ACCELERATORS if accelerator.name == gpu)
+    return {
+        "flops": flops / sheet.peak[precision],
+        "fused": fused / sheet.bandwidth,
+        "eager": eager / sheet.bandwidth,
+    }
 
 
-def inference_bytes(model: nn.Module, batch_size: int, size: tuple[int, int], width: int) -> int:
-    """Returns the least memory traffic of one forward pass, in bytes.
-
-    The model behind it: every weight is read once, the images are read and the logits written once, and the map of each
-    stage is written once and read once. Everything else is assumed to stay in caches, so no real program gets below it.
-
-    Args:
-        model: a RepMLPNet, or a timm network.
-        batch_size: images.
-        size: their height and width.
-        width: bytes of an element.
-    """
-    weights = sum(p.numel() for p in model.parameters())
-    classes = int(cast(int, getattr(model, "num_classes", 0)))
-    return width * (weights + batch_size * (3 * size[0] * size[1] + 2 * stage_elements(model, size) + classes))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Counts every network and prints the table."""
+    args = parse(argv)
+    rows = [row for arch in args.arch for step in args.step for row in rows_of(arch, step, args)]
+    print("ms at the limits of the data sheet: for the FLOPs / for the bytes, all fused into the products / eager")
+    print(f"\n{table(rows, (*COLUMNS, *((gpu, gpu, 's') for gpu in args.gpu)))}")
+    harness.write(args, rows)
 
 
-def training_bytes(model: nn.Module, batch_size: int, size: tuple[int, int]) -> int:
-    """Returns the least memory traffic of one step with AdamW, in bytes, everything in float32.
-
-    Of each weight: read forward and backward, gradient written and read, two moments read and written, weight written,
-    which makes 9. The images are read once, the map of each stage and its gradient are written once and read once.
-    """
-    weights = sum(p.numel() for p in model.parameters())
-    return 4 * (9 * weights + batch_size * (3 * size[0] * size[1] + 4 * stage_elements(model, size)))
+if __name__ == "__main__":
+    cli.run(main)

@@ -15,9 +15,10 @@ from models.fusion import fuse_batch_norms
 from models.reparam import randomize_statistics, relative_difference, to_deploy
 from utils import cli
 
-from . import harness, memory, roofline
+from . import harness, memory, work
 from .harness import DTYPES, TOLERANCES, Variant
 from .inference import Runner
+from .limits import Roofline
 from .naive import naive
 
 FORMS = ("deploy", "fused")
@@ -97,9 +98,7 @@ def peak_memory(point: Point, form: str, dtype: str, device: str, threads: int) 
     return weights + memory.extra_peak(run, device)
 
 
-def rows_of(
-    point: Point, args: argparse.Namespace, clock: harness.Clock, limits: roofline.Roofline
-) -> list[dict[str, Any]]:
+def rows_of(point: Point, args: argparse.Namespace, clock: harness.Clock, limits: Roofline) -> list[dict[str, Any]]:
     """Returns the rows of a point, its forms timed side by side, their answer to its first image checked.
 
     Raises:
@@ -109,14 +108,14 @@ def rows_of(
     images = torch.randn(point.batch_size, 3, point.size, point.size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = naive(model).double()(images[:1].double())
-    traffic = roofline.inference_bytes(model, point.batch_size, model.img_size, DTYPES[args.dtype].itemsize)
+    traffic = work.inference_bytes(model, point.batch_size, model.img_size, DTYPES[args.dtype].itemsize)
     for form in FORMS:
         network = form_of(model, form)
         run = Runner(network, images, args.dtype, args.device, mode=None)
         difference = relative_difference(expected, run()[:1].cpu())
         name = f"{point.axis} {point.value} {form}"
         differences.append(harness.check(name, difference, TOLERANCES[args.dtype]))
-        variants.append(Variant(name, run, roofline.count_flops(network, tuple(images.shape)), traffic, args.dtype))
+        variants.append(Variant(name, run, work.count_flops(network, tuple(images.shape)), traffic, args.dtype))
     times = harness.interleave(variants, clock, rounds=args.rounds, min_seconds=args.min_seconds)
     rows = harness.summarise(variants, times, variants[0].name, limits)
     for row, form, difference in zip(rows, FORMS, differences, strict=True):
@@ -163,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plot is not None:
         check_plot(args.plot)
     clock = harness.start(args)
-    limits = roofline.measure(args.device, {args.dtype: DTYPES[args.dtype]}, clock.now, args.min_seconds)
+    limits = Roofline.measure(args.device, {args.dtype: DTYPES[args.dtype]}, clock.now, args.min_seconds)
     rows = [row for point in points(args) for row in rows_of(point, args, clock, limits)]
     title = f"{args.arch}, {args.dtype}, {args.device}, {args.threads} thread(s)"
     print(f"{title}; x: over the deploy structure of the same line; batch {args.batch_size} along resolution and depth")

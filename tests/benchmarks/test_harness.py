@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import models
-from benchmarks import harness, memory, roofline
+from benchmarks import harness, memory, work
 from benchmarks.harness import Clock, Variant
-from benchmarks.roofline import Roofline
+from benchmarks.limits import COPIED, SIDES, Roofline
 from models.fusion import fuse_batch_norms
 from models.reparam import to_deploy
 
@@ -123,9 +123,9 @@ def test_clock_follows_device_and_threads() -> None:
 
 
 def test_measured_limits_are_positive(monkeypatch) -> None:
-    monkeypatch.setitem(roofline.SIDES, "cpu", (64, 128))
-    monkeypatch.setitem(roofline.COPIED, "cpu", 2**20)
-    limits = roofline.measure("cpu", harness.DTYPES, Clock("cpu").now, seconds=0.01)
+    monkeypatch.setitem(SIDES, "cpu", (64, 128))
+    monkeypatch.setitem(COPIED, "cpu", 2**20)
+    limits = Roofline.measure("cpu", harness.DTYPES, Clock("cpu").now, seconds=0.01)
     assert set(limits.peak) == {"fp32", "bf16"}
     assert all(0 < value < math.inf for value in (*limits.peak.values(), limits.bandwidth))
     twice = Roofline({dtype: 2 * value for dtype, value in limits.peak.items()}, limits.bandwidth / 2)
@@ -135,10 +135,10 @@ def test_measured_limits_are_positive(monkeypatch) -> None:
 def test_flops_of_all_forms_agree() -> None:
     model = models.create_model("RepMLPNet-Digits").eval()
     deploy = to_deploy(model)
-    counts = [roofline.count_flops(m, (4, 3, 16, 16)) for m in (deploy, fuse_batch_norms(model), model)]
+    counts = [work.count_flops(m, (4, 3, 16, 16)) for m in (deploy, fuse_batch_norms(model), model)]
     assert counts[0] == counts[1]
     assert counts[2] > counts[0], "the training structure has branches"
-    assert roofline.count_flops(deploy, (8, 3, 16, 16)) == 2 * counts[0]
+    assert work.count_flops(deploy, (8, 3, 16, 16)) == 2 * counts[0]
 
 
 def test_flops_of_products_by_hand() -> None:
@@ -150,18 +150,20 @@ def test_flops_of_products_by_hand() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.new_zeros(3, 5).addmm_(x, self.weight) + x.new_zeros(1, 3, 5).baddbmm_(x[None], self.weight[None])
 
-    assert roofline.count_flops(Products(), (3, 4)) == 2 * (2 * 3 * 4 * 5)
+    assert work.count_flops(Products(), (3, 4)) == 2 * (2 * 3 * 4 * 5)
 
 
 def test_bytes_by_hand() -> None:
     model = models.create_model("RepMLPNet-Digits", num_classes=10)
     maps = 32 * 8 * 8 + 64 * 4 * 4
-    assert roofline.stage_elements(model, (16, 16)) == maps
+    assert work.stage_elements(model, (16, 16)) == maps
     weights = sum(p.numel() for p in model.parameters())
-    assert roofline.inference_bytes(model, 2, (16, 16), 4) == 4 * (weights + 2 * (3 * 256 + 2 * maps + 10))
-    assert roofline.training_bytes(model, 2, (16, 16)) == 4 * (9 * weights + 2 * (3 * 256 + 4 * maps))
+    assert work.inference_bytes(model, 2, (16, 16), 4) == 4 * (weights + 2 * (3 * 256 + 2 * maps + 10))
+    for width in (4, 2):
+        expected = 4 * (9 * weights + 2 * 3 * 256) + width * 2 * 4 * maps
+        assert work.training_bytes(model, 2, (16, 16), width) == expected
     with pytest.raises(ValueError, match="Linear"):
-        roofline.stage_elements(nn.Linear(1, 1), (16, 16))
+        work.stage_elements(nn.Linear(1, 1), (16, 16))
 
 
 def test_extra_peak_sees_what_is_given_back() -> None:

@@ -25,7 +25,7 @@ SCRIPTS = {
     "training": (
         ["--batch-size", "2", "--rounds", "1", "--only", "ours*"],
         ["naive fp32", "ours fp32", "ours bf16", "ours fp32, checkpointed", "ours bf16, checkpointed"],
-        {"flops", "bytes", "limit", "fraction", "difference", "images_per_second"},
+        {"flops", "bytes", "limit", "fraction", "moved", "difference", "images_per_second"},
     ),
     "injection": (
         ["--rounds", "1"],
@@ -118,11 +118,34 @@ def test_memory_of_training_by_batch_size(tmp_path) -> None:
 def test_a_wrong_gradient_stops_training(spoil) -> None:
     spoil(training, "naive")
     args = training.parse(["--arch", ARCH, "--batch-size", "2"])
-    model = training.build_model(ARCH)
     with pytest.raises(ValueError, match="our gradient in float64 is wrong"):
-        training.check_formulations(model, *training.batch(ARCH, 2), "cpu")
+        training.check_formulations(training.build_model(ARCH), *training.batch(ARCH, 2), "cpu")
     with pytest.raises(ValueError, match="ours fp32 is wrong"):
-        training.build(["ours fp32"], model, args)
+        training.build(ARCH, {"ours fp32": training.Form()}, args)
+
+
+def test_rows_of_training() -> None:
+    def names(*words: str) -> list[str]:
+        return list(training.forms_of(training.parse(["--arch", ARCH, *words])))
+
+    eager = ["naive fp32", "naive bf16", "ours fp32", "ours bf16"]
+    checkpointed = ["ours fp32, checkpointed", "ours bf16, checkpointed"]
+    assert names() == eager + checkpointed
+    assert names("--compile") == eager + checkpointed + [f"{name}, compiled" for name in eager]
+    peers = ["resnet18 fp32", "resnet18 bf16"]
+    assert names("--peers", "resnet18") == eager + checkpointed + peers
+    added = names("--peers", "resnet18", "--compile", "--device", "cuda")[len(eager + checkpointed + peers) :]
+    assert added == [f"{name}, compiled{mode}" for name in eager + peers for mode in ("", " reduce-overhead")]
+
+
+def test_a_peer_is_trained_beside_ours(tmp_path) -> None:
+    file = tmp_path / "result.json"
+    options = ["--batch-size", "2", "--rounds", "1", "--min-seconds", "0", "--only", "resnet18*", "--peers", "resnet18"]
+    training.main(["--arch", ARCH, *options, "--json", str(file)])
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["naive fp32", "resnet18 fp32", "resnet18 bf16"]
+    assert rows["resnet18 bf16"]["moved"] < rows["resnet18 fp32"]["moved"]
+    assert rows["resnet18 fp32"]["gflop"] == pytest.approx(2 * 3 * 2 * 1.81, rel=0.01)
 
 
 def test_a_wrong_injection_stops(monkeypatch) -> None:
@@ -143,7 +166,7 @@ def spoiled_injection(model: models.RepMLPNet) -> None:
 def test_a_wrong_form_stops_scaling(spoil) -> None:
     spoil(scaling, "fuse_batch_norms")
     args = scaling.parse(["--arch", ARCH, "--batch-sizes", "1"])
-    limits = scaling.roofline.Roofline({"fp32": 1.0}, 1.0)
+    limits = scaling.Roofline({"fp32": 1.0}, 1.0)
     with pytest.raises(ValueError, match="fused is wrong"):
         scaling.rows_of(scaling.points(args)[0], args, scaling.harness.Clock("cpu"), limits)
 
