@@ -20,7 +20,6 @@ positions. X is (C + EXTRA_ROWS, N * K). Sums and coefficients are float32 at le
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -358,12 +357,6 @@ def _norm_gradients(
     return d_weight, factor, torch.addcmul(scale * d_bias / -count, factor, mean, value=-1)
 
 
-@cache
-def _constants(rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns zeros and ones (rows,)."""
-    return torch.zeros(rows, dtype=dtype, device=device), torch.ones(rows, dtype=dtype, device=device)
-
-
 def _is_eager_on_cpu(x: Tensor) -> bool:
     """Returns whether operators that are made for other purposes are the fastest: a compiler makes its own."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -394,10 +387,12 @@ def _two_row_sums(d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     the precision of the maps.
     """
     a, b, k = d.shape
-    zeros, ones = _constants(a * b, d.device, wide(d.dtype) if _is_eager_on_cpu(d) else d.dtype)
-    maps, statistics = (t.reshape(1, a * b, k) for t in (d, x)), (zeros[:1].view(1, 1), ones[:1].view(1, 1))
-    wanted = [False, True, True]
-    _, products, sums = torch.ops.aten.native_group_norm_backward(*maps, *statistics, ones, 1, a * b, k, 1, wanted)
+    ones = torch.ones(a * b, dtype=wide(d.dtype) if _is_eager_on_cpu(d) else d.dtype, device=d.device)
+    one = ones[:1].view(1, 1)
+    maps, wanted = (t.reshape(1, a * b, k) for t in (d, x)), [False, True, True]
+    _, products, sums = torch.ops.aten.native_group_norm_backward(
+        *maps, torch.zeros_like(one), one, ones, 1, a * b, k, 1, wanted
+    )
     return sums.view(a, b).to(wide(d.dtype)), products.view(a, b).to(wide(d.dtype))
 
 
@@ -407,8 +402,9 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return _write(torch.empty_like(x), torch.addcmul, shift.unsqueeze(2), x, scale.unsqueeze(2))
     # Operators on two dtypes would convert whole maps first; BatchNorm does not.
     a, b, k = x.shape
-    zeros, ones = _constants(a * b, x.device, scale.dtype)
-    out = F.batch_norm(x.reshape(1, a * b, k), zeros, ones, scale.reshape(-1), shift.reshape(-1), False, 0.0, 0.0)
+    scale, shift = scale.reshape(-1), shift.reshape(-1)
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    out = F.batch_norm(x.reshape(1, a * b, k), zeros, ones, scale, shift, False, 0.0, 0.0)
     return out.view(a, b, k)
 
 
