@@ -8,12 +8,13 @@ Shapes: N partitions of images, C channels in groups of S share-sets, K = h * w 
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .layers import ConvNorm, ShareSetConv, autocast_dtype, local_branches
+from .layers import ConvNorm, PointwiseConv, ShareSetConv, ShareSetFC, autocast_dtype, local_branches
 from .repmlp_block import FFNBlock, RepMLPBlock
 from .training_ops import combine, convolve, feed_forward, homogeneous, moments, normalize, wide
 
@@ -41,25 +42,35 @@ def suits(layers: UnitLayers, x: Tensor) -> bool:
     """Returns whether this form computes what the layers do with a map (N, C, H, W).
 
     It does for ordinary BatchNorms in training mode and for the layers that a network is built with. It does not for
-    BatchNorms that are frozen or synchronised, for converted weights, for layers put in by others, or with hooks.
+    BatchNorms that are frozen or synchronised, for converted weights, nor for layers that others have put in, or with
+    hooks.
     """
     block, ffn = layers.block, layers.ffn
-    if block.constraint is not None or block.fc3.bias is not None:  # of converted weights
-        return False
     branches = local_branches(block, block.branches)
-    norms = [layers.prebn1, layers.prebn2, block.fc3_bn, *(b.bn for b in branches), ffn.ffn_fc1.bn, ffn.ffn_fc2.bn]
-    return (
-        all(_is_ordinary(norm, x) for norm in norms)
-        and len({cast(nn.BatchNorm2d, norm).momentum for norm in norms}) == 1
-        and len({cast(nn.BatchNorm2d, norm).eps for norm in norms}) == 1
-        and all(type(b) is ConvNorm and type(b.conv) is ShareSetConv for b in branches)
-        and type(ffn.act) is nn.GELU
+    if not (
+        (type(block), type(ffn), type(ffn.act)) == (RepMLPBlock, FFNBlock, nn.GELU)
+        and type(layers.drop_path) in (DropPath, nn.Identity)
+        and type(block.fc3) is ShareSetFC
+        and block.fc3.bias is None  # which converted weights have
+        and block.constraint is None
         and ffn.act.approximate == "none"
-        and not any(_has_hooks(m) for part in (block, ffn) for m in part.modules())
-    )
+        and all(_is_conv_norm(branch, ShareSetConv) for branch in branches)
+        and all(_is_conv_norm(layer, PointwiseConv) for layer in (ffn.ffn_fc1, ffn.ffn_fc2))
+        and not any(_is_altered(module) for part in (block, ffn) for module in part.modules())
+    ):
+        return False
+    norms = [layers.prebn1, layers.prebn2, block.fc3_bn, *(b.bn for b in branches), ffn.ffn_fc1.bn, ffn.ffn_fc2.bn]
+    alike = {(norm.momentum, norm.eps) for norm in norms if _is_ordinary(norm, x)}
+    return len(alike) == 1 and all(_is_ordinary(norm, x) for norm in norms)
 
 
-def _is_ordinary(norm: nn.Module, x: Tensor) -> bool:
+def _is_conv_norm(module: nn.Module, conv: type[nn.Conv2d]) -> bool:
+    """Returns whether a module is a convolution of a kind, without bias, and one more layer, which `suits` looks at."""
+    return type(module) is ConvNorm and len(module) == 2 and type(module.conv) is conv and module.conv.bias is None
+
+
+def _is_ordinary(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm2d]:
+    """Returns whether a BatchNorm normalises a map (N, C, H, W) by its own statistics and tracks these."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
@@ -67,20 +78,21 @@ def _is_ordinary(norm: nn.Module, x: Tensor) -> bool:
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and not _has_hooks(norm)
+        and not _is_altered(norm)
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _is_altered(module: nn.Module) -> bool:
+    """Returns whether calling a module does more than its class says."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(map(bool, hooks))
+    return any(map(bool, hooks)) or "forward" in vars(module)
 
 
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Applies a BatchNorm to a map (N, C, H, W), an ordinary one in training with sums over all of a GPU."""
     if not _is_ordinary(norm, x):
         return cast(Tensor, norm(x))
-    norm, x = cast(nn.BatchNorm2d, norm), x.contiguous()
+    x = x.contiguous()
     _, y, _, mean, var = normalize(x.flatten(2), norm.weight, norm.bias, norm.eps)
     _track([BatchStatistics(norm, mean, var, x.numel() // x.shape[1])])
     return y.view(x.shape)

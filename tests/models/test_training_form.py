@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import RepMLPBlock, RepMLPNetUnit, training_ops
+from models import GlobalPerceptron, RepMLPBlock, RepMLPNetUnit, training_ops
 from models.layers import ConvNorm
 from models.reparam import randomize_statistics
 from models.repmlpnet import PatchEmbedding
@@ -205,6 +205,37 @@ def converted_with_norm(module: RepMLPNetUnit) -> None:
     module.repmlp_block.insert_bn()
 
 
+def other_convolution(module: RepMLPNetUnit) -> None:
+    """Replaces a layer of the FFN by one with a bias."""
+    module.ffn_block.ffn_fc2.conv = nn.Conv2d(32, 8, 1).double()
+
+
+def another_layer(module: RepMLPNetUnit) -> None:
+    """Appends a layer to one of the FFN."""
+    module.ffn_block.ffn_fc1.append(nn.Tanh())
+
+
+def other_drop_path(module: RepMLPNetUnit) -> None:
+    """Replaces drop path by what does not act on images."""
+    module.drop_path = nn.Softmax(1)
+
+
+def other_forward(module: RepMLPNetUnit) -> None:
+    """Replaces what a layer does."""
+    gp = module.repmlp_block.gp
+    gp.forward = lambda x: 0.5 * GlobalPerceptron.forward(gp, x)
+
+
+def other_block(module: RepMLPNetUnit) -> None:
+    """Replaces the block by one of a class that computes something else."""
+
+    class Doubled(RepMLPBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    module.repmlp_block.__class__ = Doubled
+
+
 def constrained(module: RepMLPNetUnit) -> None:
     """Constrains the equivalent kernel."""
     module.repmlp_block.constraint = lambda kernel: kernel.clamp(-0.1, 0.1)
@@ -221,6 +252,11 @@ CHANGES = [
     converted,
     converted_with_norm,
     constrained,
+    other_convolution,
+    another_layer,
+    other_drop_path,
+    other_forward,
+    other_block,
 ]
 
 
