@@ -1,8 +1,8 @@
 """Networks in training compile to one graph: with half precision, drop path, checkpointing and several processes.
 
 A graph break, at which compiled code returns to Python, is an error of `fullgraph=True`. The backend `eager` runs what
-was traced as it stands: graphs break before any backend sees them. Only with checkpointing does it take `aot_eager`, which
-traces forward and backward together.
+was traced as it stands: graphs break before any backend sees them. Only checkpointing takes `aot_eager`, which traces
+forward and backward together.
 """
 
 from collections.abc import Iterator
@@ -58,11 +58,11 @@ def test_segmentation() -> None:
 
 
 def updates(process: RankInfo) -> int:
-    """Trains as a run does, in bf16 with drop path, checkpointing, accumulation and a moving average."""
+    """Trains as a run does, in bf16 with drop path, checkpointing and a moving average."""
     torch.manual_seed(0)
-    model = create_model("RepMLPNet-Digits", CLASSES, drop_path_rate=0.2, blocks=(1, 2)).train()
+    model = create_model("RepMLPNet-Digits", CLASSES, drop_path_rate=0.2, blocks=(1, 1)).train()
     model.set_grad_checkpointing(True)
-    criterion, cfg = nn.CrossEntropyLoss(), settings("TRAIN.ACCUMULATION_STEPS 2")
+    criterion, cfg = nn.CrossEntropyLoss(), settings()
     run = trainer_of(
         model,
         forward=wrap(torch.compile(model, backend="aot_eager", fullgraph=True), criterion, cfg, process),
@@ -71,13 +71,12 @@ def updates(process: RankInfo) -> int:
         rank_info=process,
         ema=ema_of(model, alpha=0.01, period=1, global_batch=8, epochs=1, warmup_updates=0),
         dtype=torch.bfloat16,
-        accumulation=2,
         epochs=1,
         updates_per_epoch=2,
     )
     images = torch.randint(0, 256, (4, 3, *model.img_size), dtype=torch.uint8)
     batch = Batch(images, torch.arange(4), torch.arange(4), [])
-    assert run.train_epoch([batch] * 4)
+    assert run.train_epoch([batch] * 2)
     return run.progress.update
 
 
