@@ -3,13 +3,16 @@ BIN := .venv/bin
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: quickstart ablation test test-all lint clean
+.PHONY: quickstart ablation gpu test test-all lint clean
 
 quickstart: .venv/ready  ## train, evaluate, convert and check a small RepMLPNet on the embedded digits
 	$(BIN)/python -m tools.quickstart
 
 ablation: .venv/ready  ## what branches, share-sets and Global Perceptron bring, on rendered shapes; a stopped one resumes
 	$(BIN)/python -m tools.ablation
+
+gpu: .venv/ready-dev  ## tests, benchmarks and short trainings on a GPU; one JSON file
+	$(BIN)/python -m benchmarks.gpu
 
 test: .venv/ready-dev lint  ## linter, type checker and the tests of continuous integration, on the CPU
 	$(PYTEST) -m "not slow"
