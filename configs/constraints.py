@@ -192,6 +192,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "AUG.REPROB": PROBABILITY,
     "AUG.REMODE": one_of(ERASING_MODES),
     "AUG.RECOUNT": at_least(1, 1000),
+    "DIST.TIMEOUT": from_to(0.01, 100_000),
     "AMP": one_of((AUTO, *PRECISIONS)),
     "COMPILE_MODE": one_of(COMPILE_MODES),
     "OUTPUT": PRINTABLE,
@@ -201,6 +202,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "KEEP_CHECKPOINTS": at_least(0, MANY),
     "EVAL_FREQ": at_least(1, MANY),
     "PRINT_FREQ": at_least(1, 10_000),
+    "PEAK_TFLOPS": at_least(0, MANY),
     "SEED": from_to(0, 2**32 - 1),
 }
 
@@ -228,6 +230,14 @@ CONFLICTS = (
         ("SUMMARY_MODE", "THROUGHPUT_MODE"),
         lambda summary, throughput: summary and throughput,
         "a run does one of the two; give either SUMMARY_MODE or THROUGHPUT_MODE",
+    ),
+    *(
+        Conflict(
+            ("PROFILE_MODE", mode),
+            lambda profile, other: profile and other,
+            f"a run does one of the two; give either PROFILE_MODE or {mode}",
+        )
+        for mode in ("EVAL_MODE", "THROUGHPUT_MODE", "SUMMARY_MODE")
     ),
     *(
         Conflict(
@@ -298,7 +308,7 @@ TRAINING_CONFLICTS = (
     Conflict(
         ("COMPILE", "COMPILE_MODE", "TRAIN.ACCUMULATION_STEPS"),
         lambda compiles, mode, steps: compiles and mode in WITH_CUDA_GRAPHS and steps > 1,
-        "CUDA graphs overwrite gradients of earlier batches; set COMPILE_MODE default or max-autotune-no-cudagraphs",
+        "CUDA graphs overwrite the gradients of earlier batches; set COMPILE_MODE default",
     ),
     Conflict(
         ("TASK", "DATA.BATCH_SIZE"),
