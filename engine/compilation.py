@@ -55,8 +55,8 @@ def compile_for_training(
 ) -> nn.Module:
     """Compiles a network as COMPILE says, and logs what that is; a collective operation.
 
-    The compiler is tried before anything else uses the network, so that it fails here or not at all. The trial leaves
-    nothing behind: no gradient, statistic or random number.
+    The compiler is tried before anything else uses the network, so that a failure shows here and not within an update.
+    The trial leaves nothing behind: no gradient, statistic or random number.
 
     Args:
         network: on the device, in training mode; not yet wrapped for several processes.

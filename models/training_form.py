@@ -18,9 +18,8 @@ from .layers import ConvNorm, PointwiseConv, ShareSetConv, ShareSetFC, autocast_
 from .repmlp_block import FFNBlock, RepMLPBlock
 from .training_ops import combine, convolve, feed_forward, homogeneous, moments, normalize, wide
 
-
-# Values of a map from which on a GPU gains from this form unless the network is compiled. The form moves half the bytes,
-# but has three times the launches, which take the host some 5 ms a unit instead of 2. An estimate: no GPU has shown it.
+# Values of a map from which on this form is taken on a GPU, unless the network is compiled. It moves half the bytes but
+# has three times the launches, which take the host some 5 ms a unit instead of 2. An estimate: no GPU has shown it.
 LARGE_ON_GPUS = 2**22
 
 
