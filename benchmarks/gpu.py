@@ -32,6 +32,7 @@ PHOTOS, EPOCH = 128, 2**17  # files, and the images of an epoch, which are links
 # What a training adds to the configuration, by name: each for both networks.
 TRAININGS = {
     "fp32": "AMP off",
+    "tf32": "AMP off TF32 True",
     "bf16": "AMP bf16",
     "bf16, compiled": "AMP bf16 COMPILE True",
     "bf16, CUDA graphs": "AMP bf16 COMPILE True COMPILE_MODE reduce-overhead",

@@ -94,7 +94,7 @@ class _Unstacked(torch.autograd.Function):
     """The images of a tall image: (1, C, N * H, W) -> (N, C, H, W), strided as (C, N, H, W).
 
     The gradient of a mere view could be a tall image whose channels are its last axis in memory. torch's BatchNorm on a
-    CPU would misread it: with one image, its strides do not tell the two layouts apart (torch 2.11 to 2.15).
+    CPU would misread it: with one image, its strides do not tell the two layouts apart (seen with torch 2.15).
     """
 
     @staticmethod
