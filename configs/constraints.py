@@ -308,7 +308,7 @@ TRAINING_CONFLICTS = (
     Conflict(
         ("COMPILE", "COMPILE_MODE", "TRAIN.ACCUMULATION_STEPS"),
         lambda compiles, mode, steps: compiles and mode in WITH_CUDA_GRAPHS and steps > 1,
-        "CUDA graphs overwrite the gradients of earlier batches; set COMPILE_MODE default",
+        "CUDA graphs overwrite gradients of earlier batches; set COMPILE_MODE default or max-autotune-no-cudagraphs",
     ),
     Conflict(
         ("TASK", "DATA.BATCH_SIZE"),
