@@ -81,12 +81,16 @@ BASE = SPECS["RepMLPNet-B224"]  # what MMPretrain calls "base"
 class PatchEmbedding(ConvNorm):
     """A convolution that takes patches together, a BatchNorm and ReLU."""
 
+    takes_training_form = True
+
     def __init__(self, in_channels: int, out_channels: int, patch: int) -> None:
         super().__init__(nn.Conv2d(in_channels, out_channels, patch, stride=patch, bias=False), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, I, H, W) -> (N, O, H / patch, W / patch)."""
-        x = self.act(training_form.batch_norm(self.bn, self.conv(x)))
+        for name, layer in self.named_children():
+            takes_form = name == "bn" and self.takes_training_form
+            x = training_form.batch_norm(layer, x) if takes_form else layer(x)
         return x
 
 
@@ -143,6 +147,7 @@ class RepMLPNet(StagedNetwork):
     head: nn.Module
     head_norm: nn.BatchNorm2d
     takes_multiples = True
+    takes_training_form = True
 
     @also_called_as(RepMLP=partial(published_network, BASE), MMPretrain=partial(mmpretrain_network, BASE))
     def __init__(
@@ -229,8 +234,17 @@ class RepMLPNet(StagedNetwork):
         x = self.embeds[stage - 1](x) if stage else self.conv_embedding(x)
         return self._run(self.stages[stage].children(), x)
 
+    def set_training_form(self, enable: bool = True) -> None:
+        """Trains in the form of `training_form.py`, as is the default, or layer by layer.
+
+        Both compute the same. The form has no second derivatives.
+        """
+        for module in self.modules():
+            if isinstance(module, RepMLPNet | RepMLPNetUnit | PatchEmbedding):
+                module.takes_training_form = enable
+
     def _apply_head_norm(self, x: Tensor) -> Tensor:
-        return training_form.batch_norm(self.head_norm, x)
+        return training_form.batch_norm(self.head_norm, x) if self.takes_training_form else self.head_norm(x)
 
     def _keep(self, stages: int) -> None:
         self.stages, self.embeds = self.stages[:stages], self.embeds[: stages - 1]

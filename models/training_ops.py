@@ -103,28 +103,38 @@ def combine(
     return out
 
 
-def moments(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and covariance of positions.
+def center(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Subtracts the mean of positions, rounded to their precision, and computes their covariance.
+
+    Without it, a channel far from 0 would lose the digits of its deviation in the products that follow.
 
     Args:
-        x: X.
-        shift: (C,), of a BatchNorm of X behind which another one follows a linear map: the mean that it removes
-            contains the shift, whose gradient is 0.
+        x: X, changed in place.
+        bias: (C,), of a BatchNorm of X behind which another one follows a linear map, which removes it again: its
+            gradient is 0.
 
     Returns:
-        X; mean (C,); covariance (C, C).
+        X less c; its mean (C,), what is left of it by rounding; its covariance (C, C); c (C,), a constant.
     """
-    out: tuple[Tensor, Tensor, Tensor] = _Moments.apply(x, shift)
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _Center.apply(x, bias)
     return out
 
 
 def feed_forward(
-    x: Tensor, first: Tensor, second: Tensor, weight: Tensor, bias: Tensor, eps: float, gate: Tensor
+    x: Tensor,
+    center: Tensor,
+    first: Tensor,
+    second: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + gate * BN(second * gelu(first * X)), the FFN beside its shortcut.
+    """x + c + gate * BN(second * gelu(first * X)), the FFN beside its shortcut.
 
     Args:
-        x: X.
+        x: X less c, as `center` returns it.
+        center: c (C,), a constant.
         first: (4C, C + EXTRA_ROWS).
         second: (C, 4C).
         weight: (C,).
@@ -135,18 +145,16 @@ def feed_forward(
     Returns:
         A map (N, C, K); mean and biased variance (C,) before the BatchNorm, which are not differentiable.
     """
-    out: tuple[Tensor, Tensor, Tensor] = _FeedForward.apply(x, first, second, weight, bias, eps, gate)
+    out: tuple[Tensor, Tensor, Tensor] = _FeedForward.apply(x, center, first, second, weight, bias, eps, gate)
     return out
 
 
 class _Normalize(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-        n, _, k = x.shape
-        sums, squares = _row_moments(x)
-        rows = sums / k
-        mean = rows.mean(0)
-        var = torch.addcmul(squares.mean(0) / k, mean, mean, value=-1).clamp_min_(0)
+        n = x.shape[0]
+        rows, variances = _row_moments(x)
+        mean, var = _joint_moments(rows, variances, 0)
         invstd = (var + eps).rsqrt()
         scale = weight * invstd
         y = _affine(x, scale.expand(n, -1), torch.addcmul(bias, mean, scale, value=-1).expand(n, -1))
@@ -220,9 +228,10 @@ class _Combine(Function):
         *maps: Tensor,
     ) -> tuple[Tensor, ...]:
         (n, c, k), sets = x.shape, weight.shape[1]
-        sums = torch.stack([rows for m in maps for rows in _row_moments(m)]).view(len(maps), 2, -1, sets).sum(2)
-        mean, squares = (sums / (x.numel() // sets)).unbind(1)
-        var = torch.addcmul(squares, mean, mean, value=-1).clamp_min_(0)
+        means, variances = (
+            torch.stack(rows).view(len(maps), -1, sets) for rows in zip(*map(_row_moments, maps), strict=True)
+        )
+        mean, var = _joint_moments(means, variances, 1)
         invstd = (var + eps).rsqrt()
         scale = weight * invstd
         shift = torch.addcmul(bias, mean, scale, value=-1).sum(0).repeat(c // sets)
@@ -258,46 +267,62 @@ class _Combine(Function):
         return d.mul_(_row_factors(factor, d)), d_factor, d_offset, d_gate, d_weight, d_bias, None, *d_maps
 
 
-class _Moments(Function):
+class _Center(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-        c, count = len(x) - EXTRA_ROWS, x.shape[1]
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        c, count = x.shape[0] - EXTRA_ROWS, x.shape[1]
         if x.dtype == wide(x.dtype):
-            mean = x[:c].mean(1)
-            centred = x[:c] - mean.unsqueeze(1)
-            covariance = centred @ centred.t() / count
+            center = x[:c].mean(1)
+            x[:c].sub_(center.unsqueeze(1))
+            mean, covariance = torch.zeros_like(center), x[:c] @ x[:c].t() / count
         else:  # products of half precision are exact in float32; the row of ones gives the mean
-            product = _float32_product(x)
-            second, mean = product[:c, :c] / count, product[:c, c] / count
-            covariance = torch.addr(second, mean, mean, alpha=-1)
+            product = _float32_product(x) / count
+            mean = product[:c, c]
+            covariance = torch.addr(product[:c, :c], mean, mean, alpha=-1)
+            center = mean.to(x.dtype)
+            x[:c].sub_(center.unsqueeze(1))
+            mean = mean - center
+        ctx.mark_dirty(x)
+        ctx.mark_non_differentiable(center)
         ctx.save_for_backward(x, mean)
-        return x, mean, covariance
+        return x, mean, covariance, center
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (dx, d_mean, d_covariance), (x, mean) = grads, ctx.saved_tensors
+        (dx, d_mean, d_covariance, _), (x, mean) = grads, ctx.saved_tensors
         factor = (d_covariance + d_covariance.t()) / x.shape[1]
         offset = torch.addmv(d_mean / x.shape[1], factor, mean, alpha=-1)
-        matrix = F.pad(homogeneous(factor, offset), (0, 0, 0, EXTRA_ROWS)).to(x.dtype)
-        return torch.addmm(dx, matrix, x), torch.zeros_like(mean)
+        matrix = F.pad(homogeneous(factor, offset), (0, 0, 0, EXTRA_ROWS))
+        if x.dtype != torch.float16:
+            return torch.addmm(dx, matrix.to(x.dtype), x), torch.zeros_like(mean)
+        # The factor of a channel of small deviation may be too large for float16, though its product is not.
+        root = matrix.abs().amax().sqrt().clamp_min(1)
+        product = torch.mm((matrix / root.square()).to(x.dtype), x)
+        return product.mul_(root.to(x.dtype)).mul_(root.to(x.dtype)).add_(dx), torch.zeros_like(mean)
 
 
 class _FeedForward(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, first: Tensor, second: Tensor, weight: Tensor, bias: Tensor, eps: float, gate: Tensor
+        ctx: Any,
+        x: Tensor,
+        center: Tensor,
+        first: Tensor,
+        second: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        gate: Tensor,
     ) -> tuple[Tensor, ...]:
-        n, c, count = len(gate), len(second), x.shape[1]
+        n, c, count = gate.shape[0], second.shape[0], x.shape[1]
         hidden = torch.mm(first, x)
         z = torch.mm(second, F.gelu(hidden)).view(c, n, -1)
-        sums, squares = _row_moments(z)
-        mean = sums.sum(1) / count
-        var = torch.addcmul(squares.sum(1) / count, mean, mean, value=-1).clamp_min_(0)
+        mean, var = _joint_moments(*_row_moments(z), 1)
         invstd = (var + eps).rsqrt()
         scale = weight * invstd
         shift = torch.addcmul(bias, mean, scale, value=-1)
-        branch = _affine(z, scale.unsqueeze(1) * gate.t(), shift.unsqueeze(1) * gate.t())
+        branch = _affine(z, scale.unsqueeze(1) * gate.t(), center.unsqueeze(1) + shift.unsqueeze(1) * gate.t())
         out = x.new_empty(n, c, count // n)
         _write(out.transpose(0, 1), torch.add, branch, x[:c].view(z.shape))
         ctx.save_for_backward(x, first, second, hidden, z, mean, invstd, scale, gate)
@@ -320,7 +345,7 @@ class _FeedForward(Function):
         d_second = torch.mm(dz, F.gelu(hidden).t())  # rather than kept: a quarter of all memory
         d_hidden = torch.ops.aten.gelu_backward(torch.mm(second.t(), dz), hidden)
         d_first = torch.mm(d_hidden, x.t())
-        return dx.addmm_(first.t(), d_hidden), d_first, d_second, d_weight, d_bias, None, None
+        return dx.addmm_(first.t(), d_hidden), None, d_first, d_second, d_weight, d_bias, None, None
 
 
 def _float32_product(x: Tensor) -> Tensor:
@@ -373,11 +398,25 @@ def _row_sums(d: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
 
 
 def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sums of x, and of its squares, over the last dimension: (A, B, K) -> (A, B)."""
-    if _is_eager_on_cpu(x):
-        return _two_row_sums(x, x)
-    dtype = wide(x.dtype)
-    return x.sum(2, dtype=dtype), torch.linalg.vector_norm(x, dim=2, dtype=dtype).square()
+    """Returns mean and variance over the last dimension: (A, B, K) -> (A, B)."""
+    k, dtype = x.shape[2], wide(x.dtype)
+    if x.dtype != dtype:  # in which the squares lose nothing that half precision has
+        if _is_eager_on_cpu(x):
+            sums, squares = _two_row_sums(x, x)
+        else:
+            sums, squares = x.sum(2, dtype=dtype), torch.linalg.vector_norm(x, dim=2, dtype=dtype).square()
+        mean = sums / k
+        return mean, torch.addcmul(squares / k, mean, mean, value=-1).clamp_min_(0)
+    mean = x.mean(2)
+    centred = x - mean.unsqueeze(2)
+    squares = _two_row_sums(centred, centred)[1] if _is_eager_on_cpu(x) else centred.square().sum(2)
+    return mean, squares / k
+
+
+def _joint_moments(means: Tensor, variances: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Returns mean and variance of all values of rows of equal length, from those of each; `dim` counts the rows."""
+    between, mean = torch.var_mean(means, dim, correction=0)
+    return mean, variances.mean(dim) + between
 
 
 def _two_row_sums(d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
