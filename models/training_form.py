@@ -200,7 +200,7 @@ def _mix_channels(layers: UnitLayers, positions: Tensor, gate: Tensor) -> tuple[
     ffn, dtype, norm = layers.ffn, positions.dtype, cast(nn.BatchNorm2d, layers.prebn2)
     norm1, norm2 = ffn.ffn_fc1.bn, ffn.ffn_fc2.bn
     positions, mean, covariance, constant = center(positions, norm.bias)
-    var, kernel = covariance.diagonal(), ffn.ffn_fc1.conv.weight.flatten(1)
+    var, kernel = covariance.diagonal().clamp_min(0), ffn.ffn_fc1.conv.weight.flatten(1)
     weight = kernel * (norm.weight * (var + norm.eps).rsqrt())
     var1 = ((weight @ covariance) * weight).sum(1).clamp_min(0)
     weight = weight * (norm1.weight * (var1 + norm1.eps).rsqrt()).unsqueeze(1)

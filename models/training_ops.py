@@ -271,17 +271,11 @@ class _Center(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         c, count = x.shape[0] - EXTRA_ROWS, x.shape[1]
-        if x.dtype == wide(x.dtype):
-            center = x[:c].mean(1)
-            x[:c].sub_(center.unsqueeze(1))
-            mean, covariance = torch.zeros_like(center), x[:c] @ x[:c].t() / count
-        else:  # products of half precision are exact in float32; the row of ones gives the mean
-            product = _float32_product(x) / count
-            mean = product[:c, c]
-            covariance = torch.addr(product[:c, :c], mean, mean, alpha=-1)
-            center = mean.to(x.dtype)
-            x[:c].sub_(center.unsqueeze(1))
-            mean = mean - center
+        center = x[:c].mean(1, dtype=wide(x.dtype)).to(x.dtype)
+        x[:c].sub_(center.unsqueeze(1))
+        product = _wide_product(x) / count
+        mean = product[:c, c]  # by the row of ones
+        covariance = torch.addr(product[:c, :c], mean, mean, alpha=-1)
         ctx.mark_dirty(x)
         ctx.mark_non_differentiable(center)
         ctx.save_for_backward(x, mean)
@@ -348,8 +342,10 @@ class _FeedForward(Function):
         return dx.addmm_(first.t(), d_hidden), None, d_first, d_second, d_weight, d_bias, None, None
 
 
-def _float32_product(x: Tensor) -> Tensor:
-    """Returns x x^T in float32 for x in half precision, without a copy of x in float32."""
+def _wide_product(x: Tensor) -> Tensor:
+    """Returns x x^T in float32 at least, in which products of half precision are exact; without a copy of x."""
+    if x.dtype == wide(x.dtype):
+        return x @ x.t()
     if x.device.type != "cpu":
         return torch.mm(x, x.t(), out_dtype=torch.float32)
     if torch.compiler.is_compiling():

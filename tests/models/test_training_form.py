@@ -152,7 +152,7 @@ def test_half_precision_is_as_exact_as_that_of_the_layers(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mean", [1, 3, 10])
+@pytest.mark.parametrize("mean", [1, 3, 10, 1000])
 def test_a_channel_that_hardly_varies_does_not_spoil_the_ffn(mean: float, dtype: torch.dtype) -> None:
     """It is normalised, and so multiplied by a large number; what is left of its mean then would count."""
     module, x = unit(h=7, w=7, share_sets=1), maps(h=7, w=7, images=16)
