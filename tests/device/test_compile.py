@@ -51,6 +51,7 @@ def test_every_family(arch: str) -> None:
     assert_one_graph(model, torch.randn(4, 3, *model.img_size))
 
 
+@pytest.mark.slow
 def test_segmentation() -> None:
     options = {"channels": [4, 8, 8, 16], "blocks": [1, 1, 1, 1], "share_sets": [1, 2, 4, 8], "img_size": (32, 32)}
     model = SegmentationNetwork("RepMLPNet-D256", CLASSES, width=8, drop_path_rate=0.2, **options).train()
@@ -80,5 +81,6 @@ def updates(process: RankInfo) -> int:
     return run.progress.update
 
 
+@pytest.mark.slow
 def test_updates_in_two_processes() -> None:
     assert in_ranks(updates, 2) == [2, 2]

@@ -10,6 +10,8 @@ from updates import classifier, recorded_update
 from benchmarks.operators import BATCH_NORMS, Operator, total_bytes
 from models import training_ops
 
+pytestmark = pytest.mark.xdist_group("traffic")  # the same record for all
+
 BATCH = 256
 # For one image, as eager operators move them, those of the optimizer among them. The published formulation moves 372.
 CEILING_MB = 320

@@ -15,7 +15,7 @@ def steps_of(trace: Path) -> list[int]:
     with gzip.open(trace, "rt") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     names = {event["name"] for event in events}
-    assert {"aten::convolution", "aten::native_batch_norm_backward", "Optimizer.step#AdamW.step"} <= names
+    assert {"aten::convolution", "aten::convolution_backward", "Optimizer.step#AdamW.step"} <= names
     steps = [event for event in events if event["name"].startswith("ProfilerStep#")]
     assert all(event["dur"] > 0 for event in steps)
     return sorted(int(event["name"].split("#")[1]) for event in steps)
