@@ -20,9 +20,9 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 # Whether a compiled update was measured to be faster than an eager one, by kind of device (`kind_of`) and precision (a
-# key of `PRECISIONS`); COMPILE auto compiles where this says so, and nowhere else. An entry needs, in docs/results.md,
-# the command and its result: `python -m benchmarks.training --compile --device cuda`, where the compiled row is faster
-# by more than the rounds differ, and a training whose loss is that of the eager one. No GPU has been measured yet.
+# key of `PRECISIONS`); COMPILE auto compiles where this says so, and nowhere else. An entry needs the command and its
+# result in docs/performance.md: `python -m benchmarks.training --compile --device cuda`, where the compiled row is
+# faster by more than the rounds differ, and a training whose loss is that of the eager one. No GPU was measured yet.
 GAINS: dict[tuple[str, str], bool] = {
     ("cpu", "off"): False,
     ("cpu", "bf16"): False,

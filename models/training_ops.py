@@ -155,9 +155,8 @@ class _Normalize(Function):
         n = x.shape[0]
         rows, variances = _row_moments(x)
         mean, var = _joint_moments(rows, variances, 0)
-        invstd = (var + eps).rsqrt()
-        scale = weight * invstd
-        y = _affine(x, scale.expand(n, -1), torch.addcmul(bias, mean, scale, value=-1).expand(n, -1))
+        invstd, scale, shift = _scale_and_shift(mean, var, weight, bias, eps)
+        y = _affine(x, scale.expand(n, -1), shift.expand(n, -1))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean, invstd, scale)
         return x, y, rows, mean, var
@@ -171,13 +170,13 @@ class _Normalize(Function):
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
         sums, products = _row_sums(dy, x)
         d_bias = sums.sum(0)
-        d_weight = invstd * torch.addcmul(products.sum(0), mean, d_bias, value=-1)
-        # y = scale * (x - mean) + bias, and scale contains the variance
-        on_mean, on_var = -scale * d_bias, -0.5 * scale * invstd * d_weight
-        on_mean = on_mean if d_mean is None else on_mean + d_mean
-        factor = (on_var if d_var is None else on_var + d_var) * (2 / (n * k))
-        offset = torch.addcmul(on_mean / (n * k), factor, mean, value=-1).expand(n, -1)
-        offset = offset if d_rows is None else offset + d_rows / k
+        d_weight, factor, offset = _norm_gradients(products.sum(0), d_bias, mean, invstd, scale, n * k)
+        if d_var is not None:
+            on_var = d_var * (2 / (n * k))
+            factor, offset = factor + on_var, torch.addcmul(offset, on_var, mean, value=-1)
+        if d_mean is not None:
+            offset = offset + d_mean / (n * k)
+        offset = offset.expand(n, -1) if d_rows is None else offset + d_rows / k
         out = _behind_norm(x, dy, scale.expand(n, -1), factor.expand(n, -1), offset)
         return out if dx is None else out.add_(dx), d_weight, d_bias, None
 
@@ -216,25 +215,15 @@ class _Convolve(Function):
 
 class _Combine(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        factor: Tensor,
-        offset: Tensor,
-        gate: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        *maps: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        x, factor, offset, gate, weight, bias, eps, *maps = inputs
         (n, c, k), sets = x.shape, weight.shape[1]
         means, variances = (
             torch.stack(rows).view(len(maps), -1, sets) for rows in zip(*map(_row_moments, maps), strict=True)
         )
         mean, var = _joint_moments(means, variances, 1)
-        invstd = (var + eps).rsqrt()
-        scale = weight * invstd
-        shift = torch.addcmul(bias, mean, scale, value=-1).sum(0).repeat(c // sets)
+        invstd, scale, shifts = _scale_and_shift(mean, var, weight, bias, eps)
+        shift = shifts.sum(0).repeat(c // sets)
         scales = scale.repeat(1, c // sets)
         on_maps = scales.unsqueeze(1) * gate
         total = _affine(x, factor, torch.addcmul(offset, gate, shift))
@@ -298,24 +287,13 @@ class _Center(Function):
 
 class _FeedForward(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        center: Tensor,
-        first: Tensor,
-        second: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        gate: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        x, center, first, second, weight, bias, eps, gate = inputs
         n, c, count = gate.shape[0], second.shape[0], x.shape[1]
         hidden = torch.mm(first, x)
         z = torch.mm(second, F.gelu(hidden)).view(c, n, -1)
         mean, var = _joint_moments(*_row_moments(z), 1)
-        invstd = (var + eps).rsqrt()
-        scale = weight * invstd
-        shift = torch.addcmul(bias, mean, scale, value=-1)
+        invstd, scale, shift = _scale_and_shift(mean, var, weight, bias, eps)
         branch = _affine(z, scale.unsqueeze(1) * gate.t(), center.unsqueeze(1) + shift.unsqueeze(1) * gate.t())
         out = x.new_empty(n, c, count // n)
         _write(out.transpose(0, 1), torch.add, branch, x[:c].view(z.shape))
@@ -350,11 +328,20 @@ def _wide_product(x: Tensor) -> Tensor:
         return torch.mm(x, x.t(), out_dtype=torch.float32)
     if torch.compiler.is_compiling():
         return x.float() @ x.float().t()
-    product = torch.zeros(len(x), len(x))
+    product = x.new_zeros(len(x), len(x), dtype=torch.float32)
     for piece in x.split(PIECE, 1):
         columns = piece.float()
         product.addmm_(columns, columns.t())
     return product
+
+
+def _scale_and_shift(
+    mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns 1 / deviation, and scale and shift of a BatchNorm, all in the shape of its mean."""
+    invstd = (var + eps).rsqrt()
+    scale = weight * invstd
+    return invstd, scale, torch.addcmul(bias, mean, scale, value=-1)
 
 
 def _norm_gradients(
