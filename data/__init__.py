@@ -17,14 +17,17 @@ from .batch_augmentation import (
     BatchTransform,
     build_batch_augmentation,
 )
+from .cifar import CifarSource
 from .cityscapes import CITYSCAPES, CityscapesSource
 from .datasets import DATASETS, DatasetSpec, open_source, resolve_name
+from .digits import DigitsSource
+from .folders import FolderSource
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .pairs import Pairs, draw_pairs, read_pairs
 from .samplers import EvalSampler, SampleKey, TrainSampler
 from .segmentation import MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from .shapes import ShapesSource
-from .sources import DIGITS, IGNORED, SHAPES, CifarSource, DigitsSource, FolderSource, ImageSource, Source
+from .sources import DIGITS, IGNORED, SHAPES, EncodedSource, ImageSource, Source
 from .transforms import INTERPOLATIONS, PRESETS, Normalize, eval_transform, is_auto_augment_policy, train_transform
 from .zipped import CACHE_MODES, ZipSource
 
@@ -47,6 +50,7 @@ __all__ = [
     "CityscapesSource",
     "DatasetSpec",
     "DigitsSource",
+    "EncodedSource",
     "EvalSampler",
     "FolderSource",
     "ImageSource",

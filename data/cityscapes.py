@@ -69,8 +69,7 @@ class CityscapesSource(Source):
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Returns the image in RGB and its mask, uint8 (H, W) of training ids; raises OSError or ValueError."""
-        with self._images[index].open("rb") as file:
-            image = decode_rgb(file)
+        image = decode_rgb(self._images[index].read_bytes())
         with self._masks[index].open("rb") as file, image_file(file) as mask:
             if mask.mode != "L":
                 raise ValueError(f"{printable(self._masks[index])} holds {mask.mode} pixels instead of 8-bit label ids")

@@ -16,9 +16,12 @@ from yacs.config import CfgNode
 from utils.cli import did_you_mean
 from utils.text import printable
 
+from .cifar import CifarSource
 from .cityscapes import CityscapesSource
+from .digits import DigitsSource
+from .folders import FolderSource
 from .shapes import ShapesSource
-from .sources import DIGITS, SHAPES, SPLITS, CifarSource, DigitsSource, FolderSource, ImageSource, Source
+from .sources import DIGITS, SHAPES, SPLITS, ImageSource, Source
 from .zipped import ZipSource
 
 Channels = tuple[float, float, float]  # red, green, blue

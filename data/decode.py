@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
@@ -47,9 +48,9 @@ def image_file(file: BinaryIO) -> Iterator[Image.Image]:
         raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
 
 
-def decode_rgb(file: BinaryIO) -> Image.Image:
-    """Decodes an image file into RGB; raises as `image_file` and `to_rgb`."""
-    with image_file(file) as image:
+def decode_rgb(content: bytes) -> Image.Image:
+    """Decodes the bytes of an image file into RGB; raises as `image_file` and `to_rgb`."""
+    with image_file(BytesIO(content)) as image:
         return to_rgb(image)
 
 

@@ -1,15 +1,73 @@
-"""The image files of a folder with one folder per class, in the order of torchvision's ImageFolder."""
+"""Image folders with one folder per class, in the order of torchvision's ImageFolder."""
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
+from utils.files import user_path
 from utils.text import printable
 
 from .decode import EXTENSIONS
+from .sources import DIGITS, SHAPES, SPLITS, EncodedSource, PackedStrings
 
 Identity = tuple[int, int]  # of a folder, by whichever path it is reached: device, inode
+
+
+class FolderSource(EncodedSource):
+    """The images below `root/split/<class>/`, at any depth; symbolic links are followed, hidden names left out.
+
+    `paths` are theirs, relative to `folder`.
+
+    Raises ValueError for a missing folder, a class without images, a folder that is reached in two ways, and a class
+    that only one of `train` and `val` has: labels are positions in the sorted class names, so those of the two splits
+    would mean different things. With `same_classes` off they may, as people whom a face network has never seen do.
+    """
+
+    def __init__(self, root: str | Path, split: str, *, same_classes: bool = True) -> None:
+        assert split in SPLITS
+        self.folder = user_path(root) / split
+        self.classes = class_names(self.folder)
+        if not self.classes:
+            raise ValueError(
+                f"no class folders at {self.folder}: a data path holds train/<class>/* and val/<class>/*"
+                + f"; the words `{DIGITS}` and `{SHAPES}` as data path need no folder" * same_classes
+            )
+        if same_classes:
+            _check_same_classes(self.folder, self.folder.with_name("val" if split == "train" else "train"))
+        paths, labels = [], []
+        for path, label in image_files(self.folder, self.classes):
+            paths.append(path)
+            labels.append(label)
+        self.paths = PackedStrings(paths)
+        self.labels = np.array(labels, dtype=np.int64)
+        self._check_no_class_is_empty()
+
+    def _check_no_class_is_empty(self) -> None:
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        if not counts.all():
+            empty = printable(self.folder / self.classes[int(counts.argmin())])
+            raise ValueError(f"no image in {empty}: add one ({', '.join(EXTENSIONS)}) or remove the folder")
+
+    def _read(self, index: int) -> bytes:
+        return (self.folder / self.paths[index]).read_bytes()
+
+    def locate(self, index: int) -> str:
+        """Returns the path of the file."""
+        return printable(self.folder / self.paths[index])
+
+
+def _check_same_classes(folder: Path, other: Path) -> None:
+    """Raises a ValueError that names a class which only one of two splits has; reads no more than class names."""
+    names, other_names = class_names(folder), class_names(other)
+    differing = sorted(set(names) ^ set(other_names))
+    if other_names and differing:
+        present, absent = (folder, other) if differing[0] in names else (other, folder)
+        raise ValueError(
+            f"{present} has a class {differing[0]!r} and {absent} has not: train and val need the same class folders"
+        )
 
 
 def class_names(folder: Path) -> list[str]:

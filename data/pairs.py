@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .sources import FolderSource
+from .folders import FolderSource
 
 WORDS = {"same": True, "different": False}
 MAX_TRIES = 100  # draws per requested pair

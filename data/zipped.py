@@ -1,7 +1,6 @@
 """ImageNet as Swin zips it: `train.zip` with `train_map.txt`, `val.zip` with `val_map.txt`."""
 
 import contextlib
-import io
 import os
 import re
 from collections.abc import Iterable
@@ -10,13 +9,11 @@ from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
-from PIL import Image
 
 from utils.files import user_path
 from utils.text import printable, shortened
 
-from .decode import decode_rgb
-from .sources import SPLITS, ImageSource, PackedStrings
+from .sources import SPLITS, EncodedSource, PackedStrings
 
 CACHE_MODES = ("no", "part", "full")
 MAX_BYTES = 2**29  # of one image unpacked: those of the pixels of the largest one that Pillow decodes
@@ -24,7 +21,7 @@ FEW_CLASSES, LABELS_A_CLASS = 1000, 10  # classes that there may always be, and 
 _LABEL = re.compile(r" *([0-9]{1,9}) *")
 
 
-class ZipSource(ImageSource):
+class ZipSource(EncodedSource):
     """The images of `root/split.zip` that `root/split_map.txt` lists, one `path/in/the/zip.jpg<TAB>label` a line.
 
     The classes are numbered from 0 to the largest label of the map; where there are more than a thousand, every tenth
@@ -60,9 +57,8 @@ class ZipSource(ImageSource):
                 cache[index] = self._archive.read(self._entries[index])
         return cache
 
-    def _image(self, index: int) -> Image.Image:
-        content = self._cache.get(index) or self._archive.read(self._entries[index])
-        return decode_rgb(io.BytesIO(content))
+    def _read(self, index: int) -> bytes:
+        return self._cache.get(index) or self._archive.read(self._entries[index])
 
     def locate(self, index: int) -> str:
         """Returns the path of the zip file, continued by that of the entry."""

@@ -39,8 +39,7 @@ def read_image(path: Path) -> Image:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device may never end
         raise ValueError("is no regular file")
-    with path.open("rb") as file:
-        return decode_rgb(file)
+    return decode_rgb(path.read_bytes())
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def decoded(content: bytes) -> np.ndarray:
-    image = decode_rgb(io.BytesIO(content))
+    image = decode_rgb(content)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 
@@ -204,7 +204,7 @@ from data.decode import decode_rgb
 
 sys.addaudithook(lambda event, _: os._exit(99) if event == "subprocess.Popen" else None)
 try:
-    decode_rgb(open(sys.argv[1], "rb"))
+    decode_rgb(open(sys.argv[1], "rb").read())
 except ValueError as error:
     print(error, flush=True)
 EpsImagePlugin.gs_binary = "gs"
