@@ -78,6 +78,7 @@ def parts(args: argparse.Namespace, photos: Path) -> dict[str, Part]:
         "injection": ("injection", *device, "--arch", ARCH, "RepMLPNet-D256"),
         "scaling": ("scaling", *device, "--dtype", "bf16"),
         "end to end": ("end_to_end", *device, *batch, "--dtype", "bf16", "--workers", "0", str(args.workers)),
+        "training form": ("training_form", *device, "--batch-sizes", "16", "32", "64", "128", "256"),
         "roofline": ("roofline", *batch),
     }
     found = {"tests": Part(("-m", "pytest", "-m", "gpu", "-q"))}

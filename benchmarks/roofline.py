@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import models
+from models import training_form
 from models.fusion import fuse_batch_norms
 from utils import cli
 from utils.accelerators import ACCELERATORS
@@ -111,6 +112,7 @@ def least_seconds(gpu: str, precision: str, flops: float, fused: float, eager: f
 def main(argv: Sequence[str] | None = None) -> None:
     """Counts every network and prints the table."""
     args = parse(argv)
+    training_form.MANY_ON_CPUS = 0  # it counts what a GPU does, on tensors of the CPU
     rows = [row for arch in args.arch for step in args.step for row in rows_of(arch, step, args)]
     print("ms at the limits of the data sheet: for the FLOPs / for the bytes, all fused into the products / eager")
     print(f"\n{table(rows, (*COLUMNS, *((gpu, gpu, 's') for gpu in args.gpu)))}")

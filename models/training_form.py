@@ -20,8 +20,11 @@ from .layers import ConvNorm, PointwiseConv, ShareSetConv, ShareSetFC, autocast_
 from .repmlp_block import FFNBlock, GlobalPerceptron, RepMLPBlock
 from .training_ops import center, combine, convolve, feed_forward, homogeneous, normalize, wide
 
-# Values of a map from which on this form is taken on a GPU, unless the network is compiled. It moves half the bytes but
-# has three times the launches, which take the host some 5 ms a unit instead of 2. An estimate: no GPU has shown it.
+# Where the form gains, by `python -m benchmarks.training_form`. On a CPU: with more positions in all images than this.
+# With fewer, its algebra of coefficients takes longer than the passes over the map that it saves.
+MANY_ON_CPUS = 2**12
+# On a GPU: with at least this many values, unless the network is compiled. The form moves half the bytes but has three
+# times the launches, which take the host some 5 ms a unit instead of 2. An estimate: no GPU has shown it.
 LARGE_ON_GPUS = 2**22
 
 
@@ -51,9 +54,18 @@ def suits(layers: UnitLayers, x: Tensor) -> bool:
     BatchNorms that are frozen or synchronised, for converted weights, for weights in half precision, nor for layers
     that others have put in, or with hooks.
     """
-    if x.is_cuda and x.numel() < LARGE_ON_GPUS and not torch.compiler.is_compiling():
-        return False
-    return _is_as_built(layers, x) and not any(_is_altered(module) for part in layers for module in part.modules())
+    return (
+        _gains(x)
+        and _is_as_built(layers, x)
+        and not any(_is_altered(module) for part in layers for module in part.modules())
+    )
+
+
+def _gains(x: Tensor) -> bool:
+    """Returns whether this form of a unit is faster for a map (N, C, H, W)."""
+    if torch.compiler.is_compiling():
+        return True
+    return x.numel() >= LARGE_ON_GPUS if x.is_cuda else x.numel() > MANY_ON_CPUS * x.shape[1]
 
 
 def _is_as_built(layers: UnitLayers, x: Tensor) -> bool:

@@ -328,7 +328,7 @@ def _wide_product(x: Tensor) -> Tensor:
         return torch.mm(x, x.t(), out_dtype=torch.float32)
     if torch.compiler.is_compiling():
         return x.float() @ x.float().t()
-    product = x.new_zeros(len(x), len(x), dtype=torch.float32)
+    product = torch.zeros(len(x), len(x), device=x.device)
     for piece in x.split(PIECE, 1):
         columns = piece.float()
         product.addmm_(columns, columns.t())

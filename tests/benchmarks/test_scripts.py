@@ -12,6 +12,8 @@ import torch
 
 import models
 from benchmarks import end_to_end, inference, injection, scaling, training
+from benchmarks import training_form as units
+from models import training_form
 
 ROOT = Path(__file__).parents[2]
 ARCH = "RepMLPNet-Digits"
@@ -262,3 +264,14 @@ def test_script_runs_on_a_gpu(script, tmp_path) -> None:
     done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [row["name"] for row in json.loads(file.read_text())["rows"]] == names
+
+
+def test_where_the_training_form_gains(tmp_path, monkeypatch) -> None:
+    for limit in ("MANY_ON_CPUS", "LARGE_ON_GPUS"):  # which the script changes
+        monkeypatch.setattr(training_form, limit, getattr(training_form, limit))
+    file = tmp_path / "result.json"
+    options = ["--batch-sizes", "2", "3", "--rounds", "1", "--min-seconds", "0", "--dtype", "fp32"]
+    units.main(["--arch", ARCH, *options, "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["positions"] for row in rows] == [2 * 64, 3 * 64, 2 * 16, 3 * 16]
+    assert all(row["ratio"] == pytest.approx(row["layers"] / row["form"]) for row in rows)

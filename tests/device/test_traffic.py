@@ -8,7 +8,7 @@ import torch
 from updates import classifier, recorded_update
 
 from benchmarks.operators import BATCH_NORMS, Operator, total_bytes
-from models import training_ops
+from models import training_form, training_ops
 
 pytestmark = pytest.mark.xdist_group("traffic")  # the same record for all
 
@@ -34,6 +34,7 @@ def test_bytes_stay_below_the_ceiling() -> None:
 
 def test_launches_stay_below_the_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_ops, "PIECE", 2**31)  # a GPU takes no pieces
+    monkeypatch.setattr(training_form, "MANY_ON_CPUS", 0)  # as with many images
     operators = recorded_update(classifier("RepMLPNet-T224"), 2, torch.bfloat16, (224, 224))
     calls = Counter(operator.name for operator in operators if not operator.is_free)
     assert calls.total() < CEILING_LAUNCHES, calls.most_common(20)
@@ -51,5 +52,5 @@ def test_batch_norms_use_the_whole_gpu() -> None:
 def test_bytes_grow_with_the_batch_alone() -> None:
     """An update moves so much for the weights, and so much for each image: nothing grows faster than the batch."""
     network = "RepMLPNet-Digits"
-    few, some, many = (total_bytes(recorded_update(classifier(network), n, None, (16, 16))) for n in (32, 64, 512))
-    assert many == few + (some - few) * (512 - 32) // (64 - 32)
+    few, some, many = (total_bytes(recorded_update(classifier(network), n, None, (16, 16))) for n in (512, 640, 1024))
+    assert many == few + (some - few) * (1024 - 512) // (640 - 512)

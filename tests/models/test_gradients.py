@@ -12,7 +12,7 @@ from model_helpers import random_tensor, randomised, small_options
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models import create_model
+from models import create_model, training_form
 from models.build import FAMILIES
 from models.segmentation import SegmentationNetwork
 
@@ -57,12 +57,25 @@ def check(model: nn.Module, images: Tensor) -> None:
         assert wrong == [], memory_format
 
 
+@pytest.fixture(params=[0, 2**12], ids=["training form", "layers"])
+def _form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_form, "MANY_ON_CPUS", request.param)
+
+
+@pytest.mark.usefixtures("_form")
+@pytest.mark.parametrize("arch", ["RepMLPNet-Shapes"])
+def test_of_both_forms_of_training(arch: str) -> None:
+    model = create_model(arch, num_classes=5, **small_options(arch))
+    check(model, random_tensor(4, 3, *model.img_size))
+
+
 @pytest.mark.parametrize("arch", [list(family.specs)[-1] for family in FAMILIES])
 def test_of_every_family(arch: str) -> None:
     model = create_model(arch, num_classes=5, **small_options(arch))
     check(model, random_tensor(4, 3, *model.img_size))
 
 
+@pytest.mark.usefixtures("_form")
 @pytest.mark.parametrize("downsample", [None, "conv3"])
 @pytest.mark.parametrize("decoder", ["upernet", "pspnet"])
 def test_of_segmentation(decoder: str, downsample: str | None) -> None:

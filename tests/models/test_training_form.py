@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import RepMLPBlock, RepMLPNetUnit, create_model, training_ops
+from models import RepMLPBlock, RepMLPNetUnit, create_model, training_form, training_ops
 from models.reparam import randomize_statistics
 from models.repmlpnet import PatchEmbedding
 
@@ -28,6 +28,11 @@ SHAPES = {
     "partitions and drop path": {"drop_path": 0.4, "down": 2},
     "one image": {"images": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def _however_small_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_form, "MANY_ON_CPUS", 0)
 
 
 def unit(
@@ -323,6 +328,15 @@ def test_what_the_form_does_not_cover_is_computed_by_the_layers(change: Callable
 def test_networks_of_half_precision_train_without_autocast() -> None:
     module, x = unit().bfloat16(), maps().bfloat16()
     assert worst(everything(layer_by_layer(module), x), everything(module, x)) == 0
+
+
+@pytest.mark.parametrize(("positions", "taken"), [(24, True), (23, True), (25, False)])
+def test_a_small_map_is_left_to_the_layers(positions: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_form, "MANY_ON_CPUS", positions - 1)
+    calls = []
+    monkeypatch.setattr(training_form, "apply", lambda _layers, x: calls.append(x) or x)
+    unit()(maps(images=2))  # of 12 positions each
+    assert bool(calls) == taken
 
 
 def test_a_network_can_be_told_to_train_layer_by_layer() -> None:
