@@ -12,8 +12,11 @@ from data import (
     DATASETS,
     ERASING_MODES,
     INTERPOLATIONS,
+    JPEG_DECODERS,
     MIXUP_MODES,
     PRESETS,
+    WITHOUT_CROP,
+    WITHOUT_FLIP,
     is_auto_augment_policy,
 )
 from engine.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
@@ -121,6 +124,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "DATA.TEST_SIZE": PIXELS,
     "DATA.TEST_BATCH_SIZE": at_least(1, MANY),
     "DATA.INTERPOLATION": one_of(INTERPOLATIONS),
+    "DATA.DECODER": one_of(JPEG_DECODERS),
     "DATA.CACHE_MODE": one_of(CACHE_MODES),
     "DATA.NUM_WORKERS": at_least(0, 1024),
     "DATA.MAX_UNREADABLE": at_least(0, COUNTER),
@@ -184,6 +188,10 @@ CONSTRAINTS: dict[str, Constraint] = {
     "AUG.MIXUP_SWITCH_PROB": PROBABILITY,
     "AUG.MIXUP_MODE": one_of(MIXUP_MODES),
     "AUG.PRESET": one_of(PRESETS),
+    "AUG.SCALE": range_within(0.001, 1),
+    "AUG.RATIO": range_within(0.01, 100),
+    "AUG.HFLIP": PROBABILITY,
+    "AUG.VFLIP": PROBABILITY,
     "AUG.COLOR_JITTER": at_least(0, 10),
     "AUG.AUTO_AUGMENT": Constraint(
         "none, or a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a",
@@ -266,6 +274,19 @@ CONFLICTS = (
         ("MODEL.INSERT_BN", "MODEL.BRANCHES"),
         lambda inserted, branches: inserted and branches,
         "a converted network has no branches; leave MODEL.BRANCHES out",
+    ),
+    *(
+        Conflict(
+            (key, "AUG.PRESET"),
+            # By value: the configuration that a run writes gives every key.
+            lambda value, preset, key=key, unused=unused: preset in unused and value != DEFAULTS[key],
+            f"this preset does not {verb}; leave {key} out",
+        )
+        for verb, unused, keys in (
+            ("crop", WITHOUT_CROP, ("AUG.SCALE", "AUG.RATIO")),
+            ("flip", WITHOUT_FLIP, ("AUG.HFLIP", "AUG.VFLIP")),
+        )
+        for key in keys
     ),
     Conflict(
         ("DISTILL.ARCH", "DISTILL.TEACHER"),

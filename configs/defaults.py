@@ -51,6 +51,9 @@ _C.DATA.TEST_SIZE = None
 _C.DATA.TEST_BATCH_SIZE = None
 # Interpolation when images are resized: bilinear | bicubic | random (one of the two for each training image)
 _C.DATA.INTERPOLATION = "bilinear"
+# What decodes JPEG files: simplejpeg (of requirements-fast.txt; faster) | pillow (resizes, too, bit for bit as the
+# published code; simplejpeg comes with torch's resizing, within 1 of 255) | auto (simplejpeg where it is installed)
+_C.DATA.DECODER = "auto"
 # Whether the images are read from zip archives instead of folders.
 _C.DATA.ZIP_MODE = False
 # How much of the archives is cached in memory: no (nothing) | part (in each process its shard) | full (in each process
@@ -255,6 +258,15 @@ _C.AUG.MIXUP_MODE = "batch"
 # Augmentation preset: none | flip | weak | raug10 | raug15 | raug20 | raug25 | shift | crop; null: timm's pipeline with
 # COLOR_JITTER and AUTO_AUGMENT, which a preset ignores.
 _C.AUG.PRESET = None
+# [smallest, largest] area of the random part that a training image is cropped to, as a fraction of the image's, and
+# [smallest, largest] width of it over its height; in the presets weak and raug..., and in timm's pipeline where images
+# have more than 32 pixels.
+_C.AUG.SCALE = (0.08, 1.0)
+_C.AUG.RATIO = (3 / 4, 4 / 3)
+# Probability of a horizontal flip (left and right swapped) and of a vertical one (top and bottom), 0 to 1; in timm's
+# pipeline and all presets but none and shift.
+_C.AUG.HFLIP = 0.5
+_C.AUG.VFLIP = 0.0
 # Strength of color jitter (brightness, contrast, saturation), at least 0; applied where AUTO_AUGMENT is none.
 _C.AUG.COLOR_JITTER = 0.4
 # AutoAugment policy in timm's notation (rand-..., augmix-..., original, originalr, v0, v0r, 3a); none: off.

@@ -20,15 +20,26 @@ from .batch_augmentation import (
 from .cifar import CifarSource
 from .cityscapes import CITYSCAPES, CityscapesSource
 from .datasets import DATASETS, DatasetSpec, open_source, resolve_name
+from .decode import JPEG_DECODERS, Decoder, build_decoder
 from .digits import DigitsSource
 from .folders import FolderSource
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .pairs import Pairs, draw_pairs, read_pairs
+from .pixels import DecodedImage
 from .samplers import EvalSampler, SampleKey, TrainSampler
 from .segmentation import MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from .shapes import ShapesSource
 from .sources import DIGITS, IGNORED, SHAPES, EncodedSource, ImageSource, Source
-from .transforms import INTERPOLATIONS, PRESETS, Normalize, eval_transform, is_auto_augment_policy, train_transform
+from .transforms import (
+    INTERPOLATIONS,
+    PRESETS,
+    WITHOUT_CROP,
+    WITHOUT_FLIP,
+    Normalize,
+    eval_transform,
+    is_auto_augment_policy,
+    train_transform,
+)
 from .zipped import CACHE_MODES, ZipSource
 
 __all__ = [
@@ -39,9 +50,12 @@ __all__ = [
     "ERASING_MODES",
     "IGNORED",
     "INTERPOLATIONS",
+    "JPEG_DECODERS",
     "MIXUP_MODES",
     "PRESETS",
     "SHAPES",
+    "WITHOUT_CROP",
+    "WITHOUT_FLIP",
     "Batch",
     "BatchAugmentation",
     "BatchLoader",
@@ -49,6 +63,8 @@ __all__ = [
     "CifarSource",
     "CityscapesSource",
     "DatasetSpec",
+    "DecodedImage",
+    "Decoder",
     "DigitsSource",
     "EncodedSource",
     "EvalSampler",
@@ -65,6 +81,7 @@ __all__ = [
     "TransformedDataset",
     "ZipSource",
     "build_batch_augmentation",
+    "build_decoder",
     "build_eval_loader",
     "build_train_loader",
     "draw_pairs",

@@ -18,6 +18,7 @@ from utils.text import printable
 
 from .cifar import CifarSource
 from .cityscapes import CityscapesSource
+from .decode import build_decoder
 from .digits import DigitsSource
 from .folders import FolderSource
 from .shapes import ShapesSource
@@ -133,8 +134,8 @@ def open_source(cfg: CfgNode, split: str, *, rank: int = 0, world_size: int = 1)
 
     `cfg` is the section DATA: DATASET and DATA_PATH say what is opened (see `resolve_name`), ZIP_MODE and CACHE_MODE
     are for zipped image folders (see `ZipSource`, also for `rank` and `world_size`), DOWNLOAD for data sets that can be
-    fetched. Raises ValueError, with the remedy, where the data is missing or malformed, and where the keys contradict
-    each other.
+    fetched, DECODER for image files. Raises ValueError, with the remedy, where the data is missing or malformed, and
+    where the keys contradict each other.
     """
     assert split in SPLITS
     name = resolve_name(cfg.DATASET, cfg.DATA_PATH)
@@ -145,4 +146,7 @@ def open_source(cfg: CfgNode, split: str, *, rank: int = 0, world_size: int = 1)
         )
     if cfg.ZIP_MODE and name != DEFAULT:
         raise ValueError(f"DATA.ZIP_MODE is for zipped image folders, which {name} is not: leave it out")
-    return DATASETS[name].open(cfg, split, rank=rank, world_size=world_size)
+    source = DATASETS[name].open(cfg, split, rank=rank, world_size=world_size)
+    if source.decoder is not None:
+        source.decoder = build_decoder(cfg.DECODER)
+    return source

@@ -2,22 +2,23 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from yacs.config import CfgNode
 
-from utils.seed import keyed_rng
+from utils.seed import local_rng
 from utils.signals import SIGNALS
 from utils.text import printable
 
+from .pixels import DecodedImage
 from .samplers import EvalSampler, SampleKey, TrainSampler
 from .sources import Source
 from .transport import REFUSALS, SHARED_MEMORY, Failure, Parcel, check_room, with_remedy
@@ -38,7 +39,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """Samples, stacked; the consumer decides how many unreadable images are too many."""
 
-    images: Tensor  # uint8 (N, C, H, W)
+    images: Tensor  # uint8 (N, C, H, W), in memory by pixels: channels last
     labels: Tensor  # int64 (N,) or (N, H, W), or float (N, K)
     indices: Tensor  # int64 (N,)
     unreadable: list[str]
@@ -66,8 +67,8 @@ class TransformedDataset(Dataset[Sample]):
         Raises OSError if `MAX_TRIES` images in a row cannot be read.
         """
         image, label, index, unreadable = self._load_readable(key.index)
-        with keyed_rng(self.seed, key.epoch, key.index):
-            return Sample(*self.transformed(image, label), index, unreadable)
+        rng = local_rng(self.seed, key.epoch, key.index)
+        return Sample(*self.transformed(image, label, rng), index, unreadable)
 
     def __getitems__(self, keys: list[SampleKey]) -> Batch | Parcel | Failure:
         """Returns the batch of these keys; in a data loading process, packed, or a `Failure`."""
@@ -80,13 +81,13 @@ class TransformedDataset(Dataset[Sample]):
 
     def _batch(self, keys: list[SampleKey]) -> Batch:
         with with_remedy():
-            return collate([self[key] for key in keys])
+            return collate((self[key] for key in keys), len(keys))
 
-    def transformed(self, image: Image.Image, label: Any) -> tuple[Tensor, Any]:
-        """Returns the image, uint8 (C, H, W), and its label."""
-        return self.transform(image), label
+    def transformed(self, image: DecodedImage, label: Any, rng: random.Random) -> tuple[Tensor, Any]:
+        """Returns the image, uint8 (C, H, W), and its label; `rng` is for all that is drawn."""
+        return self.transform(image, rng), label
 
-    def _load_readable(self, first: int) -> tuple[Image.Image, Any, int, list[str]]:
+    def _load_readable(self, first: int) -> tuple[DecodedImage, Any, int, list[str]]:
         unreadable: list[str] = []
         for index in range(first, first + min(MAX_TRIES, len(self))):
             index %= len(self)
@@ -101,20 +102,41 @@ class TransformedDataset(Dataset[Sample]):
         raise OSError(f"{len(unreadable)} images in a row cannot be read, the first being {unreadable[0]}")
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Stacks samples into a batch; ValueError for images of different sizes."""
-    sizes = {tuple(sample.image.shape[1:]) for sample in samples}
-    if len(sizes) > 1:
-        (h1, w1), (h2, w2) = sorted(sizes)[:2]
-        raise ValueError(
-            f"images of {h1}x{w1} and {h2}x{w2} don't fit into one batch: set DATA.TEST_BATCH_SIZE to 1, or give all "
-            "test images one size by DATA.TEST_SIZE"
-        )
-    return Batch(
-        images=torch.stack([sample.image for sample in samples]),
-        labels=torch.stack([torch.as_tensor(sample.label) for sample in samples]),
-        indices=torch.tensor([sample.index for sample in samples]),
-        unreadable=[message for sample in samples for message in sample.unreadable],
+def collate(samples: Iterable[Sample], count: int) -> Batch:
+    """Makes a batch of `count` samples; ValueError for images of different sizes.
+
+    Each image is copied to its place as soon as it is there. In a data loading process, that is in the shared memory
+    in which the batch is sent.
+    """
+    images, labels, indices, unreadable = None, [], [], list[str]()
+    for position, sample in enumerate(samples):
+        if images is None:
+            images = _empty_images(count, *sample.image.shape)
+        elif images.shape[1:] != sample.image.shape:
+            raise ValueError(_differ(images, sample.image))
+        images[position] = sample.image
+        labels.append(sample.label)
+        indices.append(sample.index)
+        unreadable += sample.unreadable
+    assert images is not None
+    return Batch(images, default_collate(labels), torch.tensor(indices), unreadable)
+
+
+def _empty_images(count: int, channels: int, height: int, width: int) -> Tensor:
+    """Allocates images (N, C, H, W); by pixels, as they are decoded and resized."""
+    size = count * height * width * channels
+    if get_worker_info() is None:
+        pixels = torch.empty(size, dtype=torch.uint8)
+    else:  # as `default_collate` does, which would put the images there in another order
+        pixels = torch.tensor([], dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    return pixels.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _differ(images: Tensor, image: Tensor) -> str:
+    (h1, w1), (h2, w2) = sorted(tuple(some.shape[-2:]) for some in (images, image))
+    return (
+        f"images of {h1}x{w1} and {h2}x{w2} don't fit into one batch: set DATA.TEST_BATCH_SIZE to 1, or give all "
+        "test images one size by DATA.TEST_SIZE"
     )
 
 

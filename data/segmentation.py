@@ -5,27 +5,28 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import resize, to_image
+from torchvision.transforms.v2.functional import resize
+
+from utils.seed import keyed_rng
 
 from .loaders import TransformedDataset
+from .pixels import DecodedImage, Size, to_tensor
 from .sources import IGNORED
-from .transforms import Size
 
-# RGB image, uint8 mask of training ids -> uint8 (3, H, W), int64 (H, W).
-JointTransform = Callable[[Image.Image, np.ndarray], tuple[Tensor, Tensor]]
+# Image, uint8 mask of training ids, generator to draw from -> uint8 (3, H, W), int64 (H, W).
+JointTransform = Callable[[DecodedImage, np.ndarray, random.Random], tuple[Tensor, Tensor]]
 
 
 class MaskedDataset(TransformedDataset):
     """Images and masks under a `JointTransform`, whose random numbers depend on (seed, epoch, index) alone."""
 
-    def transformed(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
+    def transformed(self, image: DecodedImage, label: np.ndarray, rng: random.Random) -> tuple[Tensor, Tensor]:
         """Returns the image, uint8 (3, H, W), and its mask, int64 (H, W)."""
-        return self.transform(image, label)
+        return self.transform(image, label, rng)
 
 
 class RandomScale:
@@ -60,8 +61,9 @@ def segmentation_eval_transform(size: Size | None = None) -> JointTransform:
 def _joint(transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> JointTransform:
     """Applies a transform of torchvision's tensors to an image and a mask as a source returns them."""
 
-    def apply(image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
-        pixels, labels = transform(to_image(image), tv_tensors.Mask(torch.from_numpy(mask)))
+    def apply(image: DecodedImage, mask: np.ndarray, rng: random.Random) -> tuple[Tensor, Tensor]:
+        with keyed_rng(rng.getrandbits(64)):  # torchvision draws from the global generators
+            pixels, labels = transform(tv_tensors.Image(to_tensor(image)), tv_tensors.Mask(torch.from_numpy(mask)))
         return pixels.as_subclass(Tensor), labels.as_subclass(Tensor).long()
 
     return apply

@@ -6,9 +6,9 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from .decode import decode_rgb
+from .decode import Decoder
+from .pixels import DecodedImage
 
 SPLITS = ("train", "val")
 IGNORED = 255  # in a mask, a pixel without a class
@@ -23,13 +23,17 @@ class Source(ABC):
     """
 
     classes: list[str]
+    decoder: Decoder | None = None  # of image files; None where there are none
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def load(self, index: int) -> tuple[Image.Image, Any]:
-        """Returns the image in RGB and its label; raises OSError or ValueError where it cannot be read or decoded."""
+    def load(self, index: int) -> tuple[DecodedImage, Any]:
+        """Returns the image in RGB, Pillow's or a uint8 tensor (H, W, C), and its label.
+
+        Raises OSError or ValueError where it cannot be read or decoded.
+        """
 
     @abstractmethod
     def locate(self, index: int) -> str:
@@ -48,24 +52,26 @@ class ImageSource(Source):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[DecodedImage, int]:
         """Returns the image in RGB and its label; raises OSError or ValueError where it cannot be read or decoded."""
         return self._image(index), int(self.labels[index])
 
     @abstractmethod
-    def _image(self, index: int) -> Image.Image:
+    def _image(self, index: int) -> DecodedImage:
         """Returns the image in RGB; raises as `load` does."""
 
 
 class EncodedSource(ImageSource):
     """Images that are stored as files of an image format, wherever; a subclass returns the bytes of one in `_read`."""
 
+    decoder = Decoder()  # `open_source` chooses
+
     @abstractmethod
     def _read(self, index: int) -> bytes:
         """Returns the bytes of an image file; raises OSError or ValueError where they can't be read."""
 
-    def _image(self, index: int) -> Image.Image:
-        return decode_rgb(self._read(index))
+    def _image(self, index: int) -> DecodedImage:
+        return self.decoder(self._read(index))
 
 
 class PackedStrings:

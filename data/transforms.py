@@ -1,87 +1,190 @@
-"""From a PIL image to a uint8 tensor, with or without augmentation, and on to normalised pixels.
+"""From the image of a source to a uint8 tensor, with or without augmentation, and on to normalised pixels.
 
 Batches travel as uint8, which is a quarter of the memory traffic of float32; `Normalize` runs on the device.
 """
 
+import math
+import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torch import Tensor, nn
-from torchvision.transforms import CenterCrop, Compose, PILToTensor, RandomCrop, RandomHorizontalFlip
 from yacs.config import CfgNode
 
+from utils.seed import keyed_rng
+
+from .pixels import DecodedImage, Size, cut, flip, resize, size_of, to_pillow, to_tensor
 from .randaugment import published_rand_augment
 
-Size = tuple[int, int]  # height, width in pixels
-Transform = Callable[[Image.Image], Tensor]  # RGB image -> uint8 (3, height, width)
+Range = tuple[float, float]
+Step = Callable[[DecodedImage, random.Random], DecodedImage]
 
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
+TRIES = 10  # of a random box to lie within the image
 SMALL = 32  # images of at most this side are shifted rather than cropped and zoomed, as published for CIFAR
+SMALL_SHIFT = 4  # pixels
 
 _POLICY = re.compile(r"(rand|augmix|original|originalr|v0|v0r|3a)(-(t(weights|3aw?)|[a-z]+\d+(\.\d+)?))*")
 
 
-class ResizeToCover:
-    """Resizes an image, keeping its aspect ratio, so that it just covers `size`.
+@dataclass(frozen=True)
+class Transform:
+    """Steps from the image of a source to a uint8 tensor (C, H, W), each of which may draw random numbers."""
 
-    For a square size that is torchvision's `Resize(side)`: the shorter side becomes `side`.
+    steps: tuple[Step, ...]
+
+    def __call__(self, image: DecodedImage, rng: random.Random | None = None) -> Tensor:
+        """Transforms an image by what it draws from `rng`, by default from a generator that the system seeds."""
+        rng = rng or random.Random()
+        for step in self.steps:
+            image = step(image, rng)
+        return to_tensor(image)
+
+
+@dataclass(frozen=True)
+class CentreOf:
+    """Resizes an image, keeping its aspect ratio, so that it just covers `cover`, and cuts `size` out of its centre.
+
+    For squares that is torchvision's `Resize(side)`, by which the shorter side becomes `side`, and `CenterCrop`.
     """
 
-    def __init__(self, size: Size, interpolation: str) -> None:
-        self.size = size
-        self.resample = str_to_pil_interp("bilinear" if interpolation == "random" else interpolation)
+    size: Size
+    cover: Size
+    interpolation: str
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Returns the resized image."""
-        height, width = self.size
-        if height * image.width >= width * image.height:
-            width = height * image.width // image.height
+    def __call__(self, image: DecodedImage, _rng: random.Random) -> DecodedImage:
+        """Returns the centre."""
+        height, width = self.cover
+        old_height, old_width = size_of(image)
+        if height * old_width >= width * old_height:
+            width = height * old_width // old_height
         else:
-            height = width * image.height // image.width
-        return image.resize((width, height), self.resample)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(size={self.size}, interpolation={self.resample.name})"
+            height = width * old_height // old_width
+        top, left = (round((whole - part) / 2) for whole, part in zip((height, width), self.size, strict=True))
+        return cut(resize(image, (height, width), self.interpolation), top, left, self.size)
 
 
-def weak(size: Size, interpolation: str) -> Transform:
-    """A random part of 8 to 100 % of the area, resized, and flipped horizontally half of the time."""
-    return Compose([*_crop_and_flip(size, interpolation), PILToTensor()])
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """Cuts a random part out of an image and resizes it, as the transform of timm and torchvision of this name.
+
+    Attributes:
+        size: of the result.
+        interpolation: an entry of `INTERPOLATIONS`; `random` is one of the two for each image.
+        scale: smallest and largest area of the part, as a fraction of the image's.
+        ratio: smallest and largest width of the part over its height.
+    """
+
+    size: Size
+    interpolation: str
+    scale: Range
+    ratio: Range
+
+    def __call__(self, image: DecodedImage, rng: random.Random) -> DecodedImage:
+        """Returns the part."""
+        top, left, *size = self.box(size_of(image), rng)
+        names = INTERPOLATIONS[:2]
+        name = rng.choice(names) if self.interpolation == "random" else self.interpolation
+        return resize(cut(image, top, left, (size[0], size[1])), self.size, name)
+
+    def box(self, size: Size, rng: random.Random) -> tuple[int, int, int, int]:
+        """Draws a part of an image of this size: first row, first column, height and width.
+
+        The area is uniform and the ratio log-uniform. After `TRIES` draws that do not fit it is the largest part in the
+        centre whose ratio is allowed.
+        """
+        height, width = size
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(TRIES):
+            area = rng.uniform(*self.scale) * (height * width)
+            ratio = math.exp(rng.uniform(low, high))
+            w, h = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
+            if w <= width and h <= height:
+                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+        w = min(width, max(1, round(height * self.ratio[1])))
+        h = min(height, max(1, round(width / self.ratio[0])))
+        return (height - h) // 2, (width - w) // 2, h, w
 
 
-def raug(size: Size, interpolation: str, *, magnitude: int) -> Transform:
-    """`weak`, then the published RandAugment with magnitudes below `magnitude`."""
-    return Compose([*_crop_and_flip(size, interpolation), published_rand_augment(magnitude), PILToTensor()])
+@dataclass(frozen=True)
+class RandomShift:
+    """Moves an image by up to so many rows and columns, either way; what was not part of it is black."""
+
+    rows: int
+    columns: int
+
+    def __call__(self, image: DecodedImage, rng: random.Random) -> DecodedImage:
+        """Returns the moved image."""
+        top, left = rng.randint(-self.rows, self.rows), rng.randint(-self.columns, self.columns)
+        return cut(image, top, left, size_of(image))
 
 
-def none(size: Size, interpolation: str) -> Transform:
+@dataclass(frozen=True)
+class RandomFlip:
+    """Swaps left and right, and top and bottom, each with its probability."""
+
+    horizontal: float
+    vertical: float
+
+    def __call__(self, image: DecodedImage, rng: random.Random) -> DecodedImage:
+        """Returns the image or its mirror image."""
+        return flip(image, columns=rng.random() < self.horizontal, rows=rng.random() < self.vertical)
+
+
+@dataclass(frozen=True)
+class OnPillow:
+    """Applies a transform of Pillow's images that draws from the global generators, as timm's and torchvision's do.
+
+    They are seeded within it and have their former state afterwards.
+    """
+
+    transform: Callable[[Image.Image], Image.Image]
+
+    def __call__(self, image: DecodedImage, rng: random.Random) -> DecodedImage:
+        """Returns the transformed image."""
+        with keyed_rng(rng.getrandbits(64)):
+            return self.transform(to_pillow(image))
+
+
+def none(size: Size, interpolation: str, _aug: CfgNode) -> Transform:
     """No augmentation, as in evaluation."""
     return eval_transform(size, interpolation=interpolation)
 
 
-def flip(size: Size, interpolation: str) -> Transform:
-    """Flips horizontally half of the time, nothing else."""
-    return Compose([eval_transform(size, interpolation=interpolation), RandomHorizontalFlip()])
+def flipped(size: Size, interpolation: str, aug: CfgNode) -> Transform:
+    """Flips, by default horizontally half of the time, and nothing else."""
+    return Transform((_whole(size, interpolation), _flip(aug)))
 
 
-def shift(size: Size, interpolation: str) -> Transform:
+def weak(size: Size, interpolation: str, aug: CfgNode) -> Transform:
+    """A random part, by default of 8 to 100 % of the area, resized, and flipped, by default half of the time."""
+    return Transform((_crop(size, interpolation, aug), _flip(aug)))
+
+
+def raug(size: Size, interpolation: str, aug: CfgNode, *, magnitude: int) -> Transform:
+    """`weak`, then the published RandAugment with magnitudes below `magnitude`."""
+    policy = OnPillow(published_rand_augment(magnitude))
+    return Transform((_crop(size, interpolation, aug), _flip(aug), policy))
+
+
+def shift(size: Size, interpolation: str, _aug: CfgNode) -> Transform:
     """Shifts by up to an eighth of the size, for images that must not be mirrored, such as digits."""
-    return Compose([*_shift(size, interpolation), PILToTensor()])
+    return Transform((_whole(size, interpolation), _shift(size)))
 
 
-def crop(size: Size, interpolation: str) -> Transform:
-    """Shifts by up to an eighth of the size and flips half of the time, as usual for CIFAR (4 of 32 pixels)."""
-    return Compose([*_shift(size, interpolation), RandomHorizontalFlip(), PILToTensor()])
+def crop(size: Size, interpolation: str, aug: CfgNode) -> Transform:
+    """Shifts by up to an eighth of the size and flips, as usual for CIFAR (4 of 32 pixels, half of the time)."""
+    return Transform((_whole(size, interpolation), _shift(size), _flip(aug)))
 
 
-PRESETS: dict[str, Callable[[Size, str], Transform]] = {
+PRESETS: dict[str, Callable[[Size, str, CfgNode], Transform]] = {
     "none": none,
-    "flip": flip,
+    "flip": flipped,
     "weak": weak,
     "raug10": partial(raug, magnitude=10),
     "raug15": partial(raug, magnitude=15),
@@ -90,33 +193,44 @@ PRESETS: dict[str, Callable[[Size, str], Transform]] = {
     "shift": shift,
     "crop": crop,
 }
+# Those that never mirror, and those that show the whole image, or nearly so.
+WITHOUT_FLIP = ("none", "shift")
+WITHOUT_CROP = ("none", "flip", "shift", "crop")
 
 
-def _crop_and_flip(size: Size, interpolation: str) -> list[Callable]:
-    return [RandomResizedCropAndInterpolation(size, interpolation=interpolation), RandomHorizontalFlip()]
+def _whole(size: Size, interpolation: str) -> CentreOf:
+    return CentreOf(size, size, "bilinear" if interpolation == "random" else interpolation)
 
 
-def _shift(size: Size, interpolation: str) -> list[Callable]:
-    height, width = size
-    return [
-        ResizeToCover(size, interpolation),
-        CenterCrop(size),
-        RandomCrop(size, padding=[width // 8, height // 8]),
-    ]
+def _crop(size: Size, interpolation: str, aug: CfgNode) -> RandomResizedCrop:
+    return RandomResizedCrop(size, interpolation, aug.SCALE, aug.RATIO)
+
+
+def _flip(aug: CfgNode) -> RandomFlip:
+    return RandomFlip(aug.HFLIP, aug.VFLIP)
+
+
+def _shift(size: Size) -> RandomShift:
+    return RandomShift(size[0] // 8, size[1] // 8)
 
 
 def train_transform(size: Size, cfg: CfgNode, *, interpolation: str = "bilinear") -> Transform:
     """Returns the augmentation of a training image: a preset, or timm's pipeline where PRESET is None.
 
-    `cfg` is the section AUG. timm's pipeline crops, flips, and then either follows the policy AUTO_AUGMENT or, where
-    that is `none`, jitters brightness, contrast and saturation by up to COLOR_JITTER. Up to 32 pixels it shifts by up
-    to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches.
+    `cfg` is the section AUG. timm's pipeline crops (SCALE, RATIO), flips (HFLIP, VFLIP), and then either follows the
+    policy AUTO_AUGMENT or, where that is `none`, jitters brightness, contrast and saturation by up to COLOR_JITTER. Up
+    to 32 pixels it shifts by up to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches.
 
     Raises ValueError for a policy that timm does not know.
     """
     if cfg.PRESET is not None:
-        return PRESETS[cfg.PRESET](size, interpolation)
-    return _timm_transform(size, interpolation, cfg.COLOR_JITTER, cfg.AUTO_AUGMENT)
+        return PRESETS[cfg.PRESET](size, interpolation, cfg)
+    policy = _timm_policy(size, interpolation, cfg.COLOR_JITTER, cfg.AUTO_AUGMENT)
+    if max(size) > SMALL:
+        return Transform((_crop(size, interpolation, cfg), _flip(cfg), *policy))
+    # The published code shifts alone; its images already have this size.
+    shift = RandomShift(SMALL_SHIFT, SMALL_SHIFT)
+    return Transform((_whole(size, interpolation), shift, _flip(cfg), *policy))
 
 
 def is_auto_augment_policy(text: str) -> bool:
@@ -127,27 +241,24 @@ def is_auto_augment_policy(text: str) -> bool:
     return text == "none" or _POLICY.fullmatch(text) is not None
 
 
-def _timm_transform(size: Size, interpolation: str, color_jitter: float, auto_augment: str) -> Transform:
+def _timm_policy(size: Size, interpolation: str, color_jitter: float, auto_augment: str) -> list[OnPillow]:
+    """Returns what follows crop and flip in timm's pipeline, if anything does."""
     assert is_auto_augment_policy(auto_augment)
     try:
-        pipeline = create_transform(
+        _crop_and_flip, policy, _finish = create_transform(
             size,
             is_training=True,
-            use_prefetcher=True,  # in timm: stop at uint8; erasing and normalisation are done on the device
             color_jitter=color_jitter,
             auto_augment=None if auto_augment == "none" else auto_augment,
             interpolation=interpolation,
+            separate=True,
         )
     except (AssertionError, ValueError) as error:
         raise ValueError(
             f"AUG.AUTO_AUGMENT {auto_augment!r} is no policy that timm knows ({error}): "
             "write one like rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a, or none"
         ) from error
-    if max(size) <= SMALL:
-        # The published code starts with RandomCrop alone; its images already have this size.
-        shift_by_4 = [ResizeToCover(size, interpolation), CenterCrop(size), RandomCrop(size, padding=4)]
-        pipeline = Compose([*shift_by_4, *pipeline.transforms[1:]])
-    return pipeline
+    return [OnPillow(policy)] if policy.transforms else []
 
 
 def eval_transform(size: Size, *, crop: bool = False, interpolation: str = "bilinear") -> Transform:
@@ -157,8 +268,8 @@ def eval_transform(size: Size, *, crop: bool = False, interpolation: str = "bili
     accuracies are without. `random` interpolation is for training and means bilinear here.
     """
     height, width = size
-    cover = (height * 256 // 224, width * 256 // 224) if crop else size
-    return Compose([ResizeToCover(cover, interpolation), CenterCrop(size), PILToTensor()])
+    centre = _whole(size, interpolation)
+    return Transform((replace(centre, cover=(height * 256 // 224, width * 256 // 224)) if crop else centre,))
 
 
 class Normalize(nn.Module):
@@ -177,6 +288,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=dtype).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the normalised pixels, a new tensor of the same shape."""
+        """Returns the normalised pixels, a new contiguous tensor of the same shape."""
         assert images.dtype == torch.uint8
-        return images.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)
+        # Batches are ordered by pixels, which no result of a network is to depend on.
+        pixels = images.to(self.dtype, memory_format=torch.contiguous_format)
+        return pixels.div_(255).sub_(self.mean).div_(self.std)

@@ -10,7 +10,7 @@ from PIL.Image import Image, fromarray
 from torch import Tensor, nn
 
 import data
-from data.decode import decode_rgb, to_rgb
+from data.decode import decode_image, to_mode
 from models import get_model
 from models.build import FAMILIES
 
@@ -39,7 +39,7 @@ def read_image(path: Path) -> Image:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device may never end
         raise ValueError("is no regular file")
-    return decode_rgb(path.read_bytes())
+    return decode_image(path.read_bytes())
 
 
 @torch.inference_mode()
@@ -116,7 +116,7 @@ def _rgb(image: str | Path | np.ndarray | Image) -> Image:
             raise ValueError(f"an array of an image is (H, W, 3) of uint8, not {image.shape} of {image.dtype}")
         return fromarray(image)
     if isinstance(image, Image):
-        return to_rgb(image)
+        return to_mode(image)
     if not isinstance(image, str | Path):
         raise ValueError(f"an image is a file, an array or an image of Pillow, not a {type(image).__name__}")
     return read_image(Path(image))

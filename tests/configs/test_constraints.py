@@ -13,6 +13,7 @@ from configs.field_types import BOOLEAN
 from configs.schema import DEFAULTS, FIELD_TYPES, SECTIONS
 from data import DATASETS, PRESETS
 from data.batch_augmentation import ERASING_MODES, MIXUP_MODES
+from data.decode import JPEG_DECODERS
 from data.transforms import INTERPOLATIONS
 from data.zipped import CACHE_MODES
 from models.dense import DOWNSAMPLINGS, FULL_RANK
@@ -24,6 +25,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 REGISTRIES = {
     "TASK": TASKS,
     "DATA.INTERPOLATION": INTERPOLATIONS,
+    "DATA.DECODER": JPEG_DECODERS,
     "DATA.CACHE_MODE": CACHE_MODES,
     "AUG.MIXUP_MODE": MIXUP_MODES,
     "AUG.PRESET": PRESETS,

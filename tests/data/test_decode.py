@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.decode import EXTENSIONS, FORMATS, decode_rgb, image_file
+from data.decode import EXTENSIONS, FORMATS, decode_image, image_file
 
 RAMP = (np.arange(16, dtype=np.uint16) * 4369).reshape(4, 4)  # 0x0000, 0x1111, ..., 0xffff
 GREYS = (np.arange(16) * 17).reshape(4, 4)  # the same in 8 bits
@@ -29,7 +29,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def decoded(content: bytes) -> np.ndarray:
-    image = decode_rgb(content)
+    image = decode_image(content)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 
@@ -200,11 +200,11 @@ class TestFormats:
 DRAWING = """
 import os, sys
 from PIL import EpsImagePlugin, Image
-from data.decode import decode_rgb
+from data.decode import decode_image
 
 sys.addaudithook(lambda event, _: os._exit(99) if event == "subprocess.Popen" else None)
 try:
-    decode_rgb(open(sys.argv[1], "rb").read())
+    decode_image(open(sys.argv[1], "rb").read())
 except ValueError as error:
     print(error, flush=True)
 EpsImagePlugin.gs_binary = "gs"

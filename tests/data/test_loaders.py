@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+import random
 import re
 import signal
 import threading
@@ -192,13 +193,13 @@ def test_number_of_tries_is_bounded(image_folder):
         list(loader)
 
 
-def threads_in_use(_image: Image.Image) -> torch.Tensor:
-    return torch.tensor([torch.get_num_threads()])
+def threads_in_use(_image: Image.Image, _rng: random.Random) -> torch.Tensor:
+    return torch.tensor([[[torch.get_num_threads()]]])
 
 
 def test_workers_have_one_thread():
     loader = build_eval_loader(DigitsSource("val"), threads_in_use, loading(1, 1))
-    assert next(iter(loader)).images.tolist() == [[1]]
+    assert next(iter(loader)).images.tolist() == [[[[1]]]]
 
 
 def connection_lost() -> None:
@@ -339,5 +340,5 @@ def test_images_of_different_sizes_are_no_batch():
     samples = [Sample(torch.zeros(3, side, 8, dtype=torch.uint8), 0, side, []) for side in (6, 7, 6)]
     message = "images of 6x8 and 7x8 don't fit into one batch: set DATA.TEST_BATCH_SIZE to 1"
     with pytest.raises(ValueError, match=message):
-        collate(samples)
-    assert collate(samples[::2]).images.shape == (2, 3, 6, 8)
+        collate(samples, 3)
+    assert collate(samples[::2], 2).images.shape == (2, 3, 6, 8)

@@ -1,5 +1,6 @@
 """Cityscapes from its folders, and transforms that treat image and mask as one."""
 
+import random
 import shutil
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_evaluation_sees_every_image_whole(cityscapes_folder: Path) -> None:
 def test_an_evaluation_at_a_size_of_its_own(cityscapes_folder: Path, size: tuple[int, int]) -> None:
     """The image is interpolated bilinearly; the mask keeps its labels, each that of the nearest pixel."""
     image, mask = CityscapesSource(cityscapes_folder, "val").load(0)
-    pixels, labels = segmentation_eval_transform(size)(image, mask)
+    pixels, labels = segmentation_eval_transform(size)(image, mask, random)
     assert (pixels.shape, pixels.dtype) == ((3, *size), torch.uint8)
     assert (labels.shape, labels.dtype) == (size, torch.int64)
     expected = torch.from_numpy(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))).permute(2, 0, 1)
@@ -114,7 +115,7 @@ def test_an_evaluation_at_a_size_of_its_own(cityscapes_folder: Path, size: tuple
 
 def test_an_evaluation_at_the_size_of_the_image_changes_nothing(cityscapes_folder: Path) -> None:
     sample = CityscapesSource(cityscapes_folder, "val").load(0)
-    whole, resized = (segmentation_eval_transform(size)(*sample) for size in (None, (64, 96)))
+    whole, resized = (segmentation_eval_transform(size)(*sample, random) for size in (None, (64, 96)))
     assert all(map(torch.equal, whole, resized))
 
 
@@ -123,7 +124,7 @@ def test_augmentation_moves_image_and_mask_alike(cityscapes_folder: Path) -> Non
     agreeing, all_pixels, flips = 0, 0, set()
     for index in range(12):
         with keyed_rng(0, 0, index):
-            image, mask = transform(*source.load(index))
+            image, mask = transform(*source.load(index), random)
         assert (image.shape, mask.shape) == ((3, 48, 80), (48, 80))
         assert set(mask.unique().tolist()) <= {ROAD, PERSON, CAR, IGNORED}
         red_over_blue, shapes = image[0].float() - image[2], (mask == CAR) | (mask == PERSON)
@@ -137,7 +138,7 @@ def test_augmentation_moves_image_and_mask_alike(cityscapes_folder: Path) -> Non
 
 def test_what_lies_outside_is_the_mean_colour_and_not_counted(cityscapes_folder: Path) -> None:
     image, mask = segmentation_train_transform((128, 192), scale=(0.5, 0.5))(
-        *CityscapesSource(cityscapes_folder, "train").load(0)
+        *CityscapesSource(cityscapes_folder, "train").load(0), random
     )
     assert (mask != IGNORED).sum() <= 32 * 48
     outside = image[:, (image == torch.tensor([124, 116, 104])[:, None, None]).all(0)]
