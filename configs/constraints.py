@@ -14,6 +14,7 @@ from data import (
     INTERPOLATIONS,
     MIXUP_MODES,
     PRESETS,
+    SAMPLINGS,
     is_auto_augment_policy,
 )
 from engine.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
@@ -123,6 +124,8 @@ CONSTRAINTS: dict[str, Constraint] = {
     "DATA.INTERPOLATION": one_of(INTERPOLATIONS),
     "DATA.CACHE_MODE": one_of(CACHE_MODES),
     "DATA.NUM_WORKERS": at_least(0, 1024),
+    "DATA.SAMPLING": one_of(SAMPLINGS),
+    "DATA.REPEATED_AUG": from_to(1, 100),
     "DATA.MAX_UNREADABLE": at_least(0, COUNTER),
     "MODEL.ARCH": FOLDER_NAME,
     "MODEL.NUM_CLASSES": at_least(1, 10 * MANY),

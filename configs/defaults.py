@@ -62,6 +62,13 @@ _C.DATA.PIN_MEMORY = True
 _C.DATA.NUM_WORKERS = 8
 # Whether a missing data set may be downloaded; nothing else uses the network.
 _C.DATA.DOWNLOAD = False
+# How often the classes are drawn for training: uniform (each image once an epoch) | sqrt | balanced (in proportion to the
+# square root of their number of images, or all equally often). An epoch has as many images as before: of a rare class
+# the same ones several times, each augmented differently, and of a common one a part.
+_C.DATA.SAMPLING = "uniform"
+# Repeated augmentation: how often an epoch has each of its images, close together and augmented differently; 1 to 100,
+# 3 in DeiT. It has as many images as before, so that it has a part of the data set.
+_C.DATA.REPEATED_AUG = 1
 # Number of different unreadable training images that are replaced by others before the run stops; 0: none.
 _C.DATA.MAX_UNREADABLE = 10
 

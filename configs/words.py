@@ -41,6 +41,8 @@ _WORDS: dict[str, str] = {
     "DATA.INTERPOLATION": "interpolation train_interpolation",
     "DATA.PIN_MEMORY": "pin_mem pin_memory no_pin_memory",
     "DATA.DOWNLOAD": "dataset_download download",
+    "DATA.SAMPLING": "sampler class_balanced balanced_sampling weighted_sampler oversample",
+    "DATA.REPEATED_AUG": "aug_repeats repeated_aug ra_sampler ra_reps",
     "MODEL.ARCH": "a model model.name model.type model_name net network backbone",
     "MODEL.RESUME": "checkpoint ckpt checkpoint_path weights load resume_from",
     "MODEL.PRETRAINED": "finetune fine_tune initial_checkpoint init_weights pretrained_path",

@@ -24,7 +24,7 @@ from .digits import DigitsSource
 from .folders import FolderSource
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .pairs import Pairs, draw_pairs, read_pairs
-from .samplers import EvalSampler, SampleKey, TrainSampler
+from .samplers import SAMPLINGS, EvalSampler, SampleKey, TrainSampler
 from .segmentation import MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from .shapes import ShapesSource
 from .sources import DIGITS, IGNORED, SHAPES, EncodedSource, ImageSource, Source
@@ -41,6 +41,7 @@ __all__ = [
     "INTERPOLATIONS",
     "MIXUP_MODES",
     "PRESETS",
+    "SAMPLINGS",
     "SHAPES",
     "Batch",
     "BatchAugmentation",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,8 +19,8 @@ from utils.seed import keyed_rng
 from utils.signals import SIGNALS
 from utils.text import printable
 
-from .samplers import EvalSampler, SampleKey, TrainSampler
-from .sources import Source
+from .samplers import UNIFORM, EvalSampler, SampleKey, TrainSampler
+from .sources import ImageSource, Source
 from .transport import REFUSALS, SHARED_MEMORY, Failure, Parcel, check_room, with_remedy
 
 MAX_TRIES = 16  # this many unreadable images in a row mean that the storage is gone
@@ -33,6 +34,7 @@ class Sample(NamedTuple):
     label: int | Tensor  # of the image, int64 (H, W) of its pixels, or float (K,) of several labels
     index: int  # type: ignore[assignment]  # in the source
     unreadable: list[str]  # `path: reason` of the images that it replaces
+    repeat: int = 0  # of the key
 
 
 class Batch(NamedTuple):
@@ -42,15 +44,16 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 (N,) or (N, H, W), or float (N, K)
     indices: Tensor  # int64 (N,)
     unreadable: list[str]
+    repeats: Tensor | None = None  # int64 (N,), those of the keys; None: all 0
 
     def pin_memory(self) -> "Batch":
-        """Returns the same in page-locked memory."""
+        """Returns the same, what goes to the device in page-locked memory."""
         images, labels, indices = (tensor.pin_memory() for tensor in self[:3])
-        return Batch(images, labels, indices, self.unreadable)
+        return self._replace(images=images, labels=labels, indices=indices)
 
 
 class TransformedDataset(Dataset[Sample]):
-    """The images of a source under a transform whose random numbers depend on (seed, epoch, index) alone."""
+    """The images of a source under a transform whose random numbers depend on the seed and the sample key alone."""
 
     def __init__(self, source: Source, transform: Callable[..., Any], seed: int = 0) -> None:
         self.source = source
@@ -66,8 +69,8 @@ class TransformedDataset(Dataset[Sample]):
         Raises OSError if `MAX_TRIES` images in a row cannot be read.
         """
         image, label, index, unreadable = self._load_readable(key.index)
-        with keyed_rng(self.seed, key.epoch, key.index):
-            return Sample(*self.transformed(image, label), index, unreadable)
+        with keyed_rng(self.seed, *key):
+            return Sample(*self.transformed(image, label), index, unreadable, key.repeat)
 
     def __getitems__(self, keys: list[SampleKey]) -> Batch | Parcel | Failure:
         """Returns the batch of these keys; in a data loading process, packed, or a `Failure`."""
@@ -114,6 +117,7 @@ def collate(samples: list[Sample]) -> Batch:
         images=torch.stack([sample.image for sample in samples]),
         labels=torch.stack([torch.as_tensor(sample.label) for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
+        repeats=torch.tensor([sample.repeat for sample in samples]),
         unreadable=[message for sample in samples for message in sample.unreadable],
     )
 
@@ -196,7 +200,7 @@ def build_train_loader(
     """Returns a loader of this rank's `Batch`es, all of exactly BATCH_SIZE images; `cfg` is the section DATA.
 
     `dataset` applies the transform. Call `set_position` before each epoch. Raises ValueError if the images do not fill
-    a step.
+    a step, or can't be sampled as SAMPLING says.
     """
     sampler = TrainSampler(
         len(source),
@@ -205,8 +209,20 @@ def build_train_loader(
         world_size=world_size,
         seed=seed,
         fixed_shards=cfg.ZIP_MODE and cfg.CACHE_MODE == "part",  # each rank has only its own images in memory
+        sampling=cfg.SAMPLING,
+        repeats=cfg.REPEATED_AUG,
+        labels=None if cfg.SAMPLING == UNIFORM else _classes_of_images(source),
     )
     return _build_loader(dataset(source, transform, seed), sampler, cfg.BATCH_SIZE, cfg)
+
+
+def _classes_of_images(source: Source) -> np.ndarray:
+    """Returns the class of each image, int64 (N,); raises ValueError where images have labels of another kind."""
+    if not isinstance(source, ImageSource):
+        raise ValueError(
+            "DATA.SAMPLING balances classes, and these images have no single class each: set it to uniform"
+        )
+    return source.labels
 
 
 def build_eval_loader(

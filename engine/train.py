@@ -39,6 +39,8 @@ from .usage import workload_of
 
 # Batches of each process from which inserted BatchNorms get their first statistics.
 CALIBRATION_BATCHES = 32
+# Keys, besides the seed, on which the order of the images of an epoch depends.
+ORDER = ("DATA.SAMPLING", "DATA.REPEATED_AUG")
 
 
 def train(run: Run) -> None:
@@ -181,6 +183,12 @@ def start_or_resume(
     recorded = restore(trainer, checkpoint)
     logger.info(f"resuming from {checkpoint.path}, update {trainer.progress.update}")
     changed = run.changed_settings(checkpoint.payload["config"]) if "saved_as" in checkpoint.payload else []
+    order = [change for change in changed if change.startswith(ORDER)]
+    if trainer.progress.consumed and order:
+        raise ValueError(
+            f"{checkpoint.path} is from the middle of an epoch, whose order of images has changed ({', '.join(order)}): "
+            "resume with the old value"
+        )
     if changed:
         logger.warning(f"settings that have changed since: {', '.join(changed)}")
     if checkpoint.path.parent == checkpoints.folder:

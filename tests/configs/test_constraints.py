@@ -11,7 +11,7 @@ from configs.command_line import FLAGS
 from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS, unused_keys
 from configs.field_types import BOOLEAN
 from configs.schema import DEFAULTS, FIELD_TYPES, SECTIONS
-from data import DATASETS, PRESETS
+from data import DATASETS, PRESETS, SAMPLINGS
 from data.batch_augmentation import ERASING_MODES, MIXUP_MODES
 from data.transforms import INTERPOLATIONS
 from data.zipped import CACHE_MODES
@@ -25,6 +25,7 @@ REGISTRIES = {
     "TASK": TASKS,
     "DATA.INTERPOLATION": INTERPOLATIONS,
     "DATA.CACHE_MODE": CACHE_MODES,
+    "DATA.SAMPLING": SAMPLINGS,
     "AUG.MIXUP_MODE": MIXUP_MODES,
     "AUG.PRESET": PRESETS,
     "AUG.REMODE": ERASING_MODES,
@@ -49,6 +50,7 @@ EDGES = [
     ("DATA.TEST_SIZE", "1 1,2", "0 0,224", "at least 1 pixel"),
     ("DATA.TEST_BATCH_SIZE", "1 None", "0", "at least 1"),
     ("DATA.NUM_WORKERS", "0", "-1", "at least 0"),
+    ("DATA.REPEATED_AUG", "1 100", "0 101", "from 1 to 100"),
     ("DATA.MAX_UNREADABLE", "0", "-1", "at least 0"),
     ("MODEL.NUM_CLASSES", "1 None", "0", "at least 1"),
     ("MODEL.LABEL_SMOOTHING", "0 0.99", "-0.1 1", "at least 0 and below 1"),
@@ -206,6 +208,7 @@ UNUSED = [
     ("segmentation", "AUG.MIXUP", "0.4"),
     ("segmentation", "AUG.PRESET", "flip"),
     ("segmentation", "TEST.CROP", "true"),
+    ("segmentation", "DATA.SAMPLING", "balanced"),
     ("segmentation", "FACE.LOSS", "cosface"),
     ("segmentation", "DISTILL.WEIGHT", "0.1"),
     ("verification", "DISTILL.TEACHER", "a.pth"),
