@@ -17,6 +17,7 @@ from data import (
     SAMPLINGS,
     is_auto_augment_policy,
 )
+from data.samplers import UNIFORM
 from engine.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
 from engine.optimizer import OPTIMIZERS
 from engine.precision import AUTO, PRECISIONS
@@ -26,6 +27,7 @@ from models.pure_mlp import MIXERS
 from models.repmlp_resnet import OUTPUT_STRIDES
 from models.segmentation import DECODERS
 from tasks import TASKS
+from tasks.classification import CLASS_WEIGHTS
 from tasks.verification import LOSSES
 from utils.cli import MAX_SIDE
 from utils.text import shortened
@@ -163,6 +165,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "TRAIN.CLIP_GRAD": at_least(0, COUNTER),
     "TRAIN.MAX_SKIPPED": at_least(0, COUNTER),
     "TRAIN.ACCUMULATION_STEPS": at_least(0, MANY),
+    "TRAIN.CLASS_WEIGHTS": one_of(CLASS_WEIGHTS),
     "TRAIN.LR_SCHEDULER.NAME": one_of(SCHEDULES),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": at_least(1, MANY),
     "TRAIN.LR_SCHEDULER.MILESTONES": Constraint(
@@ -312,6 +315,11 @@ TRAINING_CONFLICTS = (
         ("COMPILE", "COMPILE_MODE", "TRAIN.ACCUMULATION_STEPS"),
         lambda compiles, mode, steps: compiles and mode in WITH_CUDA_GRAPHS and steps > 1,
         "CUDA graphs overwrite gradients of earlier batches; set COMPILE_MODE default or max-autotune-no-cudagraphs",
+    ),
+    Conflict(
+        ("TRAIN.CLASS_WEIGHTS", "DATA.SAMPLING"),
+        lambda weights, sampling: weights != "none" and sampling != UNIFORM,
+        "both make up for unequal classes, which would then be counted twice; set one of them to its default",
     ),
     Conflict(
         ("TASK", "DATA.BATCH_SIZE"),

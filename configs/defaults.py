@@ -62,9 +62,9 @@ _C.DATA.PIN_MEMORY = True
 _C.DATA.NUM_WORKERS = 8
 # Whether a missing data set may be downloaded; nothing else uses the network.
 _C.DATA.DOWNLOAD = False
-# How often the classes are drawn for training: uniform (each image once an epoch) | sqrt | balanced (in proportion to the
-# square root of their number of images, or all equally often). An epoch has as many images as before: of a rare class
-# the same ones several times, each augmented differently, and of a common one a part.
+# How often the classes are drawn for training: uniform (each image once an epoch) | sqrt (in proportion to the square
+# root of their number of images) | balanced (all equally often). An epoch has as many images as before: of a rare class
+# the same ones several times, each time augmented differently, and of a common one a part.
 _C.DATA.SAMPLING = "uniform"
 # Repeated augmentation: how often an epoch has each of its images, close together and augmented differently; 1 to 100,
 # 3 in DeiT. It has as many images as before, so that it has a part of the data set.
@@ -193,6 +193,9 @@ _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.ACCUMULATION_STEPS = 0
 # Gradient checkpointing: whether activations are recomputed in the backward pass, which saves memory and costs time.
 _C.TRAIN.USE_CHECKPOINT = False
+# Weights of the classes in the loss: none | balanced (inversely proportional to their number of training images). Their
+# mean over the images is 1, and the loss is divided by the number of images, not by the sum of their weights.
+_C.TRAIN.CLASS_WEIGHTS = "none"
 # Whether BatchNorm statistics are computed over all processes.
 _C.TRAIN.SYNC_BN = False
 

@@ -18,6 +18,7 @@ _WORDS: dict[str, str] = {
     "TRAIN.CLIP_GRAD": "clip_grad grad_clip clip clip_grad_norm max_norm max_grad_norm",
     "TRAIN.ACCUMULATION_STEPS": "accum_iter accumulation grad_accum_steps gradient_accumulation_steps update_freq",
     "TRAIN.USE_CHECKPOINT": "grad_checkpointing gradient_checkpointing checkpointing",
+    "TRAIN.CLASS_WEIGHTS": "class_weight class_weights loss_weight weighted_loss",
     "TRAIN.SYNC_BN": "sync_bn syncbn sync_batchnorm",
     "TRAIN.AUTO_RESUME": "auto_resume no_auto_resume no_resume",
     "TRAIN.LR_SCHEDULER.NAME": "sched scheduler lr_scheduler lr_schedule lr_policy",

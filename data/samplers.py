@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-
 # By name, the exponent q of a sampling: a class of n images is drawn in proportion to n ** q (Kang et al., "Decoupling
 # representation and classifier for long-tailed recognition", arXiv:1910.09217, Eq. 1).
 SAMPLINGS = {"uniform": 1.0, "sqrt": 0.5, "balanced": 0.0}

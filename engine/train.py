@@ -186,7 +186,7 @@ def start_or_resume(
     order = [change for change in changed if change.startswith(ORDER)]
     if trainer.progress.consumed and order:
         raise ValueError(
-            f"{checkpoint.path} is from the middle of an epoch, whose order of images has changed ({', '.join(order)}): "
+            f"{checkpoint.path} is from the middle of an epoch, whose order of images changes with {', '.join(order)}: "
             "resume with the old value"
         )
     if changed:

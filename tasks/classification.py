@@ -2,9 +2,11 @@
 
 from functools import cached_property
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 
 import data
 from engine.distillation import HardDistillation
@@ -15,6 +17,51 @@ from models.checkpoints import build_from, read_checkpoint
 from models.reparam import is_reparameterizable, to_deploy
 
 IMAGENET_CLASSES = 1000
+CLASS_WEIGHTS = ("none", "balanced")
+
+
+class WeightedCrossEntropy(nn.Module):
+    """The cross-entropy -sum_k weight_k target_k log p_k of an image, averaged over the images.
+
+    It is divided by the number of images. torch divides the loss of class numbers by the sum of their weights, which
+    differs between the batches of several processes and accumulated ones, so that the mean of their losses would not be
+    that of the whole batch. The loss is linear in the target: that of a mixed, smoothed or distilled one is the mixture
+    of the losses.
+
+    Args:
+        weight: of each class, (K,); saved with the run.
+        label_smoothing: of class numbers.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean loss of logits (N, K) and class numbers (N,) or distributions (N, K)."""
+        smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
+        weight = self.weight.to(logits.dtype)
+        losses = F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=smoothing)
+        return losses.mean()
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> Tensor:
+    """Returns weights that are inversely proportional to the sizes of the classes, and whose mean over the images is 1.
+
+    They are those of scikit-learn's `balanced`: N / (K * n_k) with N images and n_k of class k, where K counts the
+    classes that have images. Others have the weight 0: no label is one of them.
+
+    Args:
+        labels: class numbers of the training images, int64 (N,).
+        num_classes: length of the result, float32.
+    """
+    sizes = np.bincount(labels, minlength=num_classes)
+    filled = np.count_nonzero(sizes)
+    weights = np.divide(len(labels), filled * sizes, out=np.zeros(len(sizes)), where=sizes > 0)
+    return torch.from_numpy(weights).float()
 
 
 class Classification(Task):
@@ -95,10 +142,13 @@ class Classification(Task):
 
         With Mixup, CutMix or distillation the targets are distributions (N, K), otherwise class numbers (N,).
         """
+        smoothing = self.cfg.MODEL.LABEL_SMOOTHING
+        if self.cfg.TRAIN.CLASS_WEIGHTS == "balanced":
+            return WeightedCrossEntropy(balanced_weights(self.train_source.labels, num_outputs), smoothing)
         augmentation = self.batch_augmentation()
         if augmentation is not None and augmentation.soft_targets:
             return SoftTargetCrossEntropy()
-        return nn.CrossEntropyLoss(label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING)
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     def build_metric(self, num_outputs: int) -> ClassificationMetric:
         """Builds the metric of logits (N, K)."""

@@ -38,7 +38,8 @@ class Segmentation(Task):
     name = "segmentation"
     metric, metric_label, agreement_label = "miou", "mIoU", "pixel agreement"
     labels, default_dataset = "masks", "cityscapes"
-    section, unused = "SEG", ("AUG", "DISTILL", "TEST.CROP", "MODEL.NUM_CLASSES", "DATA.SAMPLING")
+    section = "SEG"
+    unused = ("AUG", "DISTILL", "TEST.CROP", "MODEL.NUM_CLASSES", "DATA.SAMPLING", "TRAIN.CLASS_WEIGHTS")
     dataset_type, whole_images = MaskedDataset, True
     least_batch_size = 2  # decoders pool each image to a single value per channel and batch-normalise it
 

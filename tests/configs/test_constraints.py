@@ -19,6 +19,7 @@ from models.dense import DOWNSAMPLINGS, FULL_RANK
 from models.pure_mlp import MIXERS
 from models.segmentation import DECODERS
 from tasks import TASKS
+from tasks.classification import CLASS_WEIGHTS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REGISTRIES = {
@@ -26,6 +27,7 @@ REGISTRIES = {
     "DATA.INTERPOLATION": INTERPOLATIONS,
     "DATA.CACHE_MODE": CACHE_MODES,
     "DATA.SAMPLING": SAMPLINGS,
+    "TRAIN.CLASS_WEIGHTS": CLASS_WEIGHTS,
     "AUG.MIXUP_MODE": MIXUP_MODES,
     "AUG.PRESET": PRESETS,
     "AUG.REMODE": ERASING_MODES,
@@ -174,6 +176,11 @@ CONTRADICTIONS = [
         )
         for compiles, mode in (("true", "reduce-overhead"), ("auto", "max-autotune"))
     ),
+    (
+        "TRAIN.CLASS_WEIGHTS balanced DATA.SAMPLING sqrt",
+        "TRAIN.CLASS_WEIGHTS DATA.SAMPLING",
+        "set one of them to its default",
+    ),
     ("TASK segmentation DATA.BATCH_SIZE 1", "TASK DATA.BATCH_SIZE", "set DATA.BATCH_SIZE higher"),
 ]
 AGREEMENTS = [
@@ -215,6 +222,7 @@ UNUSED = [
     ("verification", "SEG.SCALE", "[1,2]"),
     ("verification", "AUG.MIXUP", "0.4"),
     ("verification", "MODEL.LABEL_SMOOTHING", "0"),
+    ("verification", "TRAIN.CLASS_WEIGHTS", "balanced"),
 ]
 
 
