@@ -13,6 +13,7 @@ from data import (
     ERASING_MODES,
     INTERPOLATIONS,
     MIXUP_MODES,
+    POLICIES,
     PRESETS,
     SAMPLINGS,
     is_auto_augment_policy,
@@ -29,7 +30,7 @@ from models.segmentation import DECODERS
 from tasks import TASKS
 from tasks.classification import CLASS_WEIGHTS
 from tasks.verification import LOSSES
-from utils.cli import MAX_SIDE
+from utils.cli import MAX_SIDE, did_you_mean
 from utils.text import shortened
 
 from .schema import DEFAULTS, FIELD_TYPES, Setting
@@ -41,7 +42,7 @@ class Constraint(NamedTuple):
     Attributes:
         allowed: what is allowed, in words that complete "must be ...".
         holds: whether a value, which is never null, is allowed.
-        choices: all allowed values, where they can be listed.
+        choices: all allowed values, or what they begin with, where they can be listed.
     """
 
     allowed: str
@@ -192,8 +193,10 @@ CONSTRAINTS: dict[str, Constraint] = {
     "AUG.PRESET": one_of(PRESETS),
     "AUG.COLOR_JITTER": at_least(0, 10),
     "AUG.AUTO_AUGMENT": Constraint(
-        "none, or a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a",
+        "none, trivial, cifar10, svhn, or a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m3-w3, "
+        "original-mstd0.5, 3a",
         is_auto_augment_policy,
+        POLICIES,
     ),
     "AUG.REPROB": PROBABILITY,
     "AUG.REMODE": one_of(ERASING_MODES),
@@ -339,7 +342,7 @@ def check(settings: Mapping[str, Setting]) -> None:
     for key, constraint in CONSTRAINTS.items():
         value = settings[key].value
         if value is not None and not constraint.holds(value):
-            raise ValueError(f"{_show(key, settings)}: must be {constraint.allowed}")
+            raise ValueError(f"{_show(key, settings)}: must be {constraint.allowed}{_hint(value, constraint.choices)}")
     task = settings["TASK"].value
     for key in unused_keys(task):
         if settings[key].value != DEFAULTS[key]:  # by value: the configuration that a run writes gives every key
@@ -348,6 +351,12 @@ def check(settings: Mapping[str, Setting]) -> None:
     for keys, clash, remedy in CONFLICTS + (TRAINING_CONFLICTS if training else ()):
         if clash(*(settings[key].value for key in keys)):
             raise ValueError(f"{' with '.join(_show(key, settings) for key in keys)}: {remedy}")
+
+
+def _hint(value: Any, choices: Iterable[str]) -> str:
+    """Names the choice that a text, or its part before the first hyphen, may have been meant to be."""
+    text = str(value)
+    return did_you_mean(text, choices) or did_you_mean(text.partition("-")[0], choices)
 
 
 def unused_keys(task: str) -> Iterator[str]:

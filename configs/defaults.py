@@ -265,9 +265,11 @@ _C.AUG.MIXUP_MODE = "batch"
 # Augmentation preset: none | flip | weak | raug10 | raug15 | raug20 | raug25 | shift | crop; null: timm's pipeline with
 # COLOR_JITTER and AUTO_AUGMENT, which a preset ignores.
 _C.AUG.PRESET = None
-# Strength of color jitter (brightness, contrast, saturation), at least 0; applied where AUTO_AUGMENT is none.
+# Strength of color jitter (brightness, contrast, saturation), at least 0; applied where AUTO_AUGMENT is none or 3a.
 _C.AUG.COLOR_JITTER = 0.4
-# AutoAugment policy in timm's notation (rand-..., augmix-..., original, originalr, v0, v0r, 3a); none: off.
+# Policy of augmentation in timm's notation (rand-..., augmix-..., original, originalr, v0, v0r: AutoAugment; 3a: the
+# 3-Augment of DeiT III), or one of torchvision: trivial (TrivialAugment, wide) | cifar10 | svhn (AutoAugment, as found
+# for these data sets); none: off.
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
 # Probability of random erasing; 0 (off) to 1.
 _C.AUG.REPROB = 0.25

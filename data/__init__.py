@@ -28,7 +28,15 @@ from .samplers import SAMPLINGS, EvalSampler, SampleKey, TrainSampler
 from .segmentation import MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from .shapes import ShapesSource
 from .sources import DIGITS, IGNORED, SHAPES, EncodedSource, ImageSource, Source
-from .transforms import INTERPOLATIONS, PRESETS, Normalize, eval_transform, is_auto_augment_policy, train_transform
+from .transforms import (
+    INTERPOLATIONS,
+    POLICIES,
+    PRESETS,
+    Normalize,
+    eval_transform,
+    is_auto_augment_policy,
+    train_transform,
+)
 from .zipped import CACHE_MODES, ZipSource
 
 __all__ = [
@@ -40,6 +48,7 @@ __all__ = [
     "IGNORED",
     "INTERPOLATIONS",
     "MIXUP_MODES",
+    "POLICIES",
     "PRESETS",
     "SAMPLINGS",
     "SHAPES",

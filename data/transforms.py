@@ -12,7 +12,17 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torch import Tensor, nn
-from torchvision.transforms import CenterCrop, Compose, PILToTensor, RandomCrop, RandomHorizontalFlip
+from torchvision.transforms import (
+    AutoAugment,
+    AutoAugmentPolicy,
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    PILToTensor,
+    RandomCrop,
+    RandomHorizontalFlip,
+    TrivialAugmentWide,
+)
 from yacs.config import CfgNode
 
 from .randaugment import published_rand_augment
@@ -23,6 +33,15 @@ Transform = Callable[[Image.Image], Tensor]  # RGB image -> uint8 (3, height, wi
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 SMALL = 32  # images of at most this side are shifted rather than cropped and zoomed, as published for CIFAR
 
+# Policies of torchvision, by their names in AUG.AUTO_AUGMENT: TrivialAugment (Mueller, Hutter, arXiv:2103.10158), and
+# what AutoAugment (Cubuk et al., arXiv:1805.09501) found on two data sets besides ImageNet.
+_OF_TORCHVISION = {
+    "trivial": TrivialAugmentWide,
+    "cifar10": partial(AutoAugment, AutoAugmentPolicy.CIFAR10),
+    "svhn": partial(AutoAugment, AutoAugmentPolicy.SVHN),
+}
+# What a policy is called, or begins with.
+POLICIES = ("none", *_OF_TORCHVISION, "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 _POLICY = re.compile(r"(rand|augmix|original|originalr|v0|v0r|3a)(-(t(weights|3aw?)|[a-z]+\d+(\.\d+)?))*")
 
 
@@ -109,8 +128,8 @@ def train_transform(size: Size, cfg: CfgNode, *, interpolation: str = "bilinear"
     """Returns the augmentation of a training image: a preset, or timm's pipeline where PRESET is None.
 
     `cfg` is the section AUG. timm's pipeline crops, flips, and then either follows the policy AUTO_AUGMENT or, where
-    that is `none`, jitters brightness, contrast and saturation by up to COLOR_JITTER. Up to 32 pixels it shifts by up
-    to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches.
+    that is `none`, jitters brightness, contrast and saturation by up to COLOR_JITTER; with `3a` it does both. Up to 32
+    pixels it shifts by up to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches.
 
     Raises ValueError for a policy that timm does not know.
     """
@@ -120,22 +139,23 @@ def train_transform(size: Size, cfg: CfgNode, *, interpolation: str = "bilinear"
 
 
 def is_auto_augment_policy(text: str) -> bool:
-    """Returns whether `text` has the form of a policy of timm, or is `none`.
+    """Returns whether `text` has the form of a policy of timm, names one of torchvision, or is `none`.
 
     timm's parsers refuse some of what they do not know, and ignore the rest of it silently.
     """
-    return text == "none" or _POLICY.fullmatch(text) is not None
+    return text == "none" or text in _OF_TORCHVISION or _POLICY.fullmatch(text) is not None
 
 
 def _timm_transform(size: Size, interpolation: str, color_jitter: float, auto_augment: str) -> Transform:
     assert is_auto_augment_policy(auto_augment)
+    of_torchvision = _OF_TORCHVISION.get(auto_augment)
     try:
         pipeline = create_transform(
             size,
             is_training=True,
             use_prefetcher=True,  # in timm: stop at uint8; erasing and normalisation are done on the device
-            color_jitter=color_jitter,
-            auto_augment=None if auto_augment == "none" else auto_augment,
+            color_jitter=None if of_torchvision else color_jitter,
+            auto_augment=None if of_torchvision or auto_augment == "none" else auto_augment,
             interpolation=interpolation,
         )
     except (AssertionError, ValueError) as error:
@@ -143,6 +163,10 @@ def _timm_transform(size: Size, interpolation: str, color_jitter: float, auto_au
             f"AUG.AUTO_AUGMENT {auto_augment!r} is no policy that timm knows ({error}): "
             "write one like rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a, or none"
         ) from error
+    if of_torchvision:
+        *before, to_tensor = pipeline.transforms
+        resample = InterpolationMode.BICUBIC if interpolation == "bicubic" else InterpolationMode.BILINEAR
+        pipeline = Compose([*before, of_torchvision(interpolation=resample), to_tensor])
     if max(size) <= SMALL:
         # The published code starts with RandomCrop alone; its images already have this size.
         shift_by_4 = [ResizeToCover(size, interpolation), CenterCrop(size), RandomCrop(size, padding=4)]

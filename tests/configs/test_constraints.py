@@ -114,7 +114,12 @@ EDGES = [
     ("AUG.COLOR_JITTER", "0", "-0.1", "at least 0"),
     ("AUG.REPROB", "0 1", "-0.1 1.1", "from 0 to 1"),
     ("AUG.RECOUNT", "1", "0", "at least 1"),
-    ("AUG.AUTO_AUGMENT", "none rand-m9 augmix-m3 original v0r 3a", "nothing off m9", "none, or a policy of timm"),
+    (
+        "AUG.AUTO_AUGMENT",
+        "none rand-m9 augmix-m3 original v0r 3a trivial cifar10 svhn",
+        "nothing off m9 trivial-m9",
+        "none, trivial, cifar10, svhn, or a policy of timm",
+    ),
     ("SAVE_FREQ", "1", "0", "at least 1"),
     ("PEAK_TFLOPS", "0", "-1", "at least 0"),
     ("DIST.TIMEOUT", "0.01", "0", "from 0.01 to 100000"),
@@ -243,6 +248,22 @@ def test_edges(key, inside, beyond, allowed):
         with pytest.raises(ValueError, match=rf"^{key} = .* \(--opts\): must be ") as caught:
             load(f"{key} {text}")
         assert f"must be {allowed}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "meant"),
+    [
+        ("AUG.AUTO_AUGMENT", "TrivialAugment", "trivial"),
+        ("AUG.AUTO_AUGMENT", "rnd-m9-mstd0.5", "rand"),
+        ("AUG.AUTO_AUGMENT", "cifar", "cifar10"),
+        ("AUG.PRESET", "raug", "raug10"),
+        ("DATA.SAMPLING", "ballanced", "balanced"),
+        ("TRAIN.LR_SCHEDULER.NAME", "multi-step", "multistep"),
+    ],
+)
+def test_the_closest_choice_is_named(key, written, meant):
+    with pytest.raises(ValueError, match=rf"^{key} = .*; did you mean {meant}\?$"):
+        load(f"{key} {written}")
 
 
 @pytest.mark.parametrize("key", EMPTY)
