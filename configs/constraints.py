@@ -18,6 +18,7 @@ from data import (
     SAMPLINGS,
     is_auto_augment_policy,
 )
+from data.decode import MODES
 from data.samplers import UNIFORM
 from engine.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
 from engine.optimizer import OPTIMIZERS
@@ -125,6 +126,9 @@ CONSTRAINTS: dict[str, Constraint] = {
     "DATA.TEST_SIZE": PIXELS,
     "DATA.TEST_BATCH_SIZE": at_least(1, MANY),
     "DATA.INTERPOLATION": one_of(INTERPOLATIONS),
+    "DATA.CHANNELS": Constraint("1, 3 or 4", lambda value: value in MODES),
+    "DATA.MEAN": Constraint("numbers from 0 to 1", lambda value: value and all(0 <= mean <= 1 for mean in value)),
+    "DATA.STD": Constraint("numbers above 0 and at most 1", lambda value: value and all(0 < std <= 1 for std in value)),
     "DATA.CACHE_MODE": one_of(CACHE_MODES),
     "DATA.NUM_WORKERS": at_least(0, 1024),
     "DATA.SAMPLING": one_of(SAMPLINGS),
@@ -323,6 +327,22 @@ TRAINING_CONFLICTS = (
         ("TRAIN.CLASS_WEIGHTS", "DATA.SAMPLING"),
         lambda weights, sampling: weights != "none" and sampling != UNIFORM,
         "both make up for unequal classes, which would then be counted twice; set one of them to its default",
+    ),
+    Conflict(
+        ("DATA.CHANNELS", "TASK", "AUG.PRESET", "AUG.AUTO_AUGMENT"),
+        lambda channels, task, preset, policy: (
+            channels in (1, 4)
+            and "AUG" not in TASKS[task].unused
+            and (policy != "none" if preset is None else preset.startswith("raug"))
+        ),
+        "policies are for 3 channels; set AUG.AUTO_AUGMENT to none, or for example AUG.PRESET to weak",
+    ),
+    Conflict(
+        ("DATA.CHANNELS", "TASK", "AUG.PRESET", "AUG.COLOR_JITTER"),
+        lambda channels, task, preset, jitter: (
+            channels == 4 and "AUG" not in TASKS[task].unused and preset is None and jitter > 0
+        ),
+        "colour jitter is for 1 and 3 channels; set AUG.COLOR_JITTER to 0, or for example AUG.PRESET to weak",
     ),
     Conflict(
         ("TASK", "DATA.BATCH_SIZE"),

@@ -51,6 +51,15 @@ _C.DATA.TEST_SIZE = None
 _C.DATA.TEST_BATCH_SIZE = None
 # Interpolation when images are resized: bilinear | bicubic | random (one of the two for each training image)
 _C.DATA.INTERPOLATION = "bilinear"
+# Channels of the images, to which they are converted: 1 (grey) | 3 (RGB) | 4 (RGB and transparency, or any four bands
+# that are stored so). Null: those of the weights to evaluate, or 3. With 1 or 4, AUG has no policy (AUTO_AUGMENT none),
+# and no raug preset; with 4 no COLOR_JITTER.
+_C.DATA.CHANNELS = None
+# Mean and standard deviation of the pixels of each channel, on a scale of 0 to 1, by which images are normalised:
+# [0.485, 0.456, 0.406]. Null: those of the weights to evaluate, which checkpoints of a run hold, or of the data set,
+# which has none for 4 channels.
+_C.DATA.MEAN = None
+_C.DATA.STD = None
 # Whether the images are read from zip archives instead of folders.
 _C.DATA.ZIP_MODE = False
 # How much of the archives is cached in memory: no (nothing) | part (in each process its shard) | full (in each process
@@ -362,6 +371,9 @@ SPECIAL: dict[str, FieldType] = {
     "DATA.IMG_SIZE": optional(SIZE),
     "DATA.TEST_SIZE": optional(SIZE),
     "DATA.TEST_BATCH_SIZE": optional(INTEGER),
+    "DATA.CHANNELS": optional(INTEGER),
+    "DATA.MEAN": optional(NUMBERS),
+    "DATA.STD": optional(NUMBERS),
     "MODEL.NUM_CLASSES": optional(INTEGER),
     "MODEL.CHANNELS": optional(INTEGERS),
     "MODEL.BLOCKS": optional(INTEGERS),

@@ -19,7 +19,7 @@ from .batch_augmentation import (
 )
 from .cifar import CifarSource
 from .cityscapes import CITYSCAPES, CityscapesSource
-from .datasets import DATASETS, DatasetSpec, open_source, resolve_name
+from .datasets import DATASETS, DatasetSpec, Statistics, open_source, resolve_name
 from .digits import DigitsSource
 from .folders import FolderSource
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
@@ -71,6 +71,7 @@ __all__ = [
     "SampleKey",
     "ShapesSource",
     "Source",
+    "Statistics",
     "TrainSampler",
     "TransformedDataset",
     "ZipSource",

@@ -1,4 +1,4 @@
-"""Decodes image files into RGB: which formats are read, and the errors for other bytes."""
+"""Decodes image files: which formats are read, and the errors for other bytes."""
 
 import warnings
 from collections.abc import Iterator
@@ -24,7 +24,11 @@ if "avif" in features.get_supported_modules():
     FORMATS["AVIF"] = (".avif",)
 EXTENSIONS = tuple(ending for endings in FORMATS.values() for ending in endings)
 
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO, SAMPLES_PER_PIXEL = 258, 262, 0, 277  # tags of TIFF
+
+# Pillow's mode for images of 1, 3 and 4 channels. Of RGBA it would resize the first three bands weighted by the fourth,
+# which need not be transparency.
+MODES = {1: "L", 3: "RGB", 4: "RGBX"}
 
 # Damaged metadata is no reason for lines on the console, one for each such image and worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -48,22 +52,36 @@ def image_file(file: BinaryIO) -> Iterator[Image.Image]:
         raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
 
 
-def decode_rgb(content: bytes) -> Image.Image:
-    """Decodes the bytes of an image file into RGB; raises as `image_file` and `to_rgb`."""
+def decode_image(content: bytes, mode: str = "RGB") -> Image.Image:
+    """Decodes the bytes of an image file into one of `MODES`; raises as `image_file` and `to_mode`."""
     with image_file(BytesIO(content)) as image:
-        return to_rgb(image)
+        return to_mode(image, mode)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB; raises ValueError for pixels of unknown range."""
+def to_mode(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """Converts an image to one of `MODES`.
+
+    Raises:
+        ValueError: its pixels have an unknown range, or Pillow has not decoded its fourth band.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return _to_8_bits(image).convert("RGB")
+        image = _to_8_bits(image)
     if image.mode in ("I", "F"):
         kind = "32-bit float" if image.mode == "F" else "signed or 32-bit integer"
         raise ValueError(f"{kind} pixels have no known range: convert to 8 or 16 bit")
     if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")  # Pillow warns of the direct way
-    return image.convert("RGB")
+        image = image.convert("RGBA")  # Pillow warns of the direct way to others
+    return _to_four_bands(image) if mode == MODES[4] else image.convert(mode)
+
+
+def _to_four_bands(image: Image.Image) -> Image.Image:
+    """Returns the four bands of an image as they are, or its colours and, as the fourth, its opacity."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if image.mode == "RGB" and tags.get(SAMPLES_PER_PIXEL, 3) > 3:
+        raise ValueError("a fourth band of unspecified kind can't be read: store the image as RGBA")
+    if image.mode not in ("RGBA", MODES[4]):
+        image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("RGBA")
+    return Image.merge(MODES[4], image.split())
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

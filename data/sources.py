@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .decode import decode_rgb
+from .decode import decode_image, to_mode
 
 SPLITS = ("train", "val")
 IGNORED = 255  # in a mask, a pixel without a class
@@ -23,13 +23,14 @@ class Source(ABC):
     """
 
     classes: list[str]
+    mode: str = "RGB"  # of the images, one of `decode.MODES`; `open_source` sets it
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image.Image, Any]:
-        """Returns the image in RGB and its label; raises OSError or ValueError where it cannot be read or decoded."""
+        """Returns the image in `mode` and its label; raises OSError or ValueError if it cannot be read or decoded."""
 
     @abstractmethod
     def locate(self, index: int) -> str:
@@ -49,12 +50,13 @@ class ImageSource(Source):
         return len(self.labels)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """Returns the image in RGB and its label; raises OSError or ValueError where it cannot be read or decoded."""
-        return self._image(index), int(self.labels[index])
+        """Returns the image in `mode` and its label; raises OSError or ValueError if it cannot be read or decoded."""
+        image = self._image(index)
+        return image if image.mode == self.mode else to_mode(image, self.mode), int(self.labels[index])
 
     @abstractmethod
     def _image(self, index: int) -> Image.Image:
-        """Returns the image in RGB; raises as `load` does."""
+        """Returns the image in `mode`, or in another that can be converted to it; raises as `load` does."""
 
 
 class EncodedSource(ImageSource):
@@ -65,7 +67,7 @@ class EncodedSource(ImageSource):
         """Returns the bytes of an image file; raises OSError or ValueError where they can't be read."""
 
     def _image(self, index: int) -> Image.Image:
-        return decode_rgb(self._read(index))
+        return decode_image(self._read(index), self.mode)
 
 
 class PackedStrings:

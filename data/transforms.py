@@ -28,14 +28,14 @@ from yacs.config import CfgNode
 from .randaugment import published_rand_augment
 
 Size = tuple[int, int]  # height, width in pixels
-Transform = Callable[[Image.Image], Tensor]  # RGB image -> uint8 (3, height, width)
+Transform = Callable[[Image.Image], Tensor]  # image -> uint8 (C, height, width)
 
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 SMALL = 32  # images of at most this side are shifted rather than cropped and zoomed, as published for CIFAR
 
 # Policies of torchvision, by their names in AUG.AUTO_AUGMENT: TrivialAugment (Mueller, Hutter, arXiv:2103.10158), and
 # what AutoAugment (Cubuk et al., arXiv:1805.09501) found on two data sets besides ImageNet.
-_OF_TORCHVISION = {
+_OF_TORCHVISION: dict[str, Callable[..., nn.Module]] = {
     "trivial": TrivialAugmentWide,
     "cifar10": partial(AutoAugment, AutoAugmentPolicy.CIFAR10),
     "svhn": partial(AutoAugment, AutoAugmentPolicy.SVHN),
@@ -154,7 +154,7 @@ def _timm_transform(size: Size, interpolation: str, color_jitter: float, auto_au
             size,
             is_training=True,
             use_prefetcher=True,  # in timm: stop at uint8; erasing and normalisation are done on the device
-            color_jitter=None if of_torchvision else color_jitter,
+            color_jitter=None if of_torchvision else color_jitter,  # type: ignore[arg-type]  # None: no jitter
             auto_augment=None if of_torchvision or auto_augment == "none" else auto_augment,
             interpolation=interpolation,
         )
@@ -203,4 +203,5 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Returns the normalised pixels, a new tensor of the same shape."""
         assert images.dtype == torch.uint8
+        assert images.shape[1] == self.mean.shape[1]
         return images.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)

@@ -13,7 +13,7 @@ from engine.distillation import HardDistillation
 from engine.metrics import ClassificationMetric
 from engine.precision import autocast, dtype_of
 from engine.task import Task
-from models.checkpoints import build_from, read_checkpoint
+from models.checkpoints import Checkpoint, build_from, read_checkpoint, statistics_in
 from models.reparam import is_reparameterizable, to_deploy
 
 IMAGENET_CLASSES = 1000
@@ -113,8 +113,8 @@ class Classification(Task):
         task = checkpoint.meta.get("task", self.name)
         if task != self.name:
             raise ValueError(f"DISTILL.TEACHER {path} is of TASK {task}: a teacher is a classifier")
-        self._check_normalization(path, checkpoint.meta.get("dataset", ""))
         network = build_from(checkpoint, self.cfg.DISTILL.ARCH or None)
+        self._check_normalization(checkpoint, network.in_chans)
         if network.num_classes != self.num_outputs():
             raise ValueError(
                 f"DISTILL.TEACHER {path} is for {network.num_classes} classes, the training for {self.num_outputs()}"
@@ -123,18 +123,19 @@ class Classification(Task):
         teacher = teacher.float().to(device).requires_grad_(False)
         try:
             with torch.inference_mode():
-                teacher(torch.zeros(1, 3, *self.train_size, device=device))
+                teacher(torch.zeros(1, self.channels, *self.train_size, device=device))
         except (ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(f"DISTILL.TEACHER {path} can't see the training images: {error}") from error
         return teacher
 
-    def _check_normalization(self, path: str, dataset: str) -> None:
+    def _check_normalization(self, checkpoint: Checkpoint, channels: int) -> None:
         """Raises ValueError if a teacher's images are normalized in another way than those of the training."""
-        own, other = data.DATASETS[self.dataset_name], data.DATASETS.get(dataset)
-        if other and (own.mean, own.std) != (other.mean, other.std):
+        stored, dataset = statistics_in(checkpoint, channels), data.DATASETS.get(checkpoint.meta.get("dataset", ""))
+        other = data.Statistics(*stored) if stored else dataset.statistics(channels) if dataset else None
+        if other and other != self.statistics:
             raise ValueError(
-                f"DISTILL.TEACHER {path} was trained on images normalized as those of {dataset}, not of "
-                f"{self.dataset_name}"
+                f"DISTILL.TEACHER {checkpoint.path} was trained on images normalized by {other}, these are by "
+                f"{self.statistics}: set DATA.MEAN and DATA.STD to those of the teacher"
             )
 
     def build_criterion(self, num_outputs: int) -> nn.Module:

@@ -51,6 +51,9 @@ EDGES = [
     ("DATA.IMG_SIZE", "1 1,2", "0 -224 0,224 224,-1", "at least 1 pixel"),
     ("DATA.TEST_SIZE", "1 1,2", "0 0,224", "at least 1 pixel"),
     ("DATA.TEST_BATCH_SIZE", "1 None", "0", "at least 1"),
+    ("DATA.CHANNELS", "3 None", "0 2 5", "1, 3 or 4"),
+    ("DATA.MEAN", "0,0.5,1 0.5 None", "-0.1 1.1 0.5,2 []", "numbers from 0 to 1"),
+    ("DATA.STD", "1 0.001,0.5,1 None", "0 1.1 0.5,0 []", "numbers above 0 and at most 1"),
     ("DATA.NUM_WORKERS", "0", "-1", "at least 0"),
     ("DATA.REPEATED_AUG", "1 100", "0 101", "from 1 to 100"),
     ("DATA.MAX_UNREADABLE", "0", "-1", "at least 0"),
@@ -181,6 +184,23 @@ CONTRADICTIONS = [
         )
         for compiles, mode in (("true", "reduce-overhead"), ("auto", "max-autotune"))
     ),
+    *(
+        (
+            opts,
+            "DATA.CHANNELS TASK AUG.PRESET AUG.AUTO_AUGMENT",
+            "set AUG.AUTO_AUGMENT to none, or for example AUG.PRESET",
+        )
+        for opts in (
+            "DATA.CHANNELS 1",
+            "DATA.CHANNELS 4 AUG.PRESET raug15",
+            "TASK verification DATA.CHANNELS 1 AUG.AUTO_AUGMENT trivial",
+        )
+    ),
+    (
+        "DATA.CHANNELS 4 AUG.AUTO_AUGMENT none",
+        "DATA.CHANNELS TASK AUG.PRESET AUG.COLOR_JITTER",
+        "set AUG.COLOR_JITTER to 0, or for example AUG.PRESET to weak",
+    ),
     (
         "TRAIN.CLASS_WEIGHTS balanced DATA.SAMPLING sqrt",
         "TRAIN.CLASS_WEIGHTS DATA.SAMPLING",
@@ -203,6 +223,12 @@ AGREEMENTS = [
     "COMPILE true COMPILE_MODE reduce-overhead TRAIN.ACCUMULATION_STEPS 1",
     "COMPILE true COMPILE_MODE max-autotune-no-cudagraphs TRAIN.ACCUMULATION_STEPS 2",
     "DATA.BATCH_SIZE 1",
+    "DATA.CHANNELS 3",
+    "DATA.CHANNELS 1 AUG.PRESET weak",
+    "DATA.CHANNELS 1 AUG.AUTO_AUGMENT none",
+    "DATA.CHANNELS 4 AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0",
+    "TASK segmentation DATA.CHANNELS 4",
+    "DATA.CHANNELS 4 EVAL_MODE true MODEL.RESUME a",
     "TASK segmentation DATA.BATCH_SIZE 2",
     "TASK segmentation DATA.BATCH_SIZE 1 EVAL_MODE true MODEL.RESUME a",
     "TASK segmentation SEG.RANK 1 SEG.DOWNSAMPLE conv3",
