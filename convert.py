@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from data import DATASETS
 from engine.task import Task
 from models import list_models
 from models.build import check_changeable
-from models.checkpoints import Network, take_weights
+from models.checkpoints import IMAGES, Network, statistics_in, take_weights
 from models.files import write_checkpoint, write_weights
 from models.reparam import (
     ALGEBRA_TOLERANCE,
@@ -150,9 +151,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = checkpoint.meta.get("dataset", IMAGENET)
         if dataset != IMAGENET:
             print(f"without metadata, programs that classify images need --dataset {dataset}")
+        statistics = statistics_in(checkpoint, network.in_chans)
+        usual = DATASETS[dataset].statistics(network.in_chans) if dataset in DATASETS else None
+        if statistics and statistics != usual:
+            mean, std = (",".join(map(str, values)) for values in statistics)
+            print(f"without metadata, evaluations need --opts DATA.MEAN {mean} DATA.STD {std}")
     else:
         form = "train" if args.insert_bn else "deploy"
-        meta = task.metadata(network.arch, converted, network.image_size, form, checkpoint.meta.get("dataset"))
+        images = {key: checkpoint.meta[key] for key in IMAGES if key in checkpoint.meta}
+        meta = task.metadata(network.arch, converted, network.image_size, form, images)
         write_checkpoint(target, {"model": converted.state_dict(), "meta": meta})
     before, after = (sum(v.numel() for v in m.parameters()) for m in (network.model, converted))
     print(printable(f"{network.arch}: {checkpoint} ({before:,} parameters) -> {target} ({after:,} parameters)"))

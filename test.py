@@ -151,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded, device = load(args), default_device()
     task = build_task(args, loaded.task, device)
     backends.set_up(task.cfg)
+    for line in task.follow(loaded.checkpoint, loaded.network):
+        print(line)
     task.check_classes(args.weights, loaded.network.num_classes)
     network = prepare(loaded.network.model, device)
     if args.mode == "check":

@@ -14,11 +14,15 @@ from data import (
     INTERPOLATIONS,
     JPEG_DECODERS,
     MIXUP_MODES,
+    POLICIES,
     PRESETS,
+    SAMPLINGS,
     WITHOUT_CROP,
     WITHOUT_FLIP,
     is_auto_augment_policy,
 )
+from data.decode import MODES
+from data.samplers import UNIFORM
 from engine.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
 from engine.optimizer import OPTIMIZERS
 from engine.precision import AUTO, PRECISIONS
@@ -28,8 +32,9 @@ from models.pure_mlp import MIXERS
 from models.repmlp_resnet import OUTPUT_STRIDES
 from models.segmentation import DECODERS
 from tasks import TASKS
+from tasks.classification import CLASS_WEIGHTS
 from tasks.verification import LOSSES
-from utils.cli import MAX_SIDE
+from utils.cli import MAX_SIDE, did_you_mean
 from utils.text import shortened
 
 from .schema import DEFAULTS, FIELD_TYPES, Setting
@@ -41,7 +46,7 @@ class Constraint(NamedTuple):
     Attributes:
         allowed: what is allowed, in words that complete "must be ...".
         holds: whether a value, which is never null, is allowed.
-        choices: all allowed values, where they can be listed.
+        choices: all allowed values, or what they begin with, where they can be listed.
     """
 
     allowed: str
@@ -125,8 +130,13 @@ CONSTRAINTS: dict[str, Constraint] = {
     "DATA.TEST_BATCH_SIZE": at_least(1, MANY),
     "DATA.INTERPOLATION": one_of(INTERPOLATIONS),
     "DATA.DECODER": one_of(JPEG_DECODERS),
+    "DATA.CHANNELS": Constraint("1, 3 or 4", lambda value: value in MODES),
+    "DATA.MEAN": Constraint("numbers from 0 to 1", lambda value: value and all(0 <= mean <= 1 for mean in value)),
+    "DATA.STD": Constraint("numbers above 0 and at most 1", lambda value: value and all(0 < std <= 1 for std in value)),
     "DATA.CACHE_MODE": one_of(CACHE_MODES),
     "DATA.NUM_WORKERS": at_least(0, 1024),
+    "DATA.SAMPLING": one_of(SAMPLINGS),
+    "DATA.REPEATED_AUG": from_to(1, 100),
     "DATA.MAX_UNREADABLE": at_least(0, COUNTER),
     "MODEL.ARCH": FOLDER_NAME,
     "MODEL.NUM_CLASSES": at_least(1, 10 * MANY),
@@ -164,6 +174,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     "TRAIN.CLIP_GRAD": at_least(0, COUNTER),
     "TRAIN.MAX_SKIPPED": at_least(0, COUNTER),
     "TRAIN.ACCUMULATION_STEPS": at_least(0, MANY),
+    "TRAIN.CLASS_WEIGHTS": one_of(CLASS_WEIGHTS),
     "TRAIN.LR_SCHEDULER.NAME": one_of(SCHEDULES),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": at_least(1, MANY),
     "TRAIN.LR_SCHEDULER.MILESTONES": Constraint(
@@ -194,8 +205,10 @@ CONSTRAINTS: dict[str, Constraint] = {
     "AUG.VFLIP": PROBABILITY,
     "AUG.COLOR_JITTER": at_least(0, 10),
     "AUG.AUTO_AUGMENT": Constraint(
-        "none, or a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a",
+        "none, trivial, cifar10, svhn, or a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m3-w3, "
+        "original-mstd0.5, 3a",
         is_auto_augment_policy,
+        POLICIES,
     ),
     "AUG.REPROB": PROBABILITY,
     "AUG.REMODE": one_of(ERASING_MODES),
@@ -332,6 +345,27 @@ TRAINING_CONFLICTS = (
         "CUDA graphs overwrite gradients of earlier batches; set COMPILE_MODE default or max-autotune-no-cudagraphs",
     ),
     Conflict(
+        ("TRAIN.CLASS_WEIGHTS", "DATA.SAMPLING"),
+        lambda weights, sampling: weights != "none" and sampling != UNIFORM,
+        "both make up for unequal classes, which would then be counted twice; set one of them to its default",
+    ),
+    Conflict(
+        ("DATA.CHANNELS", "TASK", "AUG.PRESET", "AUG.AUTO_AUGMENT"),
+        lambda channels, task, preset, policy: (
+            channels in (1, 4)
+            and "AUG" not in TASKS[task].unused
+            and (policy != "none" if preset is None else preset.startswith("raug"))
+        ),
+        "policies are for 3 channels; set AUG.AUTO_AUGMENT to none, or for example AUG.PRESET to weak",
+    ),
+    Conflict(
+        ("DATA.CHANNELS", "TASK", "AUG.PRESET", "AUG.COLOR_JITTER"),
+        lambda channels, task, preset, jitter: (
+            channels == 4 and "AUG" not in TASKS[task].unused and preset is None and jitter > 0
+        ),
+        "colour jitter is for 1 and 3 channels; set AUG.COLOR_JITTER to 0, or for example AUG.PRESET to weak",
+    ),
+    Conflict(
         ("TASK", "DATA.BATCH_SIZE"),
         lambda task, batch_size: batch_size < TASKS[task].least_batch_size,
         "the networks of this task normalize over the images of a batch; set DATA.BATCH_SIZE higher",
@@ -349,7 +383,7 @@ def check(settings: Mapping[str, Setting]) -> None:
     for key, constraint in CONSTRAINTS.items():
         value = settings[key].value
         if value is not None and not constraint.holds(value):
-            raise ValueError(f"{_show(key, settings)}: must be {constraint.allowed}")
+            raise ValueError(f"{_show(key, settings)}: must be {constraint.allowed}{_hint(value, constraint.choices)}")
     task = settings["TASK"].value
     for key in unused_keys(task):
         if settings[key].value != DEFAULTS[key]:  # by value: the configuration that a run writes gives every key
@@ -358,6 +392,12 @@ def check(settings: Mapping[str, Setting]) -> None:
     for keys, clash, remedy in CONFLICTS + (TRAINING_CONFLICTS if training else ()):
         if clash(*(settings[key].value for key in keys)):
             raise ValueError(f"{' with '.join(_show(key, settings) for key in keys)}: {remedy}")
+
+
+def _hint(value: Any, choices: Iterable[str]) -> str:
+    """Names the choice that a text, or its part before the first hyphen, may have been meant to be."""
+    text = str(value)
+    return did_you_mean(text, choices) or did_you_mean(text.partition("-")[0], choices)
 
 
 def unused_keys(task: str) -> Iterator[str]:

@@ -54,6 +54,15 @@ _C.DATA.INTERPOLATION = "bilinear"
 # What decodes JPEG files: simplejpeg (of requirements-fast.txt; faster) | pillow (resizes, too, bit for bit as the
 # published code; simplejpeg comes with torch's resizing, within 1 of 255) | auto (simplejpeg where it is installed)
 _C.DATA.DECODER = "auto"
+# Channels of the images, to which they are converted: 1 (grey) | 3 (RGB) | 4 (RGB and transparency, or any four bands
+# that are stored so). Null: those of the weights to evaluate, or 3. With 1 or 4, AUG has no policy (AUTO_AUGMENT none),
+# and no raug preset; with 4 no COLOR_JITTER.
+_C.DATA.CHANNELS = None
+# Mean and standard deviation of the pixels of each channel, on a scale of 0 to 1, by which images are normalised:
+# [0.485, 0.456, 0.406]. Null: those of the weights to evaluate, which checkpoints of a run hold, or of the data set,
+# which has none for 4 channels.
+_C.DATA.MEAN = None
+_C.DATA.STD = None
 # Whether the images are read from zip archives instead of folders.
 _C.DATA.ZIP_MODE = False
 # How much of the archives is cached in memory: no (nothing) | part (in each process its shard) | full (in each process
@@ -65,6 +74,13 @@ _C.DATA.PIN_MEMORY = True
 _C.DATA.NUM_WORKERS = 8
 # Whether a missing data set may be downloaded; nothing else uses the network.
 _C.DATA.DOWNLOAD = False
+# How often the classes are drawn for training: uniform (each image once an epoch) | sqrt (in proportion to the square
+# root of their number of images) | balanced (all equally often). An epoch has as many images as before: of a rare class
+# the same ones several times, each time augmented differently, and of a common one a part.
+_C.DATA.SAMPLING = "uniform"
+# Repeated augmentation: how often an epoch has each of its images, close together and augmented differently; 1 to 100,
+# 3 in DeiT. It has as many images as before, so that it has a part of the data set.
+_C.DATA.REPEATED_AUG = 1
 # Number of different unreadable training images that are replaced by others before the run stops; 0: none.
 _C.DATA.MAX_UNREADABLE = 10
 
@@ -189,6 +205,9 @@ _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.ACCUMULATION_STEPS = 0
 # Gradient checkpointing: whether activations are recomputed in the backward pass, which saves memory and costs time.
 _C.TRAIN.USE_CHECKPOINT = False
+# Weights of the classes in the loss: none | balanced (inversely proportional to their number of training images). Their
+# mean over the images is 1, and the loss is divided by the number of images, not by the sum of their weights.
+_C.TRAIN.CLASS_WEIGHTS = "none"
 # Whether BatchNorm statistics are computed over all processes.
 _C.TRAIN.SYNC_BN = False
 
@@ -267,9 +286,11 @@ _C.AUG.RATIO = (3 / 4, 4 / 3)
 # pipeline and all presets but none and shift.
 _C.AUG.HFLIP = 0.5
 _C.AUG.VFLIP = 0.0
-# Strength of color jitter (brightness, contrast, saturation), at least 0; applied where AUTO_AUGMENT is none.
+# Strength of color jitter (brightness, contrast, saturation), at least 0; applied where AUTO_AUGMENT is none or 3a.
 _C.AUG.COLOR_JITTER = 0.4
-# AutoAugment policy in timm's notation (rand-..., augmix-..., original, originalr, v0, v0r, 3a); none: off.
+# Policy of augmentation in timm's notation (rand-..., augmix-..., original, originalr, v0, v0r: AutoAugment; 3a: the
+# 3-Augment of DeiT III), or one of torchvision: trivial (TrivialAugment, wide) | cifar10 | svhn (AutoAugment, as found
+# for these data sets); none: off.
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
 # Probability of random erasing; 0 (off) to 1.
 _C.AUG.REPROB = 0.25
@@ -362,6 +383,9 @@ SPECIAL: dict[str, FieldType] = {
     "DATA.IMG_SIZE": optional(SIZE),
     "DATA.TEST_SIZE": optional(SIZE),
     "DATA.TEST_BATCH_SIZE": optional(INTEGER),
+    "DATA.CHANNELS": optional(INTEGER),
+    "DATA.MEAN": optional(NUMBERS),
+    "DATA.STD": optional(NUMBERS),
     "MODEL.NUM_CLASSES": optional(INTEGER),
     "MODEL.CHANNELS": optional(INTEGERS),
     "MODEL.BLOCKS": optional(INTEGERS),

@@ -19,19 +19,20 @@ from .batch_augmentation import (
 )
 from .cifar import CifarSource
 from .cityscapes import CITYSCAPES, CityscapesSource
-from .datasets import DATASETS, DatasetSpec, open_source, resolve_name
+from .datasets import DATASETS, DatasetSpec, Statistics, open_source, resolve_name
 from .decode import JPEG_DECODERS, Decoder, build_decoder
 from .digits import DigitsSource
 from .folders import FolderSource
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .pairs import Pairs, draw_pairs, read_pairs
 from .pixels import DecodedImage
-from .samplers import EvalSampler, SampleKey, TrainSampler
+from .samplers import SAMPLINGS, EvalSampler, SampleKey, TrainSampler
 from .segmentation import MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from .shapes import ShapesSource
 from .sources import DIGITS, IGNORED, SHAPES, EncodedSource, ImageSource, Source
 from .transforms import (
     INTERPOLATIONS,
+    POLICIES,
     PRESETS,
     WITHOUT_CROP,
     WITHOUT_FLIP,
@@ -52,7 +53,9 @@ __all__ = [
     "INTERPOLATIONS",
     "JPEG_DECODERS",
     "MIXUP_MODES",
+    "POLICIES",
     "PRESETS",
+    "SAMPLINGS",
     "SHAPES",
     "WITHOUT_CROP",
     "WITHOUT_FLIP",
@@ -77,6 +80,7 @@ __all__ = [
     "SampleKey",
     "ShapesSource",
     "Source",
+    "Statistics",
     "TrainSampler",
     "TransformedDataset",
     "ZipSource",

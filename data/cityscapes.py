@@ -68,8 +68,8 @@ class CityscapesSource(Source):
         return len(self._images)
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Returns the image in RGB and its mask, uint8 (H, W) of training ids; raises OSError or ValueError."""
-        image = decode_image(self._images[index].read_bytes())
+        """Returns the image in `mode` and its mask, uint8 (H, W) of training ids; raises OSError or ValueError."""
+        image = decode_image(self._images[index].read_bytes(), self.mode)
         with self._masks[index].open("rb") as file, image_file(file) as mask:
             if mask.mode != "L":
                 raise ValueError(f"{printable(self._masks[index])} holds {mask.mode} pixels instead of 8-bit label ids")

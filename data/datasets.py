@@ -6,8 +6,9 @@ A data set is one entry in `DATASETS`, and a new `Source` if no existing one fit
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import mul
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -18,7 +19,7 @@ from utils.text import printable
 
 from .cifar import CifarSource
 from .cityscapes import CityscapesSource
-from .decode import build_decoder
+from .decode import MODES, build_decoder
 from .digits import DigitsSource
 from .folders import FolderSource
 from .shapes import ShapesSource
@@ -26,6 +27,18 @@ from .sources import DIGITS, SHAPES, SPLITS, ImageSource, Source
 from .zipped import ZipSource
 
 Channels = tuple[float, float, float]  # red, green, blue
+GREY: Channels = (0.299, 0.587, 0.114)  # the share of each in the grey of Pillow (ITU-R BT.601)
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of the pixels of each channel, on a scale of 0 to 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in self)
+        return f"mean {mean}, std {std}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,17 @@ class DatasetSpec:
     std: Channels
     image_size: int | None = None
     labels: Literal["classes", "masks", "identities"] = "classes"
+
+    def statistics(self, channels: int) -> Statistics | None:
+        """Returns the statistics for images of 1 or 3 channels; None for others.
+
+        The mean of grey pixels is the weighted mean of the colours. So is their standard deviation if the colours rise
+        and fall together, as they do in digits and nearly do in photographs.
+        """
+        if channels == 3:
+            return Statistics(self.mean, self.std)
+        grey = (sum(map(mul, GREY, values)) for values in (self.mean, self.std))
+        return Statistics(*((value,) for value in grey)) if channels == 1 else None
 
 
 def _open_imagenet(cfg: CfgNode, split: str, *, rank: int, world_size: int) -> ImageSource:
@@ -129,13 +153,13 @@ def resolve_name(dataset: str, data_path: str | Path) -> str:
     return dataset
 
 
-def open_source(cfg: CfgNode, split: str, *, rank: int = 0, world_size: int = 1) -> Source:
+def open_source(cfg: CfgNode, split: str, *, channels: int = 3, rank: int = 0, world_size: int = 1) -> Source:
     """Opens the images of a split, `train` or `val`, without ever building the other one.
 
     `cfg` is the section DATA: DATASET and DATA_PATH say what is opened (see `resolve_name`), ZIP_MODE and CACHE_MODE
     are for zipped image folders (see `ZipSource`, also for `rank` and `world_size`), DOWNLOAD for data sets that can be
-    fetched, DECODER for image files. Raises ValueError, with the remedy, where the data is missing or malformed, and
-    where the keys contradict each other.
+    fetched, DECODER for image files. `channels` are those of the images that it returns. Raises ValueError, with the
+    remedy, where the data is missing or malformed, and where the keys contradict each other.
     """
     assert split in SPLITS
     name = resolve_name(cfg.DATASET, cfg.DATA_PATH)
@@ -147,6 +171,7 @@ def open_source(cfg: CfgNode, split: str, *, rank: int = 0, world_size: int = 1)
     if cfg.ZIP_MODE and name != DEFAULT:
         raise ValueError(f"DATA.ZIP_MODE is for zipped image folders, which {name} is not: leave it out")
     source = DATASETS[name].open(cfg, split, rank=rank, world_size=world_size)
+    source.mode = MODES[channels]
     if source.decoder is not None:
         source.decoder = build_decoder(cfg.DECODER)
     return source

@@ -31,7 +31,11 @@ EXTENSIONS = tuple(ending for endings in FORMATS.values() for ending in endings)
 AUTO, SIMPLEJPEG, PILLOW = "auto", "simplejpeg", "pillow"
 JPEG_DECODERS = (AUTO, SIMPLEJPEG, PILLOW)
 
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO, SAMPLES_PER_PIXEL = 258, 262, 0, 277  # tags of TIFF
+
+# Pillow's mode for images of 1, 3 and 4 channels. Of RGBA it would resize the first three bands weighted by the fourth,
+# which need not be transparency.
+MODES: dict[int, jpeg.Mode] = {1: "L", 3: "RGB", 4: "RGBX"}
 
 # Damaged metadata is no reason for lines on the console, one for each such image and worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -42,19 +46,18 @@ class Decoder:
     """Decodes image files, JPEG files with the library of this name; see `build_decoder`."""
 
     name: str = PILLOW
-    mode: jpeg.Mode = "RGB"
 
-    def __call__(self, content: bytes) -> DecodedImage:
+    def __call__(self, content: bytes, mode: jpeg.Mode = "RGB") -> DecodedImage:
         """Decodes the bytes of an image file; raises as `decode_image`, which decodes what simplejpeg leaves to it."""
-        pixels = jpeg.decode_jpeg(content, self.mode) if self.name == SIMPLEJPEG else None
-        return decode_image(content, self.mode) if pixels is None else pixels
+        pixels = jpeg.decode_jpeg(content, mode) if self.name == SIMPLEJPEG else None
+        return decode_image(content, mode) if pixels is None else pixels
 
     def __str__(self) -> str:
         hint = f" (simplejpeg would be faster: pip install -r {jpeg.REQUIREMENTS})"
         return self.name if self.name == SIMPLEJPEG or jpeg.is_installed() else self.name + hint
 
 
-def build_decoder(name: str, mode: jpeg.Mode = "RGB") -> Decoder:
+def build_decoder(name: str) -> Decoder:
     """Builds the decoder of this name in `JPEG_DECODERS`; `auto` is simplejpeg where it is installed.
 
     Raises:
@@ -67,7 +70,7 @@ def build_decoder(name: str, mode: jpeg.Mode = "RGB") -> Decoder:
         )
     if name == AUTO:
         name = SIMPLEJPEG if jpeg.is_installed() else PILLOW
-    return Decoder(name, mode)
+    return Decoder(name)
 
 
 @contextmanager
@@ -95,15 +98,29 @@ def decode_image(content: bytes, mode: jpeg.Mode = "RGB") -> Image.Image:
 
 
 def to_mode(image: Image.Image, mode: jpeg.Mode = "RGB") -> Image.Image:
-    """Converts an image to a mode; raises ValueError for pixels of unknown range."""
+    """Converts an image to a mode.
+
+    Raises:
+        ValueError: its pixels have an unknown range, or Pillow has not decoded its fourth band.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return _to_8_bits(image).convert(mode)
+        image = _to_8_bits(image)
     if image.mode in ("I", "F"):
         kind = "32-bit float" if image.mode == "F" else "signed or 32-bit integer"
         raise ValueError(f"{kind} pixels have no known range: convert to 8 or 16 bit")
     if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert(mode)  # Pillow warns of the direct way
-    return image.convert(mode)
+        image = image.convert("RGBA")  # Pillow warns of the direct way to others
+    return _to_four_bands(image) if mode == MODES[4] else image.convert(mode)
+
+
+def _to_four_bands(image: Image.Image) -> Image.Image:
+    """Returns the four bands of an image as they are, or its colours and, as the fourth, its opacity."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if image.mode == "RGB" and tags.get(SAMPLES_PER_PIXEL, 3) > 3:
+        raise ValueError("a fourth band of unspecified kind can't be read: store the image as RGBA")
+    if image.mode not in ("RGBA", MODES[4]):
+        image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("RGBA")
+    return Image.merge(MODES[4], image.split())
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -28,7 +28,7 @@ class DigitsSource(ImageSource):
         self.classes = [str(digit) for digit in range(10)]
 
     def _image(self, index: int) -> Image.Image:
-        return Image.fromarray(self._images[index]).convert("RGB")
+        return Image.fromarray(self._images[index])
 
     def locate(self, index: int) -> str:
         """Returns the number of the image among all 1,797, from 0."""

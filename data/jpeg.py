@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-Mode = Literal["L", "RGB", "RGBA"]  # of Pillow: grey, colour, colour with opacity
+Mode = Literal["L", "RGB", "RGBX"]  # of Pillow: grey, colour, four bands
 
 REQUIREMENTS = "requirements-fast.txt"
-COLOUR_SPACES: dict[Mode, str] = {"L": "GRAY", "RGB": "RGB", "RGBA": "RGBA"}
+COLOUR_SPACES: dict[Mode, str] = {"L": "GRAY", "RGB": "RGB", "RGBX": "RGBA"}
 START_OF_IMAGE = b"\xff\xd8"
 HUFFMAN_FRAMES = (0xC0, 0xC1)  # baseline and extended sequential
 # Markers of any frame: 0xC4, 0xC8 and 0xCC lie among them and are others.

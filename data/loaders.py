@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
@@ -19,8 +20,8 @@ from utils.signals import SIGNALS
 from utils.text import printable
 
 from .pixels import DecodedImage
-from .samplers import EvalSampler, SampleKey, TrainSampler
-from .sources import Source
+from .samplers import UNIFORM, EvalSampler, SampleKey, TrainSampler
+from .sources import ImageSource, Source
 from .transport import REFUSALS, SHARED_MEMORY, Failure, Parcel, check_room, with_remedy
 
 MAX_TRIES = 16  # this many unreadable images in a row mean that the storage is gone
@@ -34,6 +35,7 @@ class Sample(NamedTuple):
     label: int | Tensor  # of the image, int64 (H, W) of its pixels, or float (K,) of several labels
     index: int  # type: ignore[assignment]  # in the source
     unreadable: list[str]  # `path: reason` of the images that it replaces
+    repeat: int = 0  # of the key
 
 
 class Batch(NamedTuple):
@@ -43,15 +45,16 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 (N,) or (N, H, W), or float (N, K)
     indices: Tensor  # int64 (N,)
     unreadable: list[str]
+    repeats: Tensor | None = None  # int64 (N,), those of the keys; None: all 0
 
     def pin_memory(self) -> "Batch":
-        """Returns the same in page-locked memory."""
+        """Returns the same, what goes to the device in page-locked memory."""
         images, labels, indices = (tensor.pin_memory() for tensor in self[:3])
-        return Batch(images, labels, indices, self.unreadable)
+        return self._replace(images=images, labels=labels, indices=indices)
 
 
 class TransformedDataset(Dataset[Sample]):
-    """The images of a source under a transform whose random numbers depend on (seed, epoch, index) alone."""
+    """The images of a source under a transform whose random numbers depend on the seed and the sample key alone."""
 
     def __init__(self, source: Source, transform: Callable[..., Any], seed: int = 0) -> None:
         self.source = source
@@ -67,8 +70,8 @@ class TransformedDataset(Dataset[Sample]):
         Raises OSError if `MAX_TRIES` images in a row cannot be read.
         """
         image, label, index, unreadable = self._load_readable(key.index)
-        rng = local_rng(self.seed, key.epoch, key.index)
-        return Sample(*self.transformed(image, label, rng), index, unreadable)
+        rng = local_rng(self.seed, *key)
+        return Sample(*self.transformed(image, label, rng), index, unreadable, key.repeat)
 
     def __getitems__(self, keys: list[SampleKey]) -> Batch | Parcel | Failure:
         """Returns the batch of these keys; in a data loading process, packed, or a `Failure`."""
@@ -108,7 +111,7 @@ def collate(samples: Iterable[Sample], count: int) -> Batch:
     Each image is copied to its place as soon as it is there. In a data loading process, that is in the shared memory
     in which the batch is sent.
     """
-    images, labels, indices, unreadable = None, [], [], list[str]()
+    images, labels, indices, repeats, unreadable = None, [], [], [], list[str]()
     for position, sample in enumerate(samples):
         if images is None:
             images = _empty_images(count, *sample.image.shape)
@@ -117,9 +120,10 @@ def collate(samples: Iterable[Sample], count: int) -> Batch:
         images[position] = sample.image
         labels.append(sample.label)
         indices.append(sample.index)
+        repeats.append(sample.repeat)
         unreadable += sample.unreadable
     assert images is not None
-    return Batch(images, default_collate(labels), torch.tensor(indices), unreadable)
+    return Batch(images, default_collate(labels), torch.tensor(indices), unreadable, torch.tensor(repeats))
 
 
 def _empty_images(count: int, channels: int, height: int, width: int) -> Tensor:
@@ -218,7 +222,7 @@ def build_train_loader(
     """Returns a loader of this rank's `Batch`es, all of exactly BATCH_SIZE images; `cfg` is the section DATA.
 
     `dataset` applies the transform. Call `set_position` before each epoch. Raises ValueError if the images do not fill
-    a step.
+    a step, or can't be sampled as SAMPLING says.
     """
     sampler = TrainSampler(
         len(source),
@@ -227,8 +231,20 @@ def build_train_loader(
         world_size=world_size,
         seed=seed,
         fixed_shards=cfg.ZIP_MODE and cfg.CACHE_MODE == "part",  # each rank has only its own images in memory
+        sampling=cfg.SAMPLING,
+        repeats=cfg.REPEATED_AUG,
+        labels=None if cfg.SAMPLING == UNIFORM else _classes_of_images(source),
     )
     return _build_loader(dataset(source, transform, seed), sampler, cfg.BATCH_SIZE, cfg)
+
+
+def _classes_of_images(source: Source) -> np.ndarray:
+    """Returns the class of each image, int64 (N,); raises ValueError where images have labels of another kind."""
+    if not isinstance(source, ImageSource):
+        raise ValueError(
+            "DATA.SAMPLING balances classes, and these images have no single class each: set it to uniform"
+        )
+    return source.labels
 
 
 def build_eval_loader(

@@ -1,7 +1,7 @@
 """Transforms of an image and its mask together, and the data set that applies them."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from .loaders import TransformedDataset
 from .pixels import DecodedImage, Size, to_tensor
 from .sources import IGNORED
 
-# Image, uint8 mask of training ids, generator to draw from -> uint8 (3, H, W), int64 (H, W).
+# Image, uint8 mask of training ids, generator to draw from -> uint8 (C, H, W), int64 (H, W).
 JointTransform = Callable[[DecodedImage, np.ndarray, random.Random], tuple[Tensor, Tensor]]
 
 
@@ -25,7 +25,7 @@ class MaskedDataset(TransformedDataset):
     """Images and masks under a `JointTransform`, whose random numbers depend on (seed, epoch, index) alone."""
 
     def transformed(self, image: DecodedImage, label: np.ndarray, rng: random.Random) -> tuple[Tensor, Tensor]:
-        """Returns the image, uint8 (3, H, W), and its mask, int64 (H, W)."""
+        """Returns the image, uint8 (C, H, W), and its mask, int64 (H, W)."""
         return self.transform(image, label, rng)
 
 
@@ -42,12 +42,14 @@ class RandomScale:
         return resize(image, size), resize(mask, size)
 
 
-def segmentation_train_transform(size: Size, scale: tuple[float, float] = (0.5, 2.0)) -> JointTransform:
+def segmentation_train_transform(
+    size: Size, scale: tuple[float, float] = (0.5, 2.0), mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+) -> JointTransform:
     """Scales at random, crops `size` at random, and flips half of the time.
 
-    Padding has the mean colour, and `IGNORED` in the mask.
+    Padding has the mean colour, given on a scale of 0 to 1, and `IGNORED` in the mask.
     """
-    colour = [round(255 * channel) for channel in IMAGENET_DEFAULT_MEAN]
+    colour = [round(255 * channel) for channel in mean]
     fill: dict = {tv_tensors.Image: colour, tv_tensors.Mask: IGNORED}
     cut = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
     return _joint(v2.Compose([RandomScale(*scale), cut, v2.RandomHorizontalFlip()]))

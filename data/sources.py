@@ -6,8 +6,10 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from .decode import Decoder
+from .decode import Decoder, to_mode
+from .jpeg import Mode
 from .pixels import DecodedImage
 
 SPLITS = ("train", "val")
@@ -23,6 +25,7 @@ class Source(ABC):
     """
 
     classes: list[str]
+    mode: Mode = "RGB"  # of the images, one of `decode.MODES`; `open_source` sets it
     decoder: Decoder | None = None  # of image files; None where there are none
 
     @abstractmethod
@@ -30,7 +33,7 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, index: int) -> tuple[DecodedImage, Any]:
-        """Returns the image in RGB, Pillow's or a uint8 tensor (H, W, C), and its label.
+        """Returns the image in `mode`, Pillow's or a uint8 tensor (H, W, C), and its label.
 
         Raises OSError or ValueError where it cannot be read or decoded.
         """
@@ -53,12 +56,15 @@ class ImageSource(Source):
         return len(self.labels)
 
     def load(self, index: int) -> tuple[DecodedImage, int]:
-        """Returns the image in RGB and its label; raises OSError or ValueError where it cannot be read or decoded."""
-        return self._image(index), int(self.labels[index])
+        """Returns the image in `mode` and its label; raises OSError or ValueError if it cannot be read or decoded."""
+        image = self._image(index)
+        if isinstance(image, Image.Image) and image.mode != self.mode:
+            image = to_mode(image, self.mode)
+        return image, int(self.labels[index])
 
     @abstractmethod
     def _image(self, index: int) -> DecodedImage:
-        """Returns the image in RGB; raises as `load` does."""
+        """Returns the image, Pillow's in any mode that can be converted; raises as `load` does."""
 
 
 class EncodedSource(ImageSource):
@@ -71,7 +77,7 @@ class EncodedSource(ImageSource):
         """Returns the bytes of an image file; raises OSError or ValueError where they can't be read."""
 
     def _image(self, index: int) -> DecodedImage:
-        return self.decoder(self._read(index))
+        return self.decoder(self._read(index), self.mode)
 
 
 class PackedStrings:

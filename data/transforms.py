@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, TrivialAugmentWide
 from yacs.config import CfgNode
 
 from utils.seed import keyed_rng
@@ -29,6 +30,15 @@ TRIES = 10  # of a random box to lie within the image
 SMALL = 32  # images of at most this side are shifted rather than cropped and zoomed, as published for CIFAR
 SMALL_SHIFT = 4  # pixels
 
+# Policies of torchvision, by their names in AUG.AUTO_AUGMENT: TrivialAugment (Mueller, Hutter, arXiv:2103.10158), and
+# what AutoAugment (Cubuk et al., arXiv:1805.09501) found on two data sets besides ImageNet.
+_OF_TORCHVISION: dict[str, Callable[..., nn.Module]] = {
+    "trivial": TrivialAugmentWide,
+    "cifar10": partial(AutoAugment, AutoAugmentPolicy.CIFAR10),
+    "svhn": partial(AutoAugment, AutoAugmentPolicy.SVHN),
+}
+# What a policy is called, or begins with.
+POLICIES = ("none", *_OF_TORCHVISION, "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 _POLICY = re.compile(r"(rand|augmix|original|originalr|v0|v0r|3a)(-(t(weights|3aw?)|[a-z]+\d+(\.\d+)?))*")
 
 
@@ -218,14 +228,15 @@ def train_transform(size: Size, cfg: CfgNode, *, interpolation: str = "bilinear"
     """Returns the augmentation of a training image: a preset, or timm's pipeline where PRESET is None.
 
     `cfg` is the section AUG. timm's pipeline crops (SCALE, RATIO), flips (HFLIP, VFLIP), and then either follows the
-    policy AUTO_AUGMENT or, where that is `none`, jitters brightness, contrast and saturation by up to COLOR_JITTER. Up
-    to 32 pixels it shifts by up to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches.
+    policy AUTO_AUGMENT or, where that is `none`, jitters brightness, contrast and saturation by up to COLOR_JITTER;
+    with `3a` it does both. Up to 32 pixels it shifts by up to 4 pixels where it would crop and zoom. Erasing happens
+    later, on normalised batches.
 
     Raises ValueError for a policy that timm does not know.
     """
     if cfg.PRESET is not None:
         return PRESETS[cfg.PRESET](size, interpolation, cfg)
-    policy = _timm_policy(size, interpolation, cfg.COLOR_JITTER, cfg.AUTO_AUGMENT)
+    policy = _policy(size, interpolation, cfg.COLOR_JITTER, cfg.AUTO_AUGMENT)
     if max(size) > SMALL:
         return Transform((_crop(size, interpolation, cfg), _flip(cfg), *policy))
     # The published code shifts alone; its images already have this size.
@@ -234,16 +245,19 @@ def train_transform(size: Size, cfg: CfgNode, *, interpolation: str = "bilinear"
 
 
 def is_auto_augment_policy(text: str) -> bool:
-    """Returns whether `text` has the form of a policy of timm, or is `none`.
+    """Returns whether `text` has the form of a policy of timm, names one of torchvision, or is `none`.
 
     timm's parsers refuse some of what they do not know, and ignore the rest of it silently.
     """
-    return text == "none" or _POLICY.fullmatch(text) is not None
+    return text == "none" or text in _OF_TORCHVISION or _POLICY.fullmatch(text) is not None
 
 
-def _timm_policy(size: Size, interpolation: str, color_jitter: float, auto_augment: str) -> list[OnPillow]:
-    """Returns what follows crop and flip in timm's pipeline, if anything does."""
+def _policy(size: Size, interpolation: str, color_jitter: float, auto_augment: str) -> list[OnPillow]:
+    """Returns what follows crop and flip in timm's pipeline, or torchvision's policy there, if anything does."""
     assert is_auto_augment_policy(auto_augment)
+    if auto_augment in _OF_TORCHVISION:
+        resample = InterpolationMode.BICUBIC if interpolation == "bicubic" else InterpolationMode.BILINEAR
+        return [OnPillow(_OF_TORCHVISION[auto_augment](interpolation=resample))]
     try:
         _crop_and_flip, policy, _finish = create_transform(
             size,
@@ -290,6 +304,7 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Returns the normalised pixels, a new contiguous tensor of the same shape."""
         assert images.dtype == torch.uint8
+        assert images.shape[1] == self.mean.shape[1]
         # Batches are ordered by pixels, which no result of a network is to depend on.
         pixels = images.to(self.dtype, memory_format=torch.contiguous_format)
         return pixels.div_(255).sub_(self.mean).div_(self.std)

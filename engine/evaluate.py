@@ -39,6 +39,8 @@ def evaluate_checkpoint(run: Run) -> None:
     arch = cfg.MODEL.ARCH if "MODEL.ARCH" in run.given else None
     network = task.network_to_evaluate(checkpoint, arch)
     with open_log(run, network.arch) as logger:
+        for line in task.follow(checkpoint, network):
+            logger.info(line)
         task.check_classes(checkpoint.path, network.num_classes)
         for key, value in task.settings_of(network).items():
             given = reduce(getitem, key.split("."), cfg)

@@ -47,7 +47,7 @@ def summarize(run: Run) -> None:
     with torch.device("meta"):
         network = task.build_network(outputs).eval()
     print(f"{task.arch}, {outputs} outputs, images of {size[0]}x{size[1]}; {CONVENTION}\n")
-    print(part_table(network, (1, 3, *size)))
+    print(part_table(network, (1, task.channels, *size)))
     published = [row for row in REPORTED if row.arch == task.arch]
     if published:
         print(f"\nour counts beside the published ones\n\n{reported_table(published)}")

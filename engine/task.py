@@ -1,7 +1,7 @@
 """The base class of the tasks: images, network, loss and metric."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -13,7 +13,16 @@ from yacs.config import CfgNode
 import data
 from models import canonical_name, create_model, default_image_size
 from models.build import REGISTRY, check_changeable
-from models.checkpoints import Checkpoint, Network, build_from, describe, load_pretrained, read_checkpoint
+from models.checkpoints import (
+    Checkpoint,
+    Network,
+    adapt_input,
+    build_from,
+    describe,
+    load_pretrained,
+    read_checkpoint,
+    statistics_in,
+)
 from utils.distributed import RankInfo
 from utils.seed import seed_everything
 
@@ -55,8 +64,64 @@ class Task(ABC):
 
     def __init__(self, cfg: CfgNode, rank_info: RankInfo) -> None:
         self.cfg, self.rank_info = cfg, rank_info
+        self._channels: int | None = None  # of the weights to evaluate, like what follows
+        self._statistics: data.Statistics | None = None
 
     # Images
+    @property
+    def channels(self) -> int:
+        """The channels of the images: those of the configuration, or of the weights to evaluate, or 3."""
+        return self.cfg.DATA.CHANNELS or self._channels or 3
+
+    @property
+    def statistics(self) -> data.Statistics:
+        """What the pixels are normalised by: DATA.MEAN and STD, or that of the weights to evaluate, or of the data set.
+
+        Raises:
+            ValueError: it is not known, or is for another number of channels.
+        """
+        mean, std = self.cfg.DATA.MEAN, self.cfg.DATA.STD
+        known = self._statistics or data.DATASETS[self.dataset_name].statistics(self.channels)
+        if known is None:
+            if mean is None or std is None:
+                raise ValueError(
+                    f"DATA.DATASET {self.dataset_name} has no statistics of {self.channels} channels: set DATA.MEAN "
+                    "and DATA.STD"
+                )
+            known = data.Statistics(mean, std)
+        found = data.Statistics(mean or known.mean, std or known.std)
+        for key, values in zip(("DATA.MEAN", "DATA.STD"), found, strict=True):
+            if len(values) != self.channels:
+                raise ValueError(
+                    f"{key} {', '.join(f'{value:g}' for value in values)}: images of {self.channels} channel(s) "
+                    "(DATA.CHANNELS) need as many numbers"
+                )
+        return found
+
+    def follow(self, checkpoint: Checkpoint, network: Network) -> list[str]:
+        """Takes channels and statistics of the images from the weights to evaluate, unless the configuration sets them.
+
+        Returns:
+            A line for the log where the images are normalised in another way than the data set's, or the weights'.
+
+        Raises:
+            ValueError: the configuration sets channels that the network does not take.
+        """
+        if self.cfg.DATA.CHANNELS not in (None, network.in_chans):
+            raise ValueError(
+                f"{checkpoint.path} takes images of {network.in_chans} channel(s), DATA.CHANNELS is "
+                f"{self.cfg.DATA.CHANNELS}: leave it out"
+            )
+        self._channels, trained = network.in_chans, statistics_in(checkpoint, network.in_chans)
+        if trained is None:
+            return []
+        self._statistics = data.Statistics(*trained)
+        if self.statistics != self._statistics:
+            return [f"images are normalised by {self.statistics}; in the training of the weights by {self._statistics}"]
+        if self._statistics != data.DATASETS[self.dataset_name].statistics(self.channels):
+            return [f"images are normalised by {self._statistics}, as in the training of the weights"]
+        return []
+
     @cached_property
     def train_source(self) -> Any:
         """The images to train on."""
@@ -70,7 +135,8 @@ class Task(ABC):
     def open_source(self, split: str) -> Any:
         """Opens the images of a split, `train` or `val`."""
         _ = self.dataset_name  # raises ValueError for labels of another kind
-        return data.open_source(self.cfg.DATA, split, rank=self.rank_info.rank, world_size=self.rank_info.world_size)
+        rank, world_size = self.rank_info.rank, self.rank_info.world_size
+        return data.open_source(self.cfg.DATA, split, channels=self.channels, rank=rank, world_size=world_size)
 
     @property
     def dataset_name(self) -> str:
@@ -136,8 +202,7 @@ class Task(ABC):
 
     def normalize(self, dtype: torch.dtype = torch.float32) -> data.Normalize:
         """Builds the module that maps uint8 images to the input of the network, on the device."""
-        spec = data.DATASETS[self.dataset_name]
-        return data.Normalize(spec.mean, spec.std, dtype=dtype).to(self.rank_info.device)
+        return data.Normalize(*self.statistics, dtype=dtype).to(self.rank_info.device)
 
     def batch_augmentation(self) -> data.BatchTransform | None:
         """Builds random erasing, Mixup and CutMix; None if the configuration has none of them."""
@@ -174,6 +239,11 @@ class Task(ABC):
         }
         return {part: value for part, value in parts.items() if value is not None}
 
+    @property
+    def input_options(self) -> dict[str, Any]:
+        """The option of a network that takes images of other channels than RGB; empty for RGB, the default of all."""
+        return {} if self.channels == 3 else {"in_chans": self.channels}
+
     @abstractmethod
     def num_outputs(self) -> int:
         """Returns the number of outputs of the network per image, or pixel; may open the images to count classes."""
@@ -189,7 +259,7 @@ class Task(ABC):
             ValueError: the architecture does not have a part of the structure that is set, or the weights do not.
         """
         check_changeable(self.arch, {f"MODEL.{part.upper()}": part for part in self.structure})
-        options = self.structure | self.form_options(weights) | {"img_size": self.train_size}
+        options = self.structure | self.form_options(weights) | {"img_size": self.train_size} | self.input_options
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         seed_everything(self.cfg.SEED)
@@ -217,8 +287,13 @@ class Task(ABC):
         return {"deploy": True}
 
     def read_pretrained(self) -> Checkpoint | None:
-        """Reads the weights MODEL.PRETRAINED that a new run starts from; None where it is not set."""
-        return read_checkpoint(self.cfg.MODEL.PRETRAINED) if self.cfg.MODEL.PRETRAINED else None
+        """Reads the weights MODEL.PRETRAINED that a new run starts from; None where it is not set.
+
+        Those for RGB images are adapted to the channels of the images, see `adapt_input`.
+        """
+        if not self.cfg.MODEL.PRETRAINED:
+            return None
+        return adapt_input(self.arch, read_checkpoint(self.cfg.MODEL.PRETRAINED), self.channels)
 
     def load_pretrained(self, network: nn.Module, checkpoint: Checkpoint) -> str:
         """Loads the weights to start from; describes them, and the tensors that stay fresh, for the log."""
@@ -231,13 +306,14 @@ class Task(ABC):
 
     @classmethod
     def metadata(
-        cls, arch: str, network: nn.Module, image_size: Size, form: str | None, dataset: str | None
+        cls, arch: str, network: nn.Module, image_size: Size, form: str | None, images: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Returns the metadata of a checkpoint: all that `network_from` needs, and the data set.
+        """Returns the metadata of a checkpoint: all that `network_from` needs, and what is known of the images.
 
-        `form` is train or deploy, or None for a network that is not re-parameterizable.
+        `form` is train or deploy, or None for a network that is not re-parameterizable; `images` has keys of
+        `models.checkpoints.IMAGES`.
         """
-        return describe(arch, network, image_size, form, dataset=dataset, task=cls.name)
+        return describe(arch, network, image_size, form, **images, task=cls.name)
 
     @classmethod
     def network_from(cls, checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:
@@ -267,6 +343,12 @@ class Task(ABC):
         classes = len(self.val_source.classes)
         if classes != num_outputs and num_outputs != self.cfg.MODEL.NUM_CLASSES:
             raise ValueError(f"{path} is for {num_outputs} classes, {self.cfg.DATA.DATA_PATH} has {classes}")
+
+    @property
+    def images_meta(self) -> dict[str, Any]:
+        """What the metadata of a checkpoint say of the images that it is trained on."""
+        mean, std = map(list, self.statistics)
+        return {"dataset": self.dataset_name, "in_chans": self.channels, "mean": mean, "std": std}
 
     # Loss and evaluation
     @abstractmethod

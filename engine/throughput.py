@@ -33,7 +33,7 @@ def measure_throughput(run: Run) -> None:
         pretrained = task.read_pretrained()
         network = run.place(task.build_network(task.num_outputs(), pretrained)).eval()
         size = task.test_size(task.train_size) or task.train_size
-        images = torch.randn(cfg.DATA.BATCH_SIZE, 3, *size, device=device)
+        images = torch.randn(cfg.DATA.BATCH_SIZE, task.channels, *size, device=device)
         precision = autocast(device, run.dtype)
         structure = "deploy structure" if task.is_converted(pretrained) else "training structure"
         forms = [(structure, network, images, precision)]

@@ -33,12 +33,13 @@ from .schedule import build_schedule
 from .state import read_state, restore
 from .statistics import RunningStatistics
 from .sync_batch_norm import synchronise_batch_norms
-from .task import Size
 from .trainer import Trainer
 from .usage import workload_of
 
 # Batches of each process from which inserted BatchNorms get their first statistics.
 CALIBRATION_BATCHES = 32
+# Keys, besides the seed, on which the order of the images of an epoch depends.
+ORDER = ("DATA.SAMPLING", "DATA.REPEATED_AUG")
 
 
 def train(run: Run) -> None:
@@ -51,7 +52,7 @@ def train(run: Run) -> None:
         resumed = checkpoint_to_resume(run, folder, logger)
         network, form = build_network(run, resumed, logger)
         stop = StopRequest()
-        meta = task.metadata(task.arch, network, task.train_size, form, task.dataset_name)
+        meta = task.metadata(task.arch, network, task.train_size, form, task.images_meta)
         checkpoints = CheckpointFolder(folder, cfg, meta, task.metric)
         trainer = build_trainer(run, network, loader, logger)
         recorded = start_or_resume(run, trainer, checkpoints, resumed, loader)
@@ -98,7 +99,7 @@ def build_network(
         logger.info(f"{task.arch} in the deploy structure, since the weights in {weights.path} are converted")
     test_size = task.test_size(task.train_size)
     if test_size and test_size != task.train_size:
-        _check_size(network, test_size, run.rank_info.device)
+        _check_size(network, (task.channels, *test_size), run.rank_info.device)
     if pretrained is not None:
         logger.info(f"starting from {task.load_pretrained(network, pretrained)}")
     cast(Any, network).set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
@@ -115,9 +116,9 @@ def _read_pretrained(run: Run) -> Checkpoint | None:
 
 
 @torch.inference_mode()
-def _check_size(network: nn.Module, size: Size, device: torch.device) -> None:
-    """Raises the error of the first evaluation now if the network does not accept images of this size."""
-    network.eval()(torch.zeros(1, 3, *size, device=device))
+def _check_size(network: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
+    """Raises the error of the first evaluation now if the network does not accept images of this size (C, H, W)."""
+    network.eval()(torch.zeros(1, *size, device=device))
     network.train()
 
 
@@ -130,7 +131,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
     if cfg.TRAIN.SYNC_BN and rank_info.world_size > 1:
         network = synchronise_batch_norms(network)
     num_outputs = task.num_outputs()
-    shape = (cfg.DATA.BATCH_SIZE, 3, *task.train_size)
+    shape = (cfg.DATA.BATCH_SIZE, task.channels, *task.train_size)
     compiled = compile_for_training(network, cfg, rank_info, run.amp, shape, logger)
     criterion = task.build_criterion(num_outputs).to(rank_info.device)
     optimizer = build_optimizer(network, cfg.TRAIN, plan.lr, criterion)
@@ -181,6 +182,12 @@ def start_or_resume(
     recorded = restore(trainer, checkpoint)
     logger.info(f"resuming from {checkpoint.path}, update {trainer.progress.update}")
     changed = run.changed_settings(checkpoint.payload["config"]) if "saved_as" in checkpoint.payload else []
+    order = [change for change in changed if change.startswith(ORDER)]
+    if trainer.progress.consumed and order:
+        raise ValueError(
+            f"{checkpoint.path} is from the middle of an epoch, whose order of images changes with {', '.join(order)}: "
+            "resume with the old value"
+        )
     if changed:
         logger.warning(f"settings that have changed since: {', '.join(changed)}")
     if checkpoint.path.parent == checkpoints.folder:

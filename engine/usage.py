@@ -98,9 +98,9 @@ def workload_of(run: Run, network: nn.Module, logger: logging.Logger) -> Workloa
     forward pass of the network in evaluation, times `PASSES`. What gradient checkpointing computes again is not
     counted, nor are the loss, a teacher, and a head that is for training alone.
     """
-    size = run.task.train_size
+    size, channels = run.task.train_size, run.task.channels
     try:
-        flops = PASSES * 2.0 * count(network, (1, 3, *size)).multiply_adds
+        flops = PASSES * 2.0 * count(network, (1, channels, *size)).multiply_adds
     except (RuntimeError, TypeError, ValueError) as error:  # of an operator that meta does not have
         reason = str(error).split("\n")[0]
         logger.info(f"the work of {run.task.arch} can't be counted, the log has no TFLOP/s: {reason}")

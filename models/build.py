@@ -140,6 +140,16 @@ def classifier_name(name: str) -> str:
     return str(_timm_cfg(timm_name(canonical_name(name))).classifier)
 
 
+def first_conv_name(name: str) -> str:
+    """Returns the name of an architecture's first convolution within it, the first one of several; may be empty.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    names = _timm_cfg(timm_name(canonical_name(name))).first_conv or ""
+    return names if isinstance(names, str) else names[0]
+
+
 def _timm_cfg(name: str) -> PretrainedCfg:
     if not timm.is_model(name):
         raise ValueError(f"unknown architecture {name!r}{_closest(name)}")

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from . import schema
@@ -18,6 +19,7 @@ from .build import (
     classifier_name,
     create_model,
     default_image_size,
+    first_conv_name,
     own_spec,
     structure_changes,
 )
@@ -51,10 +53,18 @@ META = schema.record(
         "structure": schema.mapping(str, schema.anything),
         "task": schema.text,
         "dataset": schema.text,
+        "in_chans": schema.integer(1, 2**10),
+        "mean": schema.sequence(schema.number),
+        "std": schema.sequence(schema.positive),
         "metric": schema.text,
         "weights": schema.one_of("model", "ema"),
     }
 )
+
+
+# The metadata about the images that weights are made for: their data set, their channels, and the mean and standard
+# deviation of the pixels of each, on a scale of 0 to 1, by which they are normalised.
+IMAGES = ("dataset", "in_chans", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Checkpoint:
         meta: what `describe` wrote, empty for a file of another origin.
         payload: the whole container.
         averaged: whether these are the moving average of the weights, where the file has both.
+        adapted: how the weights differ from those of the file, for the log; empty where they do not.
     """
 
     path: Path
@@ -77,14 +88,15 @@ class Checkpoint:
     meta: dict[str, Any] = field(default_factory=dict)
     payload: dict[str, Any] = field(default_factory=dict)
     averaged: bool = False
+    adapted: str = ""
 
     def __str__(self) -> str:
         form = {"train": "training ", "deploy": "deploy ", None: ""}[self.form]
-        return f"{'averaged ' * self.averaged}{form}weights from {self.path}"
+        return f"{'averaged ' * self.averaged}{form}weights from {self.path}{self.adapted}"
 
 
 def describe(
-    arch: str, model: nn.Module, image_size: tuple[int, int], form: str | None, **extra: str | None
+    arch: str, model: nn.Module, image_size: tuple[int, int], form: str | None, **extra: Any
 ) -> dict[str, Any]:
     """Returns the metadata that goes with the weights of a classifier.
 
@@ -93,8 +105,7 @@ def describe(
         model: the network.
         image_size: (height, width) of its images.
         form: "train", "deploy", or None of a network that has one structure only.
-        **extra: further metadata, those of None left out: `task`, `dataset` (whose normalisation the images have),
-            `metric`.
+        **extra: further metadata, those of None left out: `task`, `metric`, and those of `IMAGES`.
     """
     own = {
         "arch": canonical_name(arch),
@@ -149,6 +160,7 @@ class Network(NamedTuple):
     model: nn.Module
     num_classes: int
     image_size: tuple[int, int]
+    in_chans: int = 3
 
 
 def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:
@@ -184,7 +196,25 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) 
     load_weights(model, checkpoint)
     if isinstance(model, ReparameterizableNetwork):
         model.dataset = checkpoint.meta.get("dataset")
-    return Network(arch, model.eval(), classes, options["img_size"])
+        model.statistics = statistics_in(checkpoint, options["in_chans"])
+    return Network(arch, model.eval(), classes, options["img_size"], options.get("in_chans", 3))
+
+
+def statistics_in(checkpoint: Checkpoint, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns mean and standard deviation of each channel, by which images are normalised; None if it is not known.
+
+    Raises:
+        ValueError: they are for another number of channels than the network.
+    """
+    mean, std = (tuple(checkpoint.meta.get(key, ())) for key in ("mean", "std"))
+    if not mean and not std:
+        return None
+    if not len(mean) == len(std) == in_chans:
+        raise ValueError(
+            f"{checkpoint.path} is damaged: it normalises images of {len(mean)} and {len(std)} channels, its network "
+            f"takes {in_chans}"
+        )
+    return mean, std
 
 
 def _build_options(checkpoint: Checkpoint, arch: str, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +226,8 @@ def _build_options(checkpoint: Checkpoint, arch: str, changes: Mapping[str, Any]
     with _structure_errors(checkpoint):
         check_changeable(arch, {part: part for part in structure})
         if arch not in REGISTRY:
-            return options
+            in_chans = checkpoint.meta.get("in_chans", 3)
+            return options if in_chans == 3 else options | {"in_chans": in_chans}
         spec = own_spec(arch, structure)
     if spec.depth > len(checkpoint.state_dict):  # before as many blocks are built
         raise ValueError(f"{checkpoint.path} names more blocks than it holds tensors")
@@ -266,6 +297,24 @@ def _kind(dtype: torch.dtype) -> str:
     if dtype in FLOAT_DTYPES:
         return "float"
     return "integer" if dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) else str(dtype)
+
+
+def adapt_input(arch: str, checkpoint: Checkpoint, in_chans: int) -> Checkpoint:
+    """Returns weights for images of this number of channels, made of weights for RGB as timm makes them.
+
+    For one channel, the first kernel is summed over its channels: a grey image gives what it gives as RGB, normalised
+    alike. For others, its channels are repeated and scaled by 3 / in_chans. Weights for other channels than RGB, and
+    those of other architectures, are returned as they are.
+    """
+    name = f"{first_conv_name(arch)}.weight"
+    kernel = checkpoint.state_dict.get(name)
+    if in_chans == 3 or kernel is None or kernel.dim() != 4 or kernel.shape[1] != 3:
+        return checkpoint
+    weights = checkpoint.state_dict | {name: adapt_input_conv(in_chans, kernel)}
+    how = "the sum of" if in_chans == 1 else "repeated from"
+    adapted = f", for {in_chans} channel{'s' * (in_chans > 1)} ({name} is {how} that for 3)"
+    meta = checkpoint.meta | {"in_chans": in_chans}
+    return replace(checkpoint, state_dict=weights, meta=meta, adapted=adapted)
 
 
 def load_pretrained(arch: str, model: nn.Module, checkpoint: Checkpoint) -> list[str]:

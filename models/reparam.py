@@ -223,10 +223,13 @@ class ReparameterizableNetwork(nn.Module):
     """A network that injects all its `Reparameterizable` blocks.
 
     Attributes:
-        dataset: that the weights were trained on, where their checkpoint says it; images are normalised for it.
+        dataset: that the weights were trained on, where their checkpoint says it.
+        statistics: mean and standard deviation of the pixels of each channel, on a scale of 0 to 1, by which images are
+            normalised, where the checkpoint says it; else they are normalised for the data set.
     """
 
     dataset: str | None = None
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @property
     def backbone(self) -> nn.Module:

@@ -2,19 +2,66 @@
 
 from functools import cached_property
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 
 import data
 from engine.distillation import HardDistillation
 from engine.metrics import ClassificationMetric
 from engine.precision import autocast, dtype_of
 from engine.task import Task
-from models.checkpoints import build_from, read_checkpoint
+from models.checkpoints import Checkpoint, build_from, read_checkpoint, statistics_in
 from models.reparam import is_reparameterizable, to_deploy
 
 IMAGENET_CLASSES = 1000
+CLASS_WEIGHTS = ("none", "balanced")
+
+
+class WeightedCrossEntropy(nn.Module):
+    """The cross-entropy -sum_k weight_k target_k log p_k of an image, averaged over the images.
+
+    It is divided by the number of images. torch divides the loss of class numbers by the sum of their weights, which
+    differs between the batches of several processes and accumulated ones, so that the mean of their losses would not be
+    that of the whole batch. The loss is linear in the target: that of a mixed, smoothed or distilled one is the mixture
+    of the losses.
+
+    Args:
+        weight: of each class, (K,); saved with the run.
+        label_smoothing: of class numbers.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean loss of logits (N, K) and class numbers (N,) or distributions (N, K)."""
+        smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
+        weight = self.weight.to(logits.dtype)
+        losses = F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=smoothing)
+        return losses.mean()
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> Tensor:
+    """Returns weights that are inversely proportional to the sizes of the classes, and whose mean over the images is 1.
+
+    They are those of scikit-learn's `balanced`: N / (K * n_k) with N images and n_k of class k, where K counts the
+    classes that have images. Others have the weight 0: no label is one of them.
+
+    Args:
+        labels: class numbers of the training images, int64 (N,).
+        num_classes: length of the result, float32.
+    """
+    sizes = np.bincount(labels, minlength=num_classes)
+    filled = np.count_nonzero(sizes)
+    weights = np.divide(len(labels), filled * sizes, out=np.zeros(len(sizes)), where=sizes > 0)
+    return torch.from_numpy(weights).float()
 
 
 class Classification(Task):
@@ -66,8 +113,8 @@ class Classification(Task):
         task = checkpoint.meta.get("task", self.name)
         if task != self.name:
             raise ValueError(f"DISTILL.TEACHER {path} is of TASK {task}: a teacher is a classifier")
-        self._check_normalization(path, checkpoint.meta.get("dataset", ""))
         network = build_from(checkpoint, self.cfg.DISTILL.ARCH or None)
+        self._check_normalization(checkpoint, network.in_chans)
         if network.num_classes != self.num_outputs():
             raise ValueError(
                 f"DISTILL.TEACHER {path} is for {network.num_classes} classes, the training for {self.num_outputs()}"
@@ -76,18 +123,19 @@ class Classification(Task):
         teacher = teacher.float().to(device).requires_grad_(False)
         try:
             with torch.inference_mode():
-                teacher(torch.zeros(1, 3, *self.train_size, device=device))
+                teacher(torch.zeros(1, self.channels, *self.train_size, device=device))
         except (ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(f"DISTILL.TEACHER {path} can't see the training images: {error}") from error
         return teacher
 
-    def _check_normalization(self, path: str, dataset: str) -> None:
+    def _check_normalization(self, checkpoint: Checkpoint, channels: int) -> None:
         """Raises ValueError if a teacher's images are normalized in another way than those of the training."""
-        own, other = data.DATASETS[self.dataset_name], data.DATASETS.get(dataset)
-        if other and (own.mean, own.std) != (other.mean, other.std):
+        stored, dataset = statistics_in(checkpoint, channels), data.DATASETS.get(checkpoint.meta.get("dataset", ""))
+        other = data.Statistics(*stored) if stored else dataset.statistics(channels) if dataset else None
+        if other and other != self.statistics:
             raise ValueError(
-                f"DISTILL.TEACHER {path} was trained on images normalized as those of {dataset}, not of "
-                f"{self.dataset_name}"
+                f"DISTILL.TEACHER {checkpoint.path} was trained on images normalized by {other}, these are by "
+                f"{self.statistics}: set DATA.MEAN and DATA.STD to those of the teacher"
             )
 
     def build_criterion(self, num_outputs: int) -> nn.Module:
@@ -95,10 +143,13 @@ class Classification(Task):
 
         With Mixup, CutMix or distillation the targets are distributions (N, K), otherwise class numbers (N,).
         """
+        smoothing = self.cfg.MODEL.LABEL_SMOOTHING
+        if self.cfg.TRAIN.CLASS_WEIGHTS == "balanced":
+            return WeightedCrossEntropy(balanced_weights(self.train_source.labels, num_outputs), smoothing)
         augmentation = self.batch_augmentation()
         if augmentation is not None and augmentation.soft_targets:
             return SoftTargetCrossEntropy()
-        return nn.CrossEntropyLoss(label_smoothing=self.cfg.MODEL.LABEL_SMOOTHING)
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     def build_metric(self, num_outputs: int) -> ClassificationMetric:
         """Builds the metric of logits (N, K)."""

@@ -10,7 +10,7 @@ from PIL.Image import Image, fromarray
 from torch import Tensor, nn
 
 import data
-from data.decode import decode_image, to_mode
+from data.decode import MODES, decode_image, to_mode
 from models import get_model
 from models.build import FAMILIES
 
@@ -19,32 +19,35 @@ from .inference import default_device
 CLASSIFIERS = tuple(family.network for family in FAMILIES)
 
 
-def normalization(dataset: str | None, dtype: torch.dtype = torch.float32) -> data.Normalize:
+def normalization(dataset: str | None, channels: int = 3, dtype: torch.dtype = torch.float32) -> data.Normalize:
     """Returns the normalization of the images of a data set; of those of ImageNet where none is named.
 
     Raises:
-        ValueError: there is no such data set.
+        ValueError: there is no such data set, or it has no statistics for this number of channels.
     """
     name = dataset or "imagenet"
     if name not in data.DATASETS:
         raise ValueError(f"the network was trained on {name!r}, which is unknown here")
-    return data.Normalize(data.DATASETS[name].mean, data.DATASETS[name].std, dtype=dtype)
+    statistics = data.DATASETS[name].statistics(channels)
+    if statistics is None:
+        raise ValueError(f"{name} has no statistics of {channels} channels")
+    return data.Normalize(*statistics, dtype=dtype)
 
 
-def read_image(path: Path) -> Image:
-    """Returns the image of a file in RGB.
+def read_image(path: Path, channels: int = 3) -> Image:
+    """Returns the image of a file, with 1, 3 or 4 channels.
 
     Raises:
         OSError, ValueError: it can't be read.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device may never end
         raise ValueError("is no regular file")
-    return decode_image(path.read_bytes())
+    return decode_image(path.read_bytes(), MODES[channels])
 
 
 @torch.inference_mode()
 def probabilities(model: nn.Module, pixels: Tensor, normalize: data.Normalize) -> Tensor:
-    """Classifies images (N, 3, H, W) of uint8: returns the probabilities (N, classes), on the CPU.
+    """Classifies images (N, C, H, W) of uint8: returns the probabilities (N, classes), on the CPU.
 
     Raises:
         ValueError: they are not finite.
@@ -66,8 +69,8 @@ def inference_model(
 ) -> dict[str, Any]:
     """Classifies one image, as MMPretrain's function of that name.
 
-    The image is resized and normalised as in `test.py`, for the data set that the network's checkpoint names, else for
-    ImageNet. MMPretrain also crops; `crop=True` does the same.
+    The image is resized and normalised as in `test.py`: as the network's checkpoint says, else as those of ImageNet. A
+    network of one channel gets it in grey. MMPretrain also crops; `crop=True` does the same.
 
     Args:
         model: a classifier, which is put into evaluation mode, or a name for `get_model`.
@@ -96,8 +99,14 @@ def inference_model(
     if model.dataset in data.DATASETS and data.DATASETS[model.dataset].labels != "classes":
         raise ValueError(f"the network was trained on {model.dataset!r}: its outputs are not those of classes")
     weight = next(model.to(device).eval().parameters())
-    normalize = normalization(model.dataset, weight.dtype).to(weight.device)
-    pixels = data.eval_transform(model.img_size, crop=crop)(_rgb(image))
+    if model.in_chans not in MODES:
+        raise ValueError(f"inference_model takes a network for images, not for {model.in_chans} channels")
+    if model.statistics:
+        normalize = data.Normalize(*model.statistics, dtype=weight.dtype)
+    else:
+        normalize = normalization(model.dataset, model.in_chans, weight.dtype)
+    normalize = normalize.to(weight.device)
+    pixels = data.eval_transform(model.img_size, crop=crop)(_as_image(image, model.in_chans))
     scores = probabilities(model, pixels[None], normalize)[0]
     if classes is not None and len(classes) != len(scores):
         raise ValueError(f"classes has {len(classes)} names, the network has {len(scores)} classes")
@@ -110,13 +119,13 @@ def inference_model(
     }
 
 
-def _rgb(image: str | Path | np.ndarray | Image) -> Image:
+def _as_image(image: str | Path | np.ndarray | Image, channels: int) -> Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"an array of an image is (H, W, 3) of uint8, not {image.shape} of {image.dtype}")
-        return fromarray(image)
+        image = fromarray(image)
     if isinstance(image, Image):
-        return to_mode(image)
+        return to_mode(image, MODES[channels])
     if not isinstance(image, str | Path):
         raise ValueError(f"an image is a file, an array or an image of Pillow, not a {type(image).__name__}")
-    return read_image(Path(image))
+    return read_image(Path(image), channels)

@@ -1,5 +1,6 @@
 """Semantic segmentation: one class per pixel, a decoder on the levels of a backbone, mean IoU."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
@@ -38,13 +39,14 @@ class Segmentation(Task):
     name = "segmentation"
     metric, metric_label, agreement_label = "miou", "mIoU", "pixel agreement"
     labels, default_dataset = "masks", "cityscapes"
-    section, unused = "SEG", ("AUG", "DISTILL", "TEST.CROP", "MODEL.NUM_CLASSES")
+    section = "SEG"
+    unused = ("AUG", "DISTILL", "TEST.CROP", "MODEL.NUM_CLASSES", "DATA.SAMPLING", "TRAIN.CLASS_WEIGHTS")
     dataset_type, whole_images = MaskedDataset, True
     least_batch_size = 2  # decoders pool each image to a single value per channel and batch-normalise it
 
     def train_transform(self) -> Any:
         """Returns the joint augmentation of an image and its mask."""
-        return segmentation_train_transform(self.train_size, self.cfg.SEG.SCALE)
+        return segmentation_train_transform(self.train_size, self.cfg.SEG.SCALE, self.statistics.mean)
 
     def eval_transform(self, size: Size | None) -> Any:
         """Returns the joint transform of a test image and its mask."""
@@ -81,7 +83,7 @@ class Segmentation(Task):
         options: dict[str, Any] = {}
         if own and self.cfg.MODEL.PRETRAINED and weights is not None:
             options = self._options_of(self._classifier(weights))
-        options |= self.structure | self.form_options(weights)
+        options |= self.structure | self.form_options(weights) | self.input_options
         if self.cfg.MODEL.DROP_PATH:
             options["drop_path_rate"] = self.cfg.MODEL.DROP_PATH
         if seg.BACKBONE_SIZE:
@@ -120,14 +122,14 @@ class Segmentation(Task):
         """Loads the backbone from a classifier."""
         assert isinstance(network, SegmentationNetwork)
         fresh = network.load_backbone(self._classifier(checkpoint).model)
-        return f"the classifier in {checkpoint.path}, for the backbone{except_new(fresh)}"
+        return f"the classifier in {checkpoint.path}{checkpoint.adapted}, for the backbone{except_new(fresh)}"
 
     @classmethod
     def metadata(
-        cls, arch: str, network: nn.Module, image_size: Size, form: str | None, dataset: str | None
+        cls, arch: str, network: nn.Module, image_size: Size, form: str | None, images: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Returns the metadata of a checkpoint, which are the arguments of the network."""
-        return describe_segmentation(network, form, dataset=dataset)
+        return describe_segmentation(network, form, **images)
 
     @classmethod
     def network_from(cls, checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:
@@ -137,7 +139,7 @@ class Segmentation(Task):
         if arch not in (None, own):
             raise ValueError(f"{checkpoint.path} is of {own}, not of {arch}: leave the architecture out")
         size = to_2tuple(network.arguments.get("img_size") or default_image_size(own))
-        return Network(own, network, network.num_classes, size)
+        return Network(own, network, network.num_classes, size, network.arguments["in_chans"])
 
     def settings_of(self, network: Network) -> dict[str, Any]:
         """Returns what the configuration would say of the network of a checkpoint, by key."""

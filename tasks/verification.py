@@ -53,7 +53,7 @@ class Verification(Task):
     metric, metric_label = "accuracy", "accuracy"
     labels, default_dataset = "identities", "faces"
     section = "FACE"
-    unused = ("DISTILL", "MODEL.NUM_CLASSES", "MODEL.LABEL_SMOOTHING", *MIXING)
+    unused = ("DISTILL", "MODEL.NUM_CLASSES", "MODEL.LABEL_SMOOTHING", "TRAIN.CLASS_WEIGHTS", *MIXING)
 
     def num_outputs(self) -> int:
         """Returns the size of an embedding."""

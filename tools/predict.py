@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import data
 from data.transforms import Transform
 from engine.backends import set_tf32
+from models.checkpoints import Checkpoint, statistics_in
 from tasks.classification import Classification
 from tasks.inference import add_checkpoint_options, default_device, load_checkpoint, prepare
 from tasks.prediction import normalization, probabilities, read_image
@@ -68,17 +69,28 @@ def class_names(path: Path | None, count: int) -> list[str]:
     return names
 
 
-def readable(paths: Iterable[Path], unreadable: list[Path]) -> Iterator[tuple[Path, Image]]:
-    """Yields the images in RGB; reports unreadable files on stderr and adds them to `unreadable`."""
+def readable(paths: Iterable[Path], channels: int, unreadable: list[Path]) -> Iterator[tuple[Path, Image]]:
+    """Yields the images with these channels; reports unreadable files on stderr and adds them to `unreadable`."""
     for path in paths:
         try:
-            image = read_image(path)
+            image = read_image(path, channels)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             cli.print_error(printable(f"{path}: {reason}"))
             unreadable.append(path)
         else:
             yield path, image
+
+
+def normalization_of(checkpoint: Checkpoint, dataset: str | None, channels: int) -> data.Normalize:
+    """Returns the normalization of the images of a data set, or where none is given of those that weights are for."""
+    trained = statistics_in(checkpoint, channels)
+    if trained and not dataset:
+        return data.Normalize(*trained)
+    try:
+        return normalization(dataset or checkpoint.meta.get("dataset"), channels)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}: say --dataset") from None
 
 
 def classified(
@@ -109,16 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     task, checkpoint, network = load_checkpoint(args.weights, args.arch, args.ema)
     if task is not Classification:
         raise ValueError(f"{args.weights} is of the task {task.name}, whose networks name no classes")
-    try:
-        normalize = normalization(args.dataset or checkpoint.meta.get("dataset")).to(device)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}: say --dataset") from None
+    normalize = normalization_of(checkpoint, args.dataset, network.in_chans).to(device)
     names = class_names(args.classes, network.num_classes)
     model = prepare(network.model, device, fuse=args.fuse)
     size = to_2tuple(args.resolution or network.image_size)
     transform = data.eval_transform(size, crop=args.crop)
     unreadable: list[Path] = []
-    decoded = readable(args.images, unreadable)
+    decoded = readable(args.images, network.in_chans, unreadable)
     figures: dict[str, list[tuple[str, float]]] = {}
     for path, values in classified(model, decoded, transform, normalize, min(args.batch_size, len(args.images))):
         best = values.topk(min(args.top, len(names)))

@@ -11,7 +11,7 @@ from configs.command_line import FLAGS
 from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS, unused_keys
 from configs.field_types import BOOLEAN
 from configs.schema import DEFAULTS, FIELD_TYPES, SECTIONS
-from data import DATASETS, PRESETS
+from data import DATASETS, PRESETS, SAMPLINGS
 from data.batch_augmentation import ERASING_MODES, MIXUP_MODES
 from data.decode import JPEG_DECODERS
 from data.transforms import INTERPOLATIONS
@@ -20,6 +20,7 @@ from models.dense import DOWNSAMPLINGS, FULL_RANK
 from models.pure_mlp import MIXERS
 from models.segmentation import DECODERS
 from tasks import TASKS
+from tasks.classification import CLASS_WEIGHTS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REGISTRIES = {
@@ -27,6 +28,8 @@ REGISTRIES = {
     "DATA.INTERPOLATION": INTERPOLATIONS,
     "DATA.DECODER": JPEG_DECODERS,
     "DATA.CACHE_MODE": CACHE_MODES,
+    "DATA.SAMPLING": SAMPLINGS,
+    "TRAIN.CLASS_WEIGHTS": CLASS_WEIGHTS,
     "AUG.MIXUP_MODE": MIXUP_MODES,
     "AUG.PRESET": PRESETS,
     "AUG.REMODE": ERASING_MODES,
@@ -50,7 +53,11 @@ EDGES = [
     ("DATA.IMG_SIZE", "1 1,2", "0 -224 0,224 224,-1", "at least 1 pixel"),
     ("DATA.TEST_SIZE", "1 1,2", "0 0,224", "at least 1 pixel"),
     ("DATA.TEST_BATCH_SIZE", "1 None", "0", "at least 1"),
+    ("DATA.CHANNELS", "3 None", "0 2 5", "1, 3 or 4"),
+    ("DATA.MEAN", "0,0.5,1 0.5 None", "-0.1 1.1 0.5,2 []", "numbers from 0 to 1"),
+    ("DATA.STD", "1 0.001,0.5,1 None", "0 1.1 0.5,0 []", "numbers above 0 and at most 1"),
     ("DATA.NUM_WORKERS", "0", "-1", "at least 0"),
+    ("DATA.REPEATED_AUG", "1 100", "0 101", "from 1 to 100"),
     ("DATA.MAX_UNREADABLE", "0", "-1", "at least 0"),
     ("MODEL.NUM_CLASSES", "1 None", "0", "at least 1"),
     ("MODEL.LABEL_SMOOTHING", "0 0.99", "-0.1 1", "at least 0 and below 1"),
@@ -112,7 +119,12 @@ EDGES = [
     ("AUG.COLOR_JITTER", "0", "-0.1", "at least 0"),
     ("AUG.REPROB", "0 1", "-0.1 1.1", "from 0 to 1"),
     ("AUG.RECOUNT", "1", "0", "at least 1"),
-    ("AUG.AUTO_AUGMENT", "none rand-m9 augmix-m3 original v0r 3a", "nothing off m9", "none, or a policy of timm"),
+    (
+        "AUG.AUTO_AUGMENT",
+        "none rand-m9 augmix-m3 original v0r 3a trivial cifar10 svhn",
+        "nothing off m9 trivial-m9",
+        "none, trivial, cifar10, svhn, or a policy of timm",
+    ),
     ("SAVE_FREQ", "1", "0", "at least 1"),
     ("PEAK_TFLOPS", "0", "-1", "at least 0"),
     ("DIST.TIMEOUT", "0.01", "0", "from 0.01 to 100000"),
@@ -174,6 +186,28 @@ CONTRADICTIONS = [
         )
         for compiles, mode in (("true", "reduce-overhead"), ("auto", "max-autotune"))
     ),
+    *(
+        (
+            opts,
+            "DATA.CHANNELS TASK AUG.PRESET AUG.AUTO_AUGMENT",
+            "set AUG.AUTO_AUGMENT to none, or for example AUG.PRESET",
+        )
+        for opts in (
+            "DATA.CHANNELS 1",
+            "DATA.CHANNELS 4 AUG.PRESET raug15",
+            "TASK verification DATA.CHANNELS 1 AUG.AUTO_AUGMENT trivial",
+        )
+    ),
+    (
+        "DATA.CHANNELS 4 AUG.AUTO_AUGMENT none",
+        "DATA.CHANNELS TASK AUG.PRESET AUG.COLOR_JITTER",
+        "set AUG.COLOR_JITTER to 0, or for example AUG.PRESET to weak",
+    ),
+    (
+        "TRAIN.CLASS_WEIGHTS balanced DATA.SAMPLING sqrt",
+        "TRAIN.CLASS_WEIGHTS DATA.SAMPLING",
+        "set one of them to its default",
+    ),
     ("TASK segmentation DATA.BATCH_SIZE 1", "TASK DATA.BATCH_SIZE", "set DATA.BATCH_SIZE higher"),
 ]
 AGREEMENTS = [
@@ -191,6 +225,12 @@ AGREEMENTS = [
     "COMPILE true COMPILE_MODE reduce-overhead TRAIN.ACCUMULATION_STEPS 1",
     "COMPILE true COMPILE_MODE max-autotune-no-cudagraphs TRAIN.ACCUMULATION_STEPS 2",
     "DATA.BATCH_SIZE 1",
+    "DATA.CHANNELS 3",
+    "DATA.CHANNELS 1 AUG.PRESET weak",
+    "DATA.CHANNELS 1 AUG.AUTO_AUGMENT none",
+    "DATA.CHANNELS 4 AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0",
+    "TASK segmentation DATA.CHANNELS 4",
+    "DATA.CHANNELS 4 EVAL_MODE true MODEL.RESUME a",
     "TASK segmentation DATA.BATCH_SIZE 2",
     "TASK segmentation DATA.BATCH_SIZE 1 EVAL_MODE true MODEL.RESUME a",
     "TASK segmentation SEG.RANK 1 SEG.DOWNSAMPLE conv3",
@@ -208,12 +248,14 @@ UNUSED = [
     ("segmentation", "AUG.MIXUP", "0.4"),
     ("segmentation", "AUG.PRESET", "flip"),
     ("segmentation", "TEST.CROP", "true"),
+    ("segmentation", "DATA.SAMPLING", "balanced"),
     ("segmentation", "FACE.LOSS", "cosface"),
     ("segmentation", "DISTILL.WEIGHT", "0.1"),
     ("verification", "DISTILL.TEACHER", "a.pth"),
     ("verification", "SEG.SCALE", "[1,2]"),
     ("verification", "AUG.MIXUP", "0.4"),
     ("verification", "MODEL.LABEL_SMOOTHING", "0"),
+    ("verification", "TRAIN.CLASS_WEIGHTS", "balanced"),
 ]
 
 
@@ -234,6 +276,22 @@ def test_edges(key, inside, beyond, allowed):
         with pytest.raises(ValueError, match=rf"^{key} = .* \(--opts\): must be ") as caught:
             load(f"{key} {text}")
         assert f"must be {allowed}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "meant"),
+    [
+        ("AUG.AUTO_AUGMENT", "TrivialAugment", "trivial"),
+        ("AUG.AUTO_AUGMENT", "rnd-m9-mstd0.5", "rand"),
+        ("AUG.AUTO_AUGMENT", "cifar", "cifar10"),
+        ("AUG.PRESET", "raug", "raug10"),
+        ("DATA.SAMPLING", "ballanced", "balanced"),
+        ("TRAIN.LR_SCHEDULER.NAME", "multi-step", "multistep"),
+    ],
+)
+def test_the_closest_choice_is_named(key, written, meant):
+    with pytest.raises(ValueError, match=rf"^{key} = .*; did you mean {meant}\?$"):
+        load(f"{key} {written}")
 
 
 @pytest.mark.parametrize("key", EMPTY)

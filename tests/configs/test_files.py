@@ -266,8 +266,6 @@ def allowed_values(key: str) -> st.SearchStrategy:
     constraint, name = CONSTRAINTS.get(key), FIELD_TYPES[key].name
     if constraint and constraint.choices:
         return st.sampled_from(constraint.choices)
-    if key == "AUG.AUTO_AUGMENT":
-        return st.sampled_from(["none", "rand-m7-mstd0.5", "augmix-m3-w3"])
     values = _BY_TYPE[name.removesuffix(", or null")]
     if constraint:
         values = values.filter(constraint.holds)

@@ -34,7 +34,8 @@ from data import (
     segmentation_eval_transform,
     zipped,
 )
-from data.datasets import DEFAULT, WITHOUT_PATH
+from data.datasets import DEFAULT, GREY, WITHOUT_PATH
+from data.decode import MODES
 from data.shapes import CLASSES, coverage, render
 
 LOADING = settings("DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0").DATA
@@ -62,6 +63,27 @@ def test_every_data_set_gives_labelled_rgb_images(name, split, data_path):
         if DATASETS[name].image_size is not None:
             assert image.size == (DATASETS[name].image_size,) * 2
         assert source.locate(index)
+
+
+@pytest.mark.parametrize("channels", MODES)
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_data_set_has_images_of_1_3_and_4_channels(name, channels, data_path):
+    image = np.asarray(opened(name, data_path(name), "val", channels=channels).load(0)[0])
+    assert image.shape[2:] == ((channels,) if channels > 1 else ())
+    colours = np.asarray(opened(name, data_path(name), "val").load(0)[0])
+    assert (image[..., :3] == colours).all() if channels > 1 else (abs(image - colours @ GREY) < 1).all()
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_statistics_of_grey_images(name):
+    """Those of the digits, whose colours are equal, are those of their pixels."""
+    spec = DATASETS[name]
+    assert spec.statistics(3) == (spec.mean, spec.std)
+    assert spec.statistics(4) is None
+    mean, std = spec.statistics(1)
+    assert len(mean) == len(std) == 1
+    assert min(spec.mean) - 1e-9 <= mean[0] <= max(spec.mean) + 1e-9
+    assert min(spec.std) - 1e-9 <= std[0] <= max(spec.std) + 1e-9
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageCms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.decode import EXTENSIONS, FORMATS, decode_image, image_file
+from data.datasets import GREY
+from data.decode import EXTENSIONS, FORMATS, MODES, decode_image, image_file
 
 RAMP = (np.arange(16, dtype=np.uint16) * 4369).reshape(4, 4)  # 0x0000, 0x1111, ..., 0xffff
 GREYS = (np.arange(16) * 17).reshape(4, 4)  # the same in 8 bits
@@ -52,6 +53,52 @@ def tiff(samples: bytes, bits: int, sample_format: int = 1) -> bytes:
     tags[273] = 8 + 2 + 12 * len(tags) + 4
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + samples
+
+
+def four_bands(size: tuple[int, int] = (12, 10)) -> np.ndarray:
+    """Noise, uint8 (H, W, 4), whose fourth band is 0 in places."""
+    pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    pixels[::2, :, 3] = 0
+    return pixels
+
+
+class TestChannels:
+    def test_grey_stays_as_it_is(self):
+        content = encoded(Image.fromarray(GREYS.astype(np.uint8)), "PNG")
+        assert (np.asarray(decode_image(content, "L")) == GREYS).all()
+        assert (np.asarray(decode_image(encoded(Image.fromarray(RAMP), "PNG"), "L")) == GREYS).all()
+
+    def test_colour_becomes_grey_by_the_shares_of_the_data_set(self):
+        pixels = np.asarray(smooth()).astype(float)
+        found = np.asarray(decode_image(encoded(smooth(), "PNG"), "L"))
+        assert found.shape == pixels.shape[:2]
+        assert abs(found - pixels @ GREY).max() < 1
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+    def test_four_bands_are_those_that_were_saved(self, kind):
+        """Also where the fourth, were it transparency, would hide the others."""
+        content = encoded(
+            Image.fromarray(four_bands()), kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})
+        )
+        image = decode_image(content, MODES[4])
+        assert (np.asarray(image) == four_bands()).all()
+        bands = [
+            Image.fromarray(band).resize((5, 7), Image.Resampling.BICUBIC) for band in four_bands().transpose(2, 0, 1)
+        ]
+        assert (np.asarray(image.resize((5, 7), Image.Resampling.BICUBIC)) == np.stack(bands, 2)).all()
+
+    @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+    def test_without_a_fourth_band_it_is_full(self, mode):
+        kind = "TIFF" if mode == "CMYK" else "PNG"
+        found = np.asarray(decode_image(encoded(smooth(mode), kind), MODES[4]))
+        assert (found[..., :3] == np.asarray(smooth(mode).convert("RGB"))).all()
+        assert (found[..., 3] == 255).all()
+
+    def test_a_fourth_band_that_pillow_does_not_decode(self):
+        content = encoded(Image.merge("RGBX", Image.fromarray(four_bands()).split()), "TIFF")
+        with pytest.raises(ValueError, match="fourth band of unspecified kind can't be read: store the image as RGBA"):
+            decode_image(content, MODES[4])
+        assert (decoded(content) == four_bands()[..., :3]).all()
 
 
 class TestModes:

@@ -15,6 +15,7 @@ from data import (
     DigitsSource,
     FolderSource,
     SampleKey,
+    Source,
     TransformedDataset,
     build_eval_loader,
     build_train_loader,
@@ -23,6 +24,7 @@ from data import (
 )
 from data.loaders import MAX_TRIES, Sample, collate
 from data.transport import REFUSALS
+from utils.seed import local_rng
 
 
 def fingerprint(loader) -> list[tuple[bytes, list[int], list[int]]]:
@@ -77,6 +79,55 @@ def test_an_image_is_augmented_anew_in_each_epoch_and_for_each_seed():
         dataset = TransformedDataset(DigitsSource("val"), transform, seed)
         images |= {dataset[SampleKey(epoch, 3)].image.numpy().tobytes() for epoch in range(4)}
     assert len(images) == 16
+
+
+def test_each_repeat_of_an_image_is_augmented_anew_and_the_first_as_ever():
+    transform = train_transform((16, 16), settings("AUG.PRESET weak").AUG)
+    dataset = TransformedDataset(DigitsSource("val"), transform, 3)
+    first, *others = (dataset[SampleKey(1, 3, repeat)] for repeat in range(4))
+    assert len({sample.image.numpy().tobytes() for sample in (first, *others)}) == 4
+    assert torch.equal(first.image, transform(dataset.source.load(3)[0], local_rng(3, 1, 3, 0)))
+    assert [sample.repeat for sample in others] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("opts", ["DATA.REPEATED_AUG 3", "DATA.SAMPLING balanced DATA.REPEATED_AUG 2"])
+def test_sampled_batches_do_not_depend_on_workers_and_position(opts):
+    """A batch says which repeats it holds, and each has the same draws wherever it is loaded."""
+    transform = train_transform((16, 16), settings("AUG.PRESET weak").AUG)
+    seen: list[dict] = []
+    for num_workers, consumed in ((0, 0), (1, 0), (0, 128)):
+        loader = build_train_loader(DigitsSource("val"), transform, loading(32, num_workers, opts), seed=0)
+        loader.set_position(1, consumed)
+        assert len(loader) == (359 - consumed) // 32
+        images = {}
+        for batch in loader:
+            keys = zip(batch.indices.tolist(), batch.repeats.tolist(), strict=True)
+            images |= {key: image.numpy().tobytes() for key, image in zip(keys, batch.images, strict=True)}
+        assert len(images) == len(loader) * 32
+        seen.append(images)
+    assert seen[0] == seen[1]
+    assert seen[2].items() <= seen[0].items()
+
+
+def test_classes_of_images_that_have_none():
+    cfg = loading(4, 0, "DATA.SAMPLING balanced")
+    with pytest.raises(ValueError, match=r"DATA\.SAMPLING balances classes.* set it to uniform"):
+        build_train_loader(Unlabelled(), eval_transform((8, 8)), cfg, seed=0)
+
+
+class Unlabelled(Source):
+    """Eight black images."""
+
+    classes = ("a", "b")
+
+    def __len__(self) -> int:
+        return 8
+
+    def load(self, index: int):
+        return Image.new("RGB", (8, 8)), torch.zeros(2)
+
+    def locate(self, index: int) -> str:
+        return str(index)
 
 
 def test_loading_leaves_the_global_generators_alone():

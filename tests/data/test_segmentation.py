@@ -20,6 +20,7 @@ from data import (
     segmentation_eval_transform,
     segmentation_train_transform,
 )
+from data.decode import MODES
 from data.segmentation import RandomScale
 from utils.seed import keyed_rng
 
@@ -49,6 +50,19 @@ def test_images_of_all_cities_come_with_their_own_masks(cityscapes_folder: Path)
         assert (mask[:2] == IGNORED).all()
         assert pixels[mask == CAR].mean(0) == pytest.approx([200, 40, 40], abs=3)
         assert pixels[mask == PERSON].mean(0) == pytest.approx([40, 60, 200], abs=3)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels_are_padded_with_their_mean(channels: int) -> None:
+    mean = (0.1, 0.2, 0.3, 0.4)[:channels]
+    image = Image.new(MODES[channels], (8, 8))
+    transform = segmentation_train_transform((32, 32), (0.9, 1.1), mean)
+    pixels, mask = transform(image, np.zeros((8, 8), dtype=np.uint8), random.Random(0))
+    assert pixels.shape == (channels, 32, 32)
+    padding = torch.tensor([round(255 * value) for value in mean])
+    assert torch.equal(pixels[:, mask == IGNORED].unique(dim=1)[:, 0].long(), padding)
+    whole, _ = segmentation_eval_transform((16, 16))(image, np.zeros((8, 8), dtype=np.uint8), random.Random(0))
+    assert whole.shape == (channels, 16, 16)
 
 
 def test_label_ids_become_training_ids(own_folder: Path) -> None:

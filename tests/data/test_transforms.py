@@ -50,7 +50,8 @@ def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("size", [(16, 16), (48, 48), (24, 40)])
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_every_preset_gives_uint8_of_the_size(preset, size, interpolation):
-    transform = partial(pickle.loads(pickle.dumps(preset_named(preset, size, interpolation=interpolation).func)), rng=random)
+    pickled = pickle.dumps(preset_named(preset, size, interpolation=interpolation).func)
+    transform = partial(pickle.loads(pickled), rng=random)
     for shape in ((8, 8), (30, 70), (90, 20)):
         result = transform(noise_image(*shape))
         assert result.dtype == torch.uint8
@@ -79,7 +80,21 @@ def test_policies_with_options_that_timm_does_not_know_are_refused(policy):
 
 
 @pytest.mark.parametrize(
-    "policy", ["rnd-m9", "rand-m9-foo", "rand-m", "rand-tfoo", "v1", "rand m9", "", "none-m9", "v0\n", "randm9", "NONE"]
+    "policy",
+    [
+        "rnd-m9",
+        "rand-m9-foo",
+        "rand-m",
+        "rand-tfoo",
+        "v1",
+        "rand m9",
+        "",
+        "none-m9",
+        "v0\n",
+        "randm9",
+        "NONE",
+        "trivial-m9",
+    ],
 )
 def test_what_is_no_policy(policy):
     assert not is_auto_augment_policy(policy)
@@ -90,6 +105,7 @@ def test_what_is_no_policy(policy):
     [
         *("rand-m9-mstd0.5-inc1", "rand-m10-n3-p1-mstd101", "rand-m5-tweights", "rand-t3aw", "rand"),
         *("augmix-m5-w4-d2", "v0", "v0r-mstd0.5", "original", "originalr", "3a", "none"),
+        *("trivial", "cifar10", "svhn"),
     ],
 )
 def test_policies_survive_many_draws(policy):
@@ -98,6 +114,23 @@ def test_policies_survive_many_draws(policy):
     image = noise_image(40, 40)
     for _ in range(60):
         transform(image)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+@pytest.mark.parametrize("policy", ["trivial", "cifar10", "svhn"])
+def test_a_policy_of_torchvision_is_applied_without_color_jitter(policy, interpolation):
+    of = {
+        "trivial": reference.TrivialAugmentWide,
+        "cifar10": partial(reference.AutoAugment, reference.AutoAugmentPolicy.CIFAR10),
+        "svhn": partial(reference.AutoAugment, reference.AutoAugmentPolicy.SVHN),
+    }[policy]
+    mode = reference.InterpolationMode.BICUBIC if interpolation == "bicubic" else reference.InterpolationMode.BILINEAR
+    opts = f"AUG.AUTO_AUGMENT {policy} AUG.COLOR_JITTER 9"
+    transform = augmentation((33, 33), opts, interpolation=interpolation)
+    assert repr(of(interpolation=mode)) in repr(transform)
+    assert "ColorJitter" not in repr(transform)
+    image = Image.new("RGB", (40, 40), (100, 150, 200))
+    assert len({tuple(transform(image)[:, 16, 16].tolist()) for _ in range(40)}) > 2
 
 
 def test_default_policy_may_posterize_to_nothing():

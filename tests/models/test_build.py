@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 from models import SPECS, RepMLPNet, create_model, default_image_size, list_models
-from models.build import REGISTRY, changeable, classifier_name, structure_changes
+from models.build import REGISTRY, changeable, classifier_name, first_conv_name, structure_changes
 from models.checkpoints import describe
 from models.files import write_checkpoint
 
@@ -256,3 +256,15 @@ def test_the_public_names_are_there() -> None:
 def test_the_parts_of_an_unknown_architecture_are_not_asked_for() -> None:
     with pytest.raises(ValueError, match=r"'RepMLPNet-Shape'; did you mean RepMLPNet-Shapes\?"):
         changeable("RepMLPNet-Shape")
+
+
+@pytest.mark.parametrize("name", [*list_models(), "resnet18", "mixer_b16_224"])
+def test_every_architecture_takes_images_of_other_channels(name):
+    """Only the first convolution changes; `first_conv_name` finds it."""
+    with torch.device("meta"):
+        shapes = {n: {k: v.shape for k, v in create_model(name, in_chans=n).state_dict().items()} for n in (1, 3, 4)}
+    first = f"{first_conv_name(name)}.weight"
+    for channels in (1, 4):
+        other = [key for key in shapes[3] if shapes[3][key] != shapes[channels][key]]
+        assert other == [first]
+        assert (shapes[channels][first][1], shapes[3][first][1]) == (channels, 3)

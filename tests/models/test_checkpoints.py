@@ -15,9 +15,18 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models import RepMLPNet, create_model
-from models.build import classifier_name
-from models.checkpoints import build_from, describe, load_pretrained, load_weights, read_checkpoint
+from models import RepMLPNet, create_model, default_image_size
+from models.build import REGISTRY, classifier_name, first_conv_name
+from models.checkpoints import (
+    META,
+    Checkpoint,
+    adapt_input,
+    build_from,
+    describe,
+    load_pretrained,
+    load_weights,
+    read_checkpoint,
+)
 from models.files import write_checkpoint
 from models.identify import fitting_architectures
 from models.reparam import to_deploy
@@ -693,3 +702,36 @@ def test_pretrained_weights_must_fit_but_for_the_head(weights: dict[str, Tensor]
     checkpoint = read_checkpoint(saved(tmp_path / "a.pth", state))
     with pytest.raises(ValueError, match=r"1 tensors missing \(embeds\.0\.bn\.bias\)"):
         load_pretrained(ARCH, create_model(ARCH, 4), checkpoint)
+
+
+@pytest.mark.parametrize("name", ["RepMLPNet-Digits", "PureMLP-C10", "resnet18"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_grey_image_gives_what_it_gives_as_rgb(name, dtype):
+    model = create_model(name, 5).to(dtype).eval()
+    size = default_image_size(name) if name in REGISTRY else (64, 64)
+    checkpoint = adapt_input(name, Checkpoint(Path("a.pth"), model.state_dict(), None), 1)
+    adapted = create_model(name, 5, in_chans=1).to(dtype).eval()
+    adapted.load_state_dict(checkpoint.state_dict)
+    image = torch.randn(2, 1, *size, dtype=dtype)
+    with torch.no_grad():
+        expected = model(image.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(adapted(image), expected)
+    assert str(checkpoint).endswith(f"a.pth, for 1 channel ({first_conv_name(name)}.weight is the sum of that for 3)")
+    assert checkpoint.meta == {"in_chans": 1}
+
+
+def test_weights_that_are_not_for_rgb_are_not_adapted():
+    grey = Checkpoint(Path("a.pth"), create_model("resnet18", in_chans=1).state_dict(), None)
+    assert adapt_input("resnet18", grey, 4) is grey
+    rgb = Checkpoint(Path("a.pth"), create_model("resnet18").state_dict(), None)
+    assert adapt_input("resnet18", rgb, 3) is rgb
+    assert adapt_input(ARCH, rgb, 4) is rgb
+
+
+def test_channels_of_a_network_of_timm_are_in_its_metadata():
+    model = create_model("resnet18", 5, in_chans=4)
+    meta = describe("resnet18", model, (64, 64), None, in_chans=4, mean=[0.5] * 4, std=[0.25] * 4)
+    META("meta", meta)
+    network = build_from(Checkpoint(Path("a.pth"), model.state_dict(), None, meta))
+    assert network.in_chans == 4
+    assert network.model(torch.zeros(1, 4, 64, 64)).shape == (1, 5)

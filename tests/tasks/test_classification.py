@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from settings import settings
 from training_parts import ALONE
 
-from tasks.classification import Classification
+from tasks.classification import Classification, WeightedCrossEntropy, balanced_weights
 
 RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 EPOCH = "--opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
@@ -46,6 +47,55 @@ def test_distributions_are_not_smoothed_again(mixing):
     targets = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5]], dtype=torch.float64)
     expected = -(targets * log_probabilities()).sum(1).mean()
     torch.testing.assert_close(loss(f"MODEL.LABEL_SMOOTHING 0.1 {mixing}", targets), expected)
+
+
+WEIGHTS = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
+LABELS = np.array([0, 0, 0, 0, 1, 1, 3])
+
+
+def test_balanced_weights():
+    weights = balanced_weights(LABELS, 5)
+    torch.testing.assert_close(weights, torch.tensor([7 / 12, 7 / 6, 0, 7 / 3, 0]))
+    assert float(weights[LABELS].mean()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("smoothing", [0, 0.3])
+def test_weighted_class_numbers(smoothing):
+    targets = torch.full((2, 3), smoothing / 3, dtype=torch.float64)
+    targets[0, 1] += 1 - smoothing
+    targets[1, 2] += 1 - smoothing
+    expected = -(WEIGHTS * targets * log_probabilities()).sum() / 2
+    found = WeightedCrossEntropy(WEIGHTS, smoothing)(LOGITS, torch.tensor([1, 2]))
+    torch.testing.assert_close(found, expected)
+
+
+def test_weighted_distributions_are_not_smoothed_again():
+    targets = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5]], dtype=torch.float64)
+    expected = -(WEIGHTS * targets * log_probabilities()).sum() / 2
+    torch.testing.assert_close(WeightedCrossEntropy(WEIGHTS, 0.3)(LOGITS, targets), expected)
+
+
+@pytest.mark.parametrize("mixing", ["", "AUG.MIXUP 0.4"])
+def test_the_weights_are_those_of_the_training_images(mixing):
+    task = Classification(
+        settings(f"DATA.DATA_PATH digits DATA.BATCH_SIZE 2 TRAIN.CLASS_WEIGHTS balanced MODEL.NUM_CLASSES 12 {mixing}"),
+        ALONE,
+    )
+    criterion = task.build_criterion(task.num_outputs())
+    counts = torch.tensor([list(task.train_source.labels).count(label) for label in range(10)])
+    expected = torch.cat((len(task.train_source) / (10 * counts), torch.zeros(2)))
+    torch.testing.assert_close(criterion.state_dict(), {"weight": expected})
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_mean_of_equal_parts_of_a_batch_is_the_loss_of_the_batch(soft):
+    """So it is with several processes and accumulated batches, whatever classes each of them has."""
+    torch.manual_seed(0)
+    criterion = WeightedCrossEntropy(torch.tensor([0.1, 1.0, 30.0]), 0.1)
+    logits, labels = torch.randn(12, 3), torch.tensor([0] * 6 + [1] * 4 + [2, 0])
+    targets = torch.nn.functional.one_hot(labels, 3).float() if soft else labels
+    parts = [criterion(*part) for part in zip(logits.split(4), targets.split(4), strict=True)]
+    torch.testing.assert_close(torch.stack(parts).mean(), criterion(logits, targets))
 
 
 @pytest.fixture(scope="module")
