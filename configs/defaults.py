@@ -51,6 +51,9 @@ _C.DATA.TEST_SIZE = None
 _C.DATA.TEST_BATCH_SIZE = None
 # Interpolation when images are resized: bilinear | bicubic | random (one of the two for each training image)
 _C.DATA.INTERPOLATION = "bilinear"
+# Whether the list of the files of an image folder is saved in the user's cache folder (~/.cache/repmlpnet), from 10,000
+# images on, and read from there as long as no folder in it has changed; False: it is made anew at every start.
+_C.DATA.INDEX = True
 # Whether the images are read from zip archives instead of folders.
 _C.DATA.ZIP_MODE = False
 # How much of the archives is cached in memory: no (nothing) | part (in each process its shard) | full (in each process
