@@ -55,7 +55,7 @@ class FolderSource(EncodedSource):
             raise ValueError(f"no image in {empty}: add one ({', '.join(EXTENSIONS)}) or remove the folder")
 
     def _read(self, index: int) -> bytes:
-        with open(f"{self.folder}/{self.paths[index]}", "rb") as file:
+        with open(f"{self.folder}/{self.paths[index]}", "rb", buffering=0) as file:  # pathlib takes 5 us longer
             return file.read()
 
     def locate(self, index: int) -> str:

@@ -159,16 +159,23 @@ def _scan_and_save(file: Path, fingerprint: str, folder: Path, scan: Callable[[]
         "scanned": np.array([scanned], dtype=np.uint64),
     }
     about = {"fingerprint": fingerprint, "checksum": _checksum(arrays), "folder": printable(folder)}
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            save_file(arrays, temporary, metadata=about)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _write(file, arrays, about)
     except (OSError, SafetensorError) as error:
         logging.getLogger(NAME).info(f"the index of {printable(folder)} can't be saved, and is made anew: {error}")
     return listing
+
+
+def _write(file: Path, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
+    """Writes a file under another name, and renames it: who reads the older one meanwhile goes on reading that."""
+    for leftover in file.parent.glob(f".{file.name}.*"):  # of a killed process
+        leftover.unlink(missing_ok=True)
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        save_file(arrays, temporary, metadata=about)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
