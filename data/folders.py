@@ -12,7 +12,7 @@ from utils.files import user_path
 from utils.text import printable
 
 from .decode import EXTENSIONS
-from .index import NOWHERE, Listing, State, find_listing, packed_states, state_of
+from .index import NOWHERE, Listing, State, find_listing, packed_states, state
 from .sources import DIGITS, SHAPES, SPLITS, EncodedSource, PackedStrings
 
 Identity = tuple[int, int]  # of a folder, by whichever path it is reached: device, inode
@@ -90,7 +90,7 @@ def scan(folder: Path, classes: Sequence[str]) -> Listing:
     Raises:
         ValueError: links lead to one folder in two ways, so that its images would count twice, or without end.
     """
-    seen = {_identity(place): place for place in (folder, *folder.resolve().parents)}
+    seen = {_identity(os.stat(place)): str(place) for place in (folder, *folder.resolve().parents)}
     states: dict[str, State] = {}
     terminated, counts = bytearray(), []
     for name in classes:
@@ -107,7 +107,7 @@ def scan(folder: Path, classes: Sequence[str]) -> Listing:
 
 
 def _walk(
-    folder: Path, name: str, seen: dict[Identity, Path], states: dict[str, State]
+    folder: Path, name: str, seen: dict[Identity, str], states: dict[str, State]
 ) -> Iterator[tuple[str, list[str]]]:
     """Yields `name` and every folder below it, relative to `folder`, with the names of the images in it.
 
@@ -116,9 +116,9 @@ def _walk(
     waiting = [name]
     while waiting:
         place = waiting.pop()
-        states[place] = state_of(folder / place)  # before it is read, so that later changes are noticed
-        _enter(folder / place, seen)
-        files, others = _entries(folder / place)
+        path = f"{folder}/{place}"
+        states[place] = _enter(path, seen)  # before it is read, so that later changes are noticed
+        files, others = _entries(path)
         for entry in others:
             if _is_folder(entry):
                 waiting.append(f"{place}/{entry.name}")
@@ -129,7 +129,7 @@ def _walk(
         yield place, [file for file in files if file.lower().endswith(EXTENSIONS)]
 
 
-def _entries(path: Path) -> tuple[list[str], list[os.DirEntry[str]]]:
+def _entries(path: str | Path) -> tuple[list[str], list[os.DirEntry[str]]]:
     """Returns the names of the files in a folder, and whatever else is in it; nothing hidden.
 
     There may be a million files: no system call is spent on any of them.
@@ -146,18 +146,23 @@ def _entries(path: Path) -> tuple[list[str], list[os.DirEntry[str]]]:
     return files, others
 
 
-def _enter(path: Path, seen: dict[Identity, Path]) -> None:
-    """Records that a folder is read; raises ValueError if it was reached before, through a symbolic link."""
-    other = seen.setdefault(_identity(path), path)
+def _enter(path: str, seen: dict[Identity, str]) -> State:
+    """Records that a folder is read, and returns its state.
+
+    Raises:
+        ValueError: it was reached before, through a symbolic link.
+    """
+    status = os.stat(path)
+    other = seen.setdefault(_identity(status), path)
     if other is not path:
         raise ValueError(
             f"{printable(path)} and {printable(other)} are one folder, whose images would count more than once: "
             "remove the symbolic link"
         )
+    return state(status)
 
 
-def _identity(path: Path) -> Identity:
-    status = path.stat()
+def _identity(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino
 
 

@@ -48,18 +48,22 @@ class Listing(NamedTuple):
     states: np.ndarray  # uint64 (places, 3), of each before it was read
 
 
-def state_of(path: str | Path) -> State:
-    """Returns the state of a folder, also by a link that leads to it; `NOWHERE` if there is none.
+def state(status: os.stat_result) -> State:
+    """Returns the state of a folder.
 
     The time of the last change of status counts as well: programs set that of the entries back to an older one, as
     `tar` and `rsync` do for what they have unpacked. The device does not count: network file systems number theirs
     anew on each machine.
     """
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def state_of(path: str | Path) -> State:
+    """Returns the state of a folder, also by a link that leads to it; `NOWHERE` if there is none."""
     try:
-        status = os.stat(path)
+        return state(os.stat(path))
     except OSError:
         return NOWHERE
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def packed_states(states: Iterable[State]) -> np.ndarray:
