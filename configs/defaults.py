@@ -63,6 +63,9 @@ _C.DATA.CHANNELS = None
 # which has none for 4 channels.
 _C.DATA.MEAN = None
 _C.DATA.STD = None
+# Whether the list of the files of an image folder is saved in the user's cache folder (~/.cache/repmlpnet), from 10,000
+# images on, and read from there as long as no folder in it has changed; False: it is made anew at every start.
+_C.DATA.INDEX = True
 # Whether the images are read from zip archives instead of folders.
 _C.DATA.ZIP_MODE = False
 # How much of the archives is cached in memory: no (nothing) | part (in each process its shard) | full (in each process

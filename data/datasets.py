@@ -75,7 +75,7 @@ class DatasetSpec:
 def _open_imagenet(cfg: CfgNode, split: str, *, rank: int, world_size: int) -> ImageSource:
     if cfg.ZIP_MODE:
         return ZipSource(cfg.DATA_PATH, split, cache_mode=cfg.CACHE_MODE, rank=rank, world_size=world_size)
-    return FolderSource(cfg.DATA_PATH, split)
+    return FolderSource(cfg.DATA_PATH, split, index=cfg.INDEX)
 
 
 def _open_cifar(reader: type[CIFAR10], cfg: CfgNode, split: str, **_: Any) -> ImageSource:
@@ -95,7 +95,7 @@ def _open_cityscapes(cfg: CfgNode, split: str, **_: Any) -> Source:
 
 
 def _open_faces(cfg: CfgNode, split: str, **_: Any) -> ImageSource:
-    return FolderSource(cfg.DATA_PATH, split, same_classes=False)
+    return FolderSource(cfg.DATA_PATH, split, same_classes=False, index=cfg.INDEX)
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -156,10 +156,11 @@ def resolve_name(dataset: str, data_path: str | Path) -> str:
 def open_source(cfg: CfgNode, split: str, *, channels: int = 3, rank: int = 0, world_size: int = 1) -> Source:
     """Opens the images of a split, `train` or `val`, without ever building the other one.
 
-    `cfg` is the section DATA: DATASET and DATA_PATH say what is opened (see `resolve_name`), ZIP_MODE and CACHE_MODE
-    are for zipped image folders (see `ZipSource`, also for `rank` and `world_size`), DOWNLOAD for data sets that can be
-    fetched, DECODER for image files. `channels` are those of the images that it returns. Raises ValueError, with the
-    remedy, where the data is missing or malformed, and where the keys contradict each other.
+    `cfg` is the section DATA: DATASET and DATA_PATH say what is opened (see `resolve_name`), INDEX is for image folders
+    (see `FolderSource`), ZIP_MODE and CACHE_MODE are for zipped ones (see `ZipSource`, also for `rank` and
+    `world_size`), DOWNLOAD for data sets that can be fetched, DECODER for image files. `channels` are those of the
+    images that it returns. Raises ValueError, with the remedy, where the data is missing or malformed, and where the
+    keys contradict each other.
     """
     assert split in SPLITS
     name = resolve_name(cfg.DATASET, cfg.DATA_PATH)

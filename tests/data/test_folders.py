@@ -5,11 +5,12 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from data import FolderSource, read_pairs
-from data.folders import class_names, image_files
+from data.folders import class_names, scan
 
 
 def touch(root: Path, *paths: str) -> None:
@@ -19,7 +20,8 @@ def touch(root: Path, *paths: str) -> None:
 
 
 def found(root: Path) -> list[tuple[str, int]]:
-    return list(image_files(root, class_names(root)))
+    listing = scan(root, class_names(root))
+    return list(zip(listing.paths, np.repeat(np.arange(len(listing.counts)), listing.counts), strict=True))
 
 
 def of_torchvision(root: Path) -> list[tuple[str, int]]:
