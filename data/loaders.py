@@ -20,6 +20,7 @@ from utils.text import printable
 
 from .samplers import EvalSampler, SampleKey, TrainSampler
 from .sources import Source
+from .storage import PATIENCE_S, PendingReads, check_folder
 from .transport import REFUSALS, SHARED_MEMORY, Failure, Parcel, check_room, with_remedy
 
 MAX_TRIES = 16  # this many unreadable images in a row mean that the storage is gone
@@ -49,6 +50,11 @@ class Batch(NamedTuple):
         return Batch(images, labels, indices, self.unreadable)
 
 
+def most_workers() -> int:
+    """Returns how many data loading processes there may be: more than one per core would compete."""
+    return len(os.sched_getaffinity(0))
+
+
 class TransformedDataset(Dataset[Sample]):
     """The images of a source under a transform whose random numbers depend on (seed, epoch, index) alone."""
 
@@ -56,6 +62,7 @@ class TransformedDataset(Dataset[Sample]):
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.reads = PendingReads(source.locate, slots=most_workers())
 
     def __len__(self) -> int:
         return len(self.source)
@@ -91,10 +98,13 @@ class TransformedDataset(Dataset[Sample]):
         for index in range(first, first + min(MAX_TRIES, len(self))):
             index %= len(self)
             try:
-                image, label = self.source.load(index)
+                with self.reads.of(index):
+                    image, label = self.source.load(index)
             except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in REFUSALS:
-                    raise  # not the fault of the image
+                if isinstance(error, OSError):
+                    if error.errno in REFUSALS:
+                        raise  # not the fault of the image
+                    check_folder(error)
                 unreadable.append(printable(f"{self.source.locate(index)}: {error}"))
             else:
                 return image, label, index, unreadable
@@ -119,8 +129,12 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class BatchLoader(DataLoader[Sample]):
-    """A loader that raises the errors of its workers as they were raised, and an OSError if one is killed."""
+    """A loader that raises the errors of its workers as they were raised, and an OSError if one is killed.
 
+    It logs which image it waits for when a read takes longer than `patience_s`.
+    """
+
+    patience_s = PATIENCE_S
     _workers: Sequence[multiprocessing.process.BaseProcess] = ()  # they stay for all epochs
 
     def set_position(self, epoch: int, consumed: int = 0) -> None:
@@ -146,8 +160,9 @@ class BatchLoader(DataLoader[Sample]):
                 # torch's handler would raise at any point, even within an update; without it, the loader notices a
                 # dead worker within seconds when it waits for a batch.
                 signal.signal(signal.SIGCHLD, at_death or signal.SIG_DFL)
-            for item in batches:
-                yield item.open() if isinstance(item, Parcel) else item
+            with self.dataset.reads.named(self.patience_s):  # type: ignore[attr-defined]  # all of ours have them
+                for item in batches:
+                    yield item.open() if isinstance(item, Parcel) else item
         except (RuntimeError, ConnectionError, EOFError) as error:
             # torch reports the workers that have exited; one that is exiting has already closed its connections.
             reported = str(error).startswith("DataLoader worker (pid")
@@ -232,7 +247,7 @@ def build_eval_loader(
 def _build_loader(
     dataset: TransformedDataset, sampler: TrainSampler | EvalSampler, batch_size: int, cfg: CfgNode
 ) -> BatchLoader:
-    num_workers = min(cfg.NUM_WORKERS, len(os.sched_getaffinity(0)))  # more than one per core would compete
+    num_workers = min(cfg.NUM_WORKERS, most_workers())
     return BatchLoader(
         dataset,
         batch_size=batch_size,
