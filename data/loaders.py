@@ -221,7 +221,7 @@ def build_train_loader(
         seed=seed,
         fixed_shards=cfg.ZIP_MODE and cfg.CACHE_MODE == "part",  # each rank has only its own images in memory
     )
-    return _build_loader(dataset(source, transform, seed), sampler, cfg.BATCH_SIZE, cfg)
+    return build_loader(dataset(source, transform, seed), sampler, cfg.BATCH_SIZE, cfg)
 
 
 def build_eval_loader(
@@ -241,12 +241,16 @@ def build_eval_loader(
     """
     sampler = EvalSampler(len(source), rank=rank, world_size=world_size)
     size = cfg.TEST_BATCH_SIZE or batch_size or cfg.BATCH_SIZE
-    return _build_loader(dataset(source, transform), sampler, size, cfg)
+    return build_loader(dataset(source, transform), sampler, size, cfg)
 
 
-def _build_loader(
-    dataset: TransformedDataset, sampler: TrainSampler | EvalSampler, batch_size: int, cfg: CfgNode
+def build_loader(
+    dataset: Dataset[Any], sampler: TrainSampler | EvalSampler, batch_size: int, cfg: CfgNode
 ) -> BatchLoader:
+    """Returns a loader of what `dataset` gives for a list of keys of the sampler; `cfg` is the section DATA.
+
+    The dataset notes in `reads` what it reads.
+    """
     num_workers = min(cfg.NUM_WORKERS, most_workers())
     return BatchLoader(
         dataset,
