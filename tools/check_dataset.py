@@ -9,6 +9,7 @@ python -m tools.check_dataset IMAGENET --json report.json
 
 import argparse
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Split:
     source: data.Source
     digests: np.ndarray  # uint64 (N, 2)
     is_read: np.ndarray = field(repr=False)  # bool (N,)
+    seconds: float = 0.0
     bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
@@ -92,6 +94,7 @@ class Split:
         """Returns the figures for --json."""
         return {
             "images": len(self.source),
+            "seconds": self.seconds,
             "bytes": self.bytes,
             "formats": dict(self.formats.most_common()),
             "modes": dict(self.modes.most_common()),
@@ -102,6 +105,7 @@ class Split:
         parts = [f"{len(self.source)} images of {len(self.source.classes)} classes"]
         parts += [readable(self.bytes)] * bool(self.bytes)
         parts += [", ".join(f"{name} {n}" for name, n in c.most_common()) for c in (self.formats, self.modes) if c]
+        parts += [f"{len(self.source) / self.seconds:.0f} images/s"]
         return f"{self.name}: {'; '.join(parts)}"
 
 
@@ -139,7 +143,7 @@ def read(name: str, source: data.Source, cfg: CfgNode, findings: list[Finding]) 
     """
     count = len(source)
     split = Split(name, source, np.zeros((count, 2), dtype=np.uint64), np.zeros(count, dtype=bool))
-    done = 0
+    done, begin = 0, time.perf_counter()
     with tqdm(total=count, desc=name, unit=" images", leave=False, disable=None) as bar:
         try:
             for chunk in inspections(source, cfg):
@@ -149,6 +153,7 @@ def read(name: str, source: data.Source, cfg: CfgNode, findings: list[Finding]) 
                 bar.update(len(chunk))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted after {done} of {count} images of {name}") from None
+    split.seconds = time.perf_counter() - begin
     return split
 
 
@@ -174,13 +179,13 @@ def repeated(splits: Sequence[Split]) -> Iterator[Finding]:
         yield Finding(kind, [split.source.locate(index) for split, index in images], ", ".join(classes))
 
 
-def equal_rows(rows: np.ndarray) -> Iterator[list[int]]:
-    """Yields the positions of rows (N, K) that are equal, two or more, in ascending order."""
+def equal_rows(rows: np.ndarray) -> list[list[int]]:
+    """Returns the positions of rows (N, K) that are equal, two or more, in ascending order."""
     order = np.lexsort(rows.T[::-1])
-    first = np.flatnonzero(np.append(True, (rows[order][1:] != rows[order][:-1]).any(1)))
-    for begin, end in zip(first, np.append(first[1:], len(rows)), strict=True):
-        if end - begin > 1:
-            yield sorted(order[begin:end].tolist())
+    begins = np.flatnonzero(np.append(True, (rows[order][1:] != rows[order][:-1]).any(1)))
+    ends = np.append(begins[1:], len(rows))
+    several = np.flatnonzero(ends - begins > 1)
+    return sorted(sorted(order[begins[group] : ends[group]].tolist()) for group in several)
 
 
 def of_classes(split: Split) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -188,11 +189,13 @@ def test_what_is_said_of_a_sound_data_set(call, root, tmp_path):
     write(root / "train/ant/grey.jpg", 20, mode="L")
     write(root / "train/bee/palette.png", 21, mode="P")
     files = [path for path in root.glob("train/*/*")]
-    results = [checked(call, root, "-j", workers, tmp_path / f"{workers}.json") for workers in (0, 2)]
-    assert results[0] == results[1]
-    result, found = results[0]
+    written = [checked(call, root, "-j", workers, tmp_path / f"{workers}.json")[1] for workers in (0, 2)]
+    assert all(split.pop("seconds") > 0 for report in written for split in report["splits"].values())
+    assert written[0] == written[1]
+    result, found = checked(call, root, tmp_path / "report.json")
     assert (result.status, result.err, found["findings"]) == (0, "", [])
     assert found["splits"]["train"] == {
+        "seconds": found["splits"]["train"]["seconds"],
         "images": 8,
         "bytes": sum(path.stat().st_size for path in files),
         "formats": {"PNG": 7, "JPEG": 1},
@@ -200,8 +203,9 @@ def test_what_is_said_of_a_sound_data_set(call, root, tmp_path):
         "classes": {"ant": 4, "bee": 4},
     }
     lines = result.out.splitlines()
-    assert lines[0].startswith("train: 8 images of 2 classes; ")
-    assert lines[0].endswith(" KiB; PNG 7, JPEG 1; RGB 6, L 1, P 1")
+    assert re.fullmatch(
+        r"train: 8 images of 2 classes; [\d.]+ KiB; PNG 7, JPEG 1; RGB 6, L 1, P 1; \d+ images/s", lines[0]
+    )
     assert lines[2:] == ["0 errors, 0 warnings, 0 notes"]
 
 
@@ -294,5 +298,6 @@ def test_a_mistake_is_one_line(call, root, tmp_path):
     result, _ = checked(call, tmp_path / "nowhere")
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert result.err.startswith("error: no class folders at ")
-    result, _ = checked(call, root, root / "report.json")
+    result = call("tools/check_dataset.py", root, "--json", root / "report.json")
     assert (result.status, result.out) == (2, "")
+    assert "lies in" in result.err
