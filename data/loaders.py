@@ -22,6 +22,7 @@ from utils.text import printable
 from .pixels import DecodedImage
 from .samplers import UNIFORM, EvalSampler, SampleKey, TrainSampler
 from .sources import ImageSource, Source
+from .storage import PATIENCE_S, PendingReads, check_folder
 from .transport import REFUSALS, SHARED_MEMORY, Failure, Parcel, check_room, with_remedy
 
 MAX_TRIES = 16  # this many unreadable images in a row mean that the storage is gone
@@ -53,6 +54,11 @@ class Batch(NamedTuple):
         return self._replace(images=images, labels=labels, indices=indices)
 
 
+def most_workers() -> int:
+    """Returns how many data loading processes there may be: more than one per core would compete."""
+    return len(os.sched_getaffinity(0))
+
+
 class TransformedDataset(Dataset[Sample]):
     """The images of a source under a transform whose random numbers depend on the seed and the sample key alone."""
 
@@ -60,6 +66,7 @@ class TransformedDataset(Dataset[Sample]):
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.reads = PendingReads(source.locate, slots=most_workers())
 
     def __len__(self) -> int:
         return len(self.source)
@@ -95,10 +102,13 @@ class TransformedDataset(Dataset[Sample]):
         for index in range(first, first + min(MAX_TRIES, len(self))):
             index %= len(self)
             try:
-                image, label = self.source.load(index)
+                with self.reads.of(index):
+                    image, label = self.source.load(index)
             except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in REFUSALS:
-                    raise  # not the fault of the image
+                if isinstance(error, OSError):
+                    if error.errno in REFUSALS:
+                        raise  # not the fault of the image
+                    check_folder(error)
                 unreadable.append(printable(f"{self.source.locate(index)}: {error}"))
             else:
                 return image, label, index, unreadable
@@ -145,8 +155,12 @@ def _differ(images: Tensor, image: Tensor) -> str:
 
 
 class BatchLoader(DataLoader[Sample]):
-    """A loader that raises the errors of its workers as they were raised, and an OSError if one is killed."""
+    """A loader that raises the errors of its workers as they were raised, and an OSError if one is killed.
 
+    It logs which image it waits for when a read takes longer than `patience_s`.
+    """
+
+    patience_s = PATIENCE_S
     _workers: Sequence[multiprocessing.process.BaseProcess] = ()  # they stay for all epochs
 
     def set_position(self, epoch: int, consumed: int = 0) -> None:
@@ -172,8 +186,9 @@ class BatchLoader(DataLoader[Sample]):
                 # torch's handler would raise at any point, even within an update; without it, the loader notices a
                 # dead worker within seconds when it waits for a batch.
                 signal.signal(signal.SIGCHLD, at_death or signal.SIG_DFL)
-            for item in batches:
-                yield item.open() if isinstance(item, Parcel) else item
+            with self.dataset.reads.named(self.patience_s):  # type: ignore[attr-defined]  # all of ours have them
+                for item in batches:
+                    yield item.open() if isinstance(item, Parcel) else item
         except (RuntimeError, ConnectionError, EOFError) as error:
             # torch reports the workers that have exited; one that is exiting has already closed its connections.
             reported = str(error).startswith("DataLoader worker (pid")
@@ -235,7 +250,7 @@ def build_train_loader(
         repeats=cfg.REPEATED_AUG,
         labels=None if cfg.SAMPLING == UNIFORM else _classes_of_images(source),
     )
-    return _build_loader(dataset(source, transform, seed), sampler, cfg.BATCH_SIZE, cfg)
+    return build_loader(dataset(source, transform, seed), sampler, cfg.BATCH_SIZE, cfg)
 
 
 def _classes_of_images(source: Source) -> np.ndarray:
@@ -264,13 +279,17 @@ def build_eval_loader(
     """
     sampler = EvalSampler(len(source), rank=rank, world_size=world_size)
     size = cfg.TEST_BATCH_SIZE or batch_size or cfg.BATCH_SIZE
-    return _build_loader(dataset(source, transform), sampler, size, cfg)
+    return build_loader(dataset(source, transform), sampler, size, cfg)
 
 
-def _build_loader(
-    dataset: TransformedDataset, sampler: TrainSampler | EvalSampler, batch_size: int, cfg: CfgNode
+def build_loader(
+    dataset: Dataset[Any], sampler: TrainSampler | EvalSampler, batch_size: int, cfg: CfgNode
 ) -> BatchLoader:
-    num_workers = min(cfg.NUM_WORKERS, len(os.sched_getaffinity(0)))  # more than one per core would compete
+    """Returns a loader of what `dataset` gives for a list of keys of the sampler; `cfg` is the section DATA.
+
+    The dataset notes in `reads` what it reads.
+    """
+    num_workers = min(cfg.NUM_WORKERS, most_workers())
     return BatchLoader(
         dataset,
         batch_size=batch_size,

@@ -89,9 +89,9 @@ def _print_last(line: str) -> None:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and exits with its status; a user error (ValueError, OSError) is printed on one line.
 
-    A run that was stopped by a signal exits with 128 + its number, and so does Ctrl-C. Results that could not be
-    printed are an error. `REPMLP_TRACEBACK=1` adds the traceback to a user error. Any other exception is a defect and
-    keeps its traceback.
+    A run that was stopped by a signal exits with 128 + its number, and so does Ctrl-C, whose KeyboardInterrupt may say
+    how far it was. Results that could not be printed are an error. `REPMLP_TRACEBACK=1` adds the traceback to a user
+    error. Any other exception is a defect and keeps its traceback.
     """
     console.prepare()
     raise_on_interrupt()
@@ -113,9 +113,9 @@ def status_of(main: Callable[[], int | None]) -> int:
     except Stopped as stop:
         _print_last(str(stop))
         return stop.status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for the cleanup
-        _print_last("interrupted")
+        _print_last(printable(stop) or "interrupted")
         return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         if os.environ.get("REPMLP_TRACEBACK"):

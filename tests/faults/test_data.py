@@ -184,3 +184,17 @@ def test_too_few_open_files_for_data_loading_processes(small, tmp_path):
         "error: too many open files: raise the limit, `ulimit -n 65536`, or lower DATA.NUM_WORKERS (test.py: -j)"
     )
     assert error.removeprefix("error: ") in run.log
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_that_vanishes_ends_the_run_in_one_line(run, images, tmp_path, workers):
+    root = Path(shutil.copytree(images, tmp_path / "mounted"))
+    process = run.start(*of(root), "TRAIN.EPOCHS", 1000, "DATA.MAX_UNREADABLE", 1, workers=workers)
+    process.until("Train: ", 1)
+    (root / "train").rename(tmp_path / "elsewhere")
+    error = one_line(process)
+    assert re.fullmatch(
+        rf"error: the folder {root}/train/(ant|bee) can't be read: No such file or directory; start again once it can",
+        error,
+    )
+    assert f"stopped: {error.removeprefix('error: ')}\n" in run.log
