@@ -17,17 +17,19 @@ from .batch_augmentation import (
     BatchTransform,
     build_batch_augmentation,
 )
-from .cifar import CifarSource
 from .cityscapes import CITYSCAPES, CityscapesSource
-from .datasets import DATASETS, DatasetSpec, open_source, resolve_name
+from .datasets import DATASETS, DatasetSpec, is_known, known_names, open_source, resolve_name, spec_of
 from .digits import DigitsSource
 from .folders import FolderSource
+from .formats import FORMATS
+from .lists import ListSource
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .pairs import Pairs, draw_pairs, read_pairs
 from .samplers import EvalSampler, SampleKey, TrainSampler
 from .segmentation import MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from .shapes import ShapesSource
 from .sources import DIGITS, IGNORED, SHAPES, EncodedSource, ImageSource, Source
+from .tars import TarSource
 from .transforms import INTERPOLATIONS, PRESETS, Normalize, eval_transform, is_auto_augment_policy, train_transform
 from .zipped import CACHE_MODES, ZipSource
 
@@ -37,6 +39,7 @@ __all__ = [
     "DATASETS",
     "DIGITS",
     "ERASING_MODES",
+    "FORMATS",
     "IGNORED",
     "INTERPOLATIONS",
     "MIXUP_MODES",
@@ -46,7 +49,6 @@ __all__ = [
     "BatchAugmentation",
     "BatchLoader",
     "BatchTransform",
-    "CifarSource",
     "CityscapesSource",
     "DatasetSpec",
     "DigitsSource",
@@ -54,6 +56,7 @@ __all__ = [
     "EvalSampler",
     "FolderSource",
     "ImageSource",
+    "ListSource",
     "MaskedDataset",
     "Normalize",
     "Pairs",
@@ -61,6 +64,7 @@ __all__ = [
     "SampleKey",
     "ShapesSource",
     "Source",
+    "TarSource",
     "TrainSampler",
     "TransformedDataset",
     "ZipSource",
@@ -70,10 +74,13 @@ __all__ = [
     "draw_pairs",
     "eval_transform",
     "is_auto_augment_policy",
+    "is_known",
+    "known_names",
     "open_source",
     "read_pairs",
     "resolve_name",
     "segmentation_eval_transform",
     "segmentation_train_transform",
+    "spec_of",
     "train_transform",
 ]

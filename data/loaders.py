@@ -18,6 +18,7 @@ from utils.seed import keyed_rng
 from utils.signals import SIGNALS
 from utils.text import printable
 
+from .formats import holds_a_part
 from .samplers import EvalSampler, SampleKey, TrainSampler
 from .sources import Source
 from .transport import REFUSALS, SHARED_MEMORY, Failure, Parcel, check_room, with_remedy
@@ -204,7 +205,7 @@ def build_train_loader(
         rank=rank,
         world_size=world_size,
         seed=seed,
-        fixed_shards=cfg.ZIP_MODE and cfg.CACHE_MODE == "part",  # each rank has only its own images in memory
+        fixed_shards=holds_a_part(cfg),
     )
     return _build_loader(dataset(source, transform, seed), sampler, cfg.BATCH_SIZE, cfg)
 

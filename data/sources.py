@@ -3,17 +3,26 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from utils.text import printable
+
 from .decode import decode_rgb
 
 SPLITS = ("train", "val")
+WHOLE = "whole"  # in place of a split: all training images, to be divided (`splits.py`)
 IGNORED = 255  # in a mask, a pixel without a class
 # Data paths that are words: data sets that come with the project.
 DIGITS, SHAPES = "digits", "shapes"
+
+
+def stored_split(split: str) -> str:
+    """Returns the split whose files are read: of the whole, that of the training images."""
+    return "train" if split == WHOLE else split
 
 
 class Source(ABC):
@@ -52,6 +61,10 @@ class ImageSource(Source):
         """Returns the image in RGB and its label; raises OSError or ValueError where it cannot be read or decoded."""
         return self._image(index), int(self.labels[index])
 
+    def name(self, index: int) -> str:
+        """Returns what identifies the image wherever the data set lies: its path within that, or its number."""
+        return str(index)
+
     @abstractmethod
     def _image(self, index: int) -> Image.Image:
         """Returns the image in RGB; raises as `load` does."""
@@ -66,6 +79,24 @@ class EncodedSource(ImageSource):
 
     def _image(self, index: int) -> Image.Image:
         return decode_rgb(self._read(index))
+
+
+class FileSource(EncodedSource):
+    """Images in files of their own. `paths` are theirs, relative to `folder` or absolute."""
+
+    folder: Path
+    paths: "PackedStrings"
+
+    def _read(self, index: int) -> bytes:
+        return (self.folder / self.paths[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        """Returns the path of the file below the folder."""
+        return self.paths[index]
+
+    def locate(self, index: int) -> str:
+        """Returns the path of the file."""
+        return printable(self.folder / self.paths[index])
 
 
 class PackedStrings:

@@ -74,15 +74,15 @@ class Task(ABC):
 
     @property
     def dataset_name(self) -> str:
-        """The data set, a key of `data.DATASETS`.
+        """The name of the data set, for `data.spec_of`.
 
         Raises:
             ValueError: its labels are of another kind.
         """
         name = data.resolve_name(self.cfg.DATA.DATASET, self.cfg.DATA.DATA_PATH)
-        spec = data.DATASETS[name]
+        spec = data.spec_of(name)
         if spec.labels != self.labels:
-            fitting = " or ".join(known for known, other in data.DATASETS.items() if other.labels == self.labels)
+            fitting = " or ".join(data.known_names(self.labels))
             raise ValueError(
                 f"DATA.DATASET {name} has {spec.labels}, TASK {self.name} needs {self.labels}: set DATA.DATASET to "
                 f"{fitting}, or TASK to the one that the data set is for"
@@ -136,7 +136,7 @@ class Task(ABC):
 
     def normalize(self, dtype: torch.dtype = torch.float32) -> data.Normalize:
         """Builds the module that maps uint8 images to the input of the network, on the device."""
-        spec = data.DATASETS[self.dataset_name]
+        spec = data.spec_of(self.dataset_name)
         return data.Normalize(spec.mean, spec.std, dtype=dtype).to(self.rank_info.device)
 
     def batch_augmentation(self) -> data.BatchTransform | None:

@@ -83,8 +83,10 @@ class Classification(Task):
 
     def _check_normalization(self, path: str, dataset: str) -> None:
         """Raises ValueError if a teacher's images are normalized in another way than those of the training."""
-        own, other = data.DATASETS[self.dataset_name], data.DATASETS.get(dataset)
-        if other and (own.mean, own.std) != (other.mean, other.std):
+        if not data.is_known(dataset):
+            return
+        own, other = data.spec_of(self.dataset_name), data.spec_of(dataset)
+        if (own.mean, own.std) != (other.mean, other.std):
             raise ValueError(
                 f"DISTILL.TEACHER {path} was trained on images normalized as those of {dataset}, not of "
                 f"{self.dataset_name}"

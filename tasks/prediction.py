@@ -26,9 +26,10 @@ def normalization(dataset: str | None, dtype: torch.dtype = torch.float32) -> da
         ValueError: there is no such data set.
     """
     name = dataset or "imagenet"
-    if name not in data.DATASETS:
+    if not data.is_known(name):
         raise ValueError(f"the network was trained on {name!r}, which is unknown here")
-    return data.Normalize(data.DATASETS[name].mean, data.DATASETS[name].std, dtype=dtype)
+    spec = data.spec_of(name)
+    return data.Normalize(spec.mean, spec.std, dtype=dtype)
 
 
 def read_image(path: Path) -> Image:
@@ -93,7 +94,7 @@ def inference_model(
         raise ValueError(f"inference_model takes a network of get_model, with a head, not a {type(model).__name__}")
     if not model.global_pool:
         raise ValueError("inference_model takes a network that pools its last map: build it with global_pool='avg'")
-    if model.dataset in data.DATASETS and data.DATASETS[model.dataset].labels != "classes":
+    if model.dataset and data.is_known(model.dataset) and data.spec_of(model.dataset).labels != "classes":
         raise ValueError(f"the network was trained on {model.dataset!r}: its outputs are not those of classes")
     weight = next(model.to(device).eval().parameters())
     normalize = normalization(model.dataset, weight.dtype).to(weight.device)
