@@ -5,6 +5,7 @@ where these are read-only. The index is made anew when a file has another size o
 """
 
 import hashlib
+import json
 import os
 import secrets
 import tarfile
@@ -12,18 +13,18 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from utils.files import cache_folder, user_path
 from utils.text import printable, shortened
 
 from .decode import EXTENSIONS
 from .labels import Words, number_labels, read_classes
-from .sources import SPLITS, WHOLE, EncodedSource, PackedStrings
+from .sources import SPLITS, WHOLE, EncodedSource, PackedStrings, stored_split
 from .zipped import MAX_BYTES
 
 LABEL = "cls"  # the extension of a label in WebDataset's naming
@@ -55,6 +56,7 @@ class TarSource(EncodedSource):
                 f"no tar files of {split} at {root}: expected {split}.tar, {split}-000000.tar ... or {split}/*.tar, "
                 "uncompressed"
             )
+        _check_record(root / f"{stored_split(split)}.json", shards)
         index = open_index(shards)
         others = find_shards(root, "val" if split == "train" else "train") if same_classes and split != WHOLE else []
         other = Words(_place(others), open_index(others).words) if others else None
@@ -98,6 +100,22 @@ def find_shards(root: Path, split: str) -> list[Path]:
     shards = next(iter(found.values()), [])
     _check_no_gap(shards)
     return shards
+
+
+def _check_record(path: Path, shards: Sequence[Path]) -> None:
+    """Raises ValueError if `tools/pack_dataset.py` has not finished these files, or has written others as well."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        complete, names = record["complete"], {row["name"] for row in record["shards"]}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a file of another program
+        return
+    if not complete:
+        raise ValueError(f"{path}: the packing is not finished, continue it with the same command")
+    missing = sorted(names - {shard.name for shard in shards})
+    if missing:
+        raise ValueError(
+            f"{path} names {len(missing)} files that are missing, the first is {missing[0]}: copy them again"
+        )
 
 
 def _tars(paths: Iterable[Path]) -> list[Path]:
@@ -184,7 +202,7 @@ def _save(place: Path, stamp: str, index: Index) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")
     try:
-        save_file(arrays, temporary, metadata={"stamp": stamp})
+        temporary.write_bytes(save(arrays, metadata={"stamp": stamp}))
         os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
@@ -353,24 +371,32 @@ class Shards:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
-        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
-        self._opened_by = 0
+        self._open: OrderedDict[int, int] = OrderedDict()  # the descriptors of some, the last one used at the end
+        self._opened_by = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_files": OrderedDict(), "_opened_by": 0}
+        return {"paths": self.paths, "_open": OrderedDict(), "_opened_by": 0}
+
+    def __del__(self) -> None:
+        self._close(keep=0)
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Returns bytes of a file; raises OSError where it has fewer."""
-        content = os.pread(self._file(number).fileno(), size, offset)
+        content = os.pread(self._descriptor(number), size, offset)
         if len(content) != size:
             raise OSError(f"{self.paths[number]} has become shorter: {len(content)} of {size} bytes from {offset} on")
         return content
 
-    def _file(self, number: int) -> BinaryIO:
+    def _descriptor(self, number: int) -> int:
         if self._opened_by != os.getpid():
-            self._files, self._opened_by = OrderedDict(), os.getpid()
-        file = self._files.pop(number, None) or cast(BinaryIO, self.paths[number].open("rb", buffering=0))
-        self._files[number] = file  # the last one used, the last one closed
-        if len(self._files) > MAX_OPEN:
-            self._files.popitem(last=False)[1].close()
-        return file
+            self._close(keep=0)  # those of the process that this one was forked from, here alone
+            self._opened_by = os.getpid()
+        if number not in self._open:
+            self._open[number] = os.open(self.paths[number], os.O_RDONLY | os.O_CLOEXEC)
+            self._close(keep=MAX_OPEN)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _close(self, keep: int) -> None:
+        while len(self._open) > keep:
+            os.close(self._open.popitem(last=False)[1])

@@ -164,7 +164,14 @@ def test_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_a_data_path_of_nobody(tmp_path):
-    for source in (FolderSource, ZipSource, TarSource, ListSource, partial(open_torchvision, "CIFAR10"), CityscapesSource):
+    for source in (
+        FolderSource,
+        ZipSource,
+        TarSource,
+        ListSource,
+        partial(open_torchvision, "CIFAR10"),
+        CityscapesSource,
+    ):
         with pytest.raises(ValueError, match="there is no such user"):
             source("~nosuchuser/images", "val")
     with pytest.raises(ValueError, match="there is no such user"):
