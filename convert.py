@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data import DATASETS
+from data import is_known, spec_of
 from engine.task import Task
 from models import list_models
 from models.build import check_changeable
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if dataset != IMAGENET:
             print(f"without metadata, programs that classify images need --dataset {dataset}")
         statistics = statistics_in(checkpoint, network.in_chans)
-        usual = DATASETS[dataset].statistics(network.in_chans) if dataset in DATASETS else None
+        usual = spec_of(dataset).statistics(network.in_chans) if is_known(dataset) else None
         if statistics and statistics != usual:
             mean, std = (",".join(map(str, values)) for values in statistics)
             print(f"without metadata, evaluations need --opts DATA.MEAN {mean} DATA.STD {std}")

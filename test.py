@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from configs import Override, load_config, parse_opts
-from data import DATASETS
+from data import known_names
 from engine import backends
 from engine.evaluate import Comparison, compare, evaluate, refuse_nonfinite
 from engine.precision import PRECISIONS, autocast
@@ -51,7 +51,7 @@ def parser() -> cli.Parser:
     )
     result.add_argument("-r", "--resolution", metavar="R", help="test size; the architecture's own if absent")
     result.add_argument("-j", "--workers", default="4", metavar="N", help="data loading processes")
-    result.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}; that of the task if absent")
+    result.add_argument("--dataset", metavar="NAME", help=f"{', '.join(known_names())}; that of the task if absent")
     result.add_argument("--crop", action="store_true", default=None, help="resize to 256/224 of the size, then crop")
     result.add_argument("--amp", choices=list(PRECISIONS), default="off", help="precision of the forward pass")
     result.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys of the configuration")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from data import (
     CACHE_MODES,
-    DATASETS,
     ERASING_MODES,
+    FORMATS,
     INTERPOLATIONS,
     JPEG_DECODERS,
     MIXUP_MODES,
@@ -20,6 +20,8 @@ from data import (
     WITHOUT_CROP,
     WITHOUT_FLIP,
     is_auto_augment_policy,
+    is_known,
+    known_names,
 )
 from data.decode import MODES
 from data.samplers import UNIFORM
@@ -124,7 +126,12 @@ CONSTRAINTS: dict[str, Constraint] = {
     "TASK": one_of(TASKS),
     "DATA.BATCH_SIZE": at_least(1, MANY),
     "DATA.DATA_PATH": NOT_EMPTY,
-    "DATA.DATASET": one_of(DATASETS),
+    "DATA.DATASET": Constraint(f"one of {', '.join(known_names())}", is_known, tuple(known_names())),
+    "DATA.FORMAT": one_of(FORMATS),
+    "DATA.VAL_FRACTION": BELOW_ONE,
+    "DATA.FOLDS": Constraint("0, or at least 2 and at most 1000", lambda value: value == 0 or 2 <= value <= 1000),
+    "DATA.FOLD": from_to(0, 999),
+    "DATA.SPLIT_SEED": from_to(0, 2**32 - 1),
     "DATA.IMG_SIZE": PIXELS,
     "DATA.TEST_SIZE": PIXELS,
     "DATA.TEST_BATCH_SIZE": at_least(1, MANY),
@@ -277,6 +284,21 @@ CONFLICTS = (
         ("EVAL_MODE", "MODEL.RESUME"),
         lambda evaluate, resume: evaluate and not resume,
         "an evaluation needs weights; give a checkpoint as MODEL.RESUME",
+    ),
+    Conflict(
+        ("DATA.ZIP_MODE", "DATA.FORMAT"),
+        lambda zipped, form: zipped and form not in (None, "zip"),
+        "the images are stored in one way; leave DATA.ZIP_MODE (--zip) out",
+    ),
+    Conflict(
+        ("DATA.VAL_FRACTION", "DATA.FOLDS"),
+        lambda fraction, folds: fraction and folds,
+        "the images are divided in one way; give either DATA.VAL_FRACTION or DATA.FOLDS",
+    ),
+    Conflict(
+        ("DATA.FOLD", "DATA.FOLDS"),
+        lambda fold, folds: fold and fold >= folds,
+        "folds are counted from 0; set DATA.FOLD below DATA.FOLDS",
     ),
     Conflict(
         ("SEG.RANK", "SEG.DOWNSAMPLE"),

@@ -38,9 +38,25 @@ _C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128
 # Folder of the data set; `digits` and `shapes` name data sets that come with the project and need no folder.
 _C.DATA.DATA_PATH = "/path/to/imgnet/"
-# Its format: imagenet (train/<class>/*, val/<class>/*) | cf10 (CIFAR-10) | cf100 (CIFAR-100) | digits | shapes |
-# cityscapes (leftImg8bit/, gtFine/) | faces (train/<person>/*, val/<other person>/*)
+# Which data set it is: imagenet (images of any classes, train/<class>/*, val/<class>/*) | cf10 (CIFAR-10) | cf100
+# (CIFAR-100) | digits | shapes | cityscapes (leftImg8bit/, gtFine/) | faces (train/<person>/*, val/<other person>/*) |
+# torchvision/NAME (such as Flowers102, read by torchvision) | hfds/NAME (of the Hugging Face hub) | tfds/NAME (of
+# TensorFlow Datasets)
 _C.DATA.DATASET = "imagenet"
+# How the images of imagenet and faces are stored: folder | zip (train.zip, train_map.txt) | tar (train-000000.tar ...,
+# with WebDataset's names, or a folder or a tar file for each class) | list (train.csv: path,label). Null: folder, or
+# zip under ZIP_MODE.
+_C.DATA.FORMAT = None
+# Fraction of the training images of each class that is held out as test images, in place of the data set's own; 0
+# (none) to below 1.
+_C.DATA.VAL_FRACTION = 0.0
+# Number of parts of equal size that the training images of each class are divided into, one of which is held out as
+# test images; at least 2; 0: they are not divided.
+_C.DATA.FOLDS = 0
+# Which of the FOLDS is held out, from 0.
+_C.DATA.FOLD = 0
+# Seed of both divisions; 0 to 2^32 - 1. The images held out depend on it and on the names of the images alone.
+_C.DATA.SPLIT_SEED = 0
 # Side of a training image in pixels, or [height, width]; for segmentation, of the random crop. Null: the
 # architecture's own.
 _C.DATA.IMG_SIZE = None
@@ -66,7 +82,7 @@ _C.DATA.STD = None
 # Whether the list of the files of an image folder is saved in the user's cache folder (~/.cache/repmlpnet), from 10,000
 # images on, and read from there as long as no folder in it has changed; False: it is made anew at every start.
 _C.DATA.INDEX = True
-# Whether the images are read from zip archives instead of folders.
+# Whether the images are read from zip archives instead of folders; the older name of FORMAT zip.
 _C.DATA.ZIP_MODE = False
 # How much of the archives is cached in memory: no (nothing) | part (in each process its shard) | full (in each process
 # everything)
@@ -384,6 +400,7 @@ SPECIAL: dict[str, FieldType] = {
     "OUTPUT": PATH,
     "COMPILE": SWITCH,
     "DATA.IMG_SIZE": optional(SIZE),
+    "DATA.FORMAT": optional(TEXT),
     "DATA.TEST_SIZE": optional(SIZE),
     "DATA.TEST_BATCH_SIZE": optional(INTEGER),
     "DATA.CHANNELS": optional(INTEGER),

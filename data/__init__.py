@@ -17,12 +17,22 @@ from .batch_augmentation import (
     BatchTransform,
     build_batch_augmentation,
 )
-from .cifar import CifarSource
 from .cityscapes import CITYSCAPES, CityscapesSource
-from .datasets import DATASETS, DatasetSpec, Statistics, open_source, resolve_name
+from .datasets import (
+    DATASETS,
+    DatasetSpec,
+    Statistics,
+    is_known,
+    known_names,
+    open_source,
+    resolve_name,
+    spec_of,
+)
 from .decode import JPEG_DECODERS, Decoder, build_decoder
 from .digits import DigitsSource
 from .folders import FolderSource
+from .formats import FORMATS
+from .lists import ListSource
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .pairs import Pairs, draw_pairs, read_pairs
 from .pixels import DecodedImage
@@ -30,6 +40,7 @@ from .samplers import SAMPLINGS, EvalSampler, SampleKey, TrainSampler
 from .segmentation import MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from .shapes import ShapesSource
 from .sources import DIGITS, IGNORED, SHAPES, EncodedSource, ImageSource, Source
+from .tars import TarSource
 from .transforms import (
     INTERPOLATIONS,
     POLICIES,
@@ -49,6 +60,7 @@ __all__ = [
     "DATASETS",
     "DIGITS",
     "ERASING_MODES",
+    "FORMATS",
     "IGNORED",
     "INTERPOLATIONS",
     "JPEG_DECODERS",
@@ -63,7 +75,6 @@ __all__ = [
     "BatchAugmentation",
     "BatchLoader",
     "BatchTransform",
-    "CifarSource",
     "CityscapesSource",
     "DatasetSpec",
     "DecodedImage",
@@ -73,6 +84,7 @@ __all__ = [
     "EvalSampler",
     "FolderSource",
     "ImageSource",
+    "ListSource",
     "MaskedDataset",
     "Normalize",
     "Pairs",
@@ -81,6 +93,7 @@ __all__ = [
     "ShapesSource",
     "Source",
     "Statistics",
+    "TarSource",
     "TrainSampler",
     "TransformedDataset",
     "ZipSource",
@@ -91,10 +104,13 @@ __all__ = [
     "draw_pairs",
     "eval_transform",
     "is_auto_augment_policy",
+    "is_known",
+    "known_names",
     "open_source",
     "read_pairs",
     "resolve_name",
     "segmentation_eval_transform",
     "segmentation_train_transform",
+    "spec_of",
     "train_transform",
 ]

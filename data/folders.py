@@ -13,12 +13,12 @@ from utils.text import printable
 
 from .decode import EXTENSIONS
 from .index import NOWHERE, Listing, State, find_listing, packed_states, state
-from .sources import DIGITS, SHAPES, SPLITS, EncodedSource, PackedStrings
+from .sources import DIGITS, SHAPES, SPLITS, WHOLE, FileSource, PackedStrings
 
 Identity = tuple[int, int]  # of a folder, by whichever path it is reached: device, inode
 
 
-class FolderSource(EncodedSource):
+class FolderSource(FileSource):
     """The images below `root/split/<class>/`, at any depth; symbolic links are followed, hidden names left out.
 
     `paths` are theirs, relative to `folder`.
@@ -32,15 +32,15 @@ class FolderSource(EncodedSource):
     """
 
     def __init__(self, root: str | Path, split: str, *, same_classes: bool = True, index: bool = True) -> None:
-        assert split in SPLITS
-        self.folder = user_path(root) / split
+        assert split in (*SPLITS, WHOLE)
+        self.folder = _folder_of(user_path(root), split)
         self.classes = class_names(self.folder)
         if not self.classes:
             raise ValueError(
                 f"no class folders at {self.folder}: a data path holds train/<class>/* and val/<class>/*"
                 + f"; the words `{DIGITS}` and `{SHAPES}` as data path need no folder" * same_classes
             )
-        if same_classes:
+        if same_classes and split != WHOLE:
             _check_same_classes(self.folder, self.folder.with_name("val" if split == "train" else "train"))
         scanning = partial(scan, self.folder, self.classes)
         listing = find_listing(self.folder, self.classes, scanning) if index else scanning()
@@ -54,13 +54,12 @@ class FolderSource(EncodedSource):
             empty = printable(self.folder / self.classes[int(counts.argmin())])
             raise ValueError(f"no image in {empty}: add one ({', '.join(EXTENSIONS)}) or remove the folder")
 
-    def _read(self, index: int) -> bytes:
-        with open(f"{self.folder}/{self.paths[index]}", "rb", buffering=0) as file:  # pathlib takes 5 us longer
-            return file.read()
 
-    def locate(self, index: int) -> str:
-        """Returns the path of the file."""
-        return printable(self.folder / self.paths[index])
+def _folder_of(root: Path, split: str) -> Path:
+    """Returns the folder of a split; of the whole, that of the training images, or the root where it has no splits."""
+    if split != WHOLE:
+        return root / split
+    return root / "train" if (root / "train").is_dir() else root
 
 
 def _check_same_classes(folder: Path, other: Path) -> None:

@@ -10,8 +10,10 @@ from PIL import ExifTags, Image, ImageFile
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from .decode import EXTENSIONS, FORMATS, image_file, to_rgb
+from .decode import EXTENSIONS, FORMATS, image_file, to_mode
+from .jpeg import Mode
 from .loaders import build_loader, most_workers
+from .pixels import to_pillow
 from .samplers import EvalSampler, SampleKey
 from .sources import EncodedSource, Source
 from .storage import PendingReads, check_folder
@@ -54,8 +56,9 @@ def inspect(source: Source, index: int) -> Inspection:
     """Reads and decodes one image; raises OSError where the system refuses memory or files, or a folder is lost."""
     try:
         if isinstance(source, EncodedSource):
-            return _inspect_file(source._read(index), PurePath(source.locate(index)).suffix.lower())
-        image, _ = source.load(index)
+            extension = PurePath(source.locate(index)).suffix.lower()
+            return _inspect_file(source._read(index), extension, source.mode)
+        image = to_pillow(source.load(index)[0])
     except (OSError, ValueError) as error:
         if isinstance(error, OSError):
             if error.errno in REFUSALS:
@@ -66,13 +69,13 @@ def inspect(source: Source, index: int) -> Inspection:
     return Inspection(_digest(pixels), 0, "", image.mode, [])
 
 
-def _inspect_file(content: bytes, extension: str) -> Inspection:
+def _inspect_file(content: bytes, extension: str, mode: Mode) -> Inspection:
     """Decodes the bytes of an image file; raises OSError or ValueError where that fails."""
     with image_file(BytesIO(content)) as image:
         kind = "JPEG" if image.format == "MPO" else str(image.format)
         remarks = [*_remarks(image, len(content), kind, extension)]
         found = Inspection(_digest(content), len(content), kind, image.mode, remarks)
-        to_rgb(image)
+        to_mode(image, mode)
     return found
 
 

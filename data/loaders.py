@@ -19,6 +19,7 @@ from utils.seed import local_rng
 from utils.signals import SIGNALS
 from utils.text import printable
 
+from .formats import holds_a_part
 from .pixels import DecodedImage
 from .samplers import UNIFORM, EvalSampler, SampleKey, TrainSampler
 from .sources import ImageSource, Source
@@ -245,7 +246,7 @@ def build_train_loader(
         rank=rank,
         world_size=world_size,
         seed=seed,
-        fixed_shards=cfg.ZIP_MODE and cfg.CACHE_MODE == "part",  # each rank has only its own images in memory
+        fixed_shards=holds_a_part(cfg),
         sampling=cfg.SAMPLING,
         repeats=cfg.REPEATED_AUG,
         labels=None if cfg.SAMPLING == UNIFORM else _classes_of_images(source),

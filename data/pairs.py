@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .folders import FolderSource
+from .sources import ImageSource
 
 WORDS = {"same": True, "different": False}
 MAX_TRIES = 100  # draws per requested pair
@@ -19,8 +19,9 @@ class Pairs(NamedTuple):
     same: np.ndarray
 
 
-def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
-    """Reads lines `path path same` or `path path different`, of paths below the folder of a source.
+def read_pairs(path: str | Path, source: ImageSource) -> Pairs:
+    """Reads lines `path path same` or `path path different`, of names of images of a source, such as the
+    paths below its folder.
 
     Fields are separated by tabs, or by spaces if the line has no tab. Empty lines and lines that start with # are
     skipped.
@@ -31,7 +32,7 @@ def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no list of pairs at {path}")
-    positions = {place: i for i, place in enumerate(source.paths)}
+    positions = {source.name(index): index for index in range(len(source))}
     rows: list[tuple[int, int, bool]] = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip() or line.startswith("#"):
@@ -41,7 +42,7 @@ def read_pairs(path: str | Path, source: FolderSource) -> Pairs:
             raise ValueError(f"{path}, line {number}: expected `path path same` or `path path different`, not {line!r}")
         missing = [image for image in images if image not in positions]
         if missing:
-            raise ValueError(f"{path}, line {number}: there is no image {missing[0]} in {source.folder}")
+            raise ValueError(f"{path}, line {number}: there is no image {missing[0]} in the data of {source.locate(0)}")
         rows.append((positions[images[0]], positions[images[1]], WORDS[word]))
     if not rows:
         raise ValueError(f"{path} holds no pairs")

@@ -13,20 +13,20 @@ import numpy as np
 from utils.files import user_path
 from utils.text import printable, shortened
 
-from .sources import SPLITS, EncodedSource, PackedStrings
+from .labels import check_largest, read_classes
+from .sources import SPLITS, WHOLE, EncodedSource, PackedStrings, stored_split
 
 CACHE_MODES = ("no", "part", "full")
 MAX_BYTES = 2**29  # of one image unpacked: those of the pixels of the largest one that Pillow decodes
-FEW_CLASSES, LABELS_A_CLASS = 1000, 10  # classes that there may always be, and for each one that has images
 _LABEL = re.compile(r" *([0-9]{1,9}) *")
 
 
 class ZipSource(EncodedSource):
     """The images of `root/split.zip` that `root/split_map.txt` lists, one `path/in/the/zip.jpg<TAB>label` a line.
 
-    The classes are numbered from 0 to the largest label of the map; where there are more than a thousand, every tenth
-    at least must have images. `cache_mode` says which images' bytes are kept in memory from the start: none (`no`), all
-    (`full`), or those with `index % world_size == rank` (`part`).
+    The classes are those that `root/classes.txt` names, else numbered from 0 to the largest label of the map; where
+    there are then more than a thousand, every tenth at least must have images. `cache_mode` says which images' bytes
+    are kept in memory from the start: none (`no`), all (`full`), or those with `index % world_size == rank` (`part`).
 
     Raises ValueError for missing or damaged files and for map lines that can't be right, naming file and line.
     """
@@ -34,19 +34,21 @@ class ZipSource(EncodedSource):
     def __init__(
         self, root: str | Path, split: str, *, cache_mode: str = "part", rank: int = 0, world_size: int = 1
     ) -> None:
-        assert split in SPLITS
-        root = user_path(root)
+        assert split in (*SPLITS, WHOLE)
+        root, split = user_path(root), stored_split(split)
         archive, map_file = root / f"{split}.zip", root / f"{split}_map.txt"
         for path in (archive, map_file):
             if not path.is_file():
                 raise ValueError(
-                    f"{path} is missing: DATA.ZIP_MODE reads {split}.zip and {split}_map.txt from DATA.DATA_PATH"
+                    f"{path} is missing: DATA.FORMAT zip, or DATA.ZIP_MODE, reads {split}.zip and {split}_map.txt from "
+                    "DATA.DATA_PATH"
                 )
         self._archive = _Archive(archive)
-        entries, labels = _read_map(map_file, known=self._archive.names())
+        names = read_classes(root)
+        entries, labels = _read_map(map_file, self._archive.names(), len(names) if names else None)
         self._entries = PackedStrings(entries)
         self.labels = np.array(labels, dtype=np.int64)
-        self.classes = [str(label) for label in range(max(labels) + 1)]
+        self.classes = names or [str(label) for label in range(max(labels) + 1)]
         self._cache = self._read_all(_cached_indices(cache_mode, len(labels), rank, world_size))
 
     def _read_all(self, indices: Iterable[int]) -> dict[int, bytes]:
@@ -60,6 +62,10 @@ class ZipSource(EncodedSource):
     def _read(self, index: int) -> bytes:
         return self._cache.get(index) or self._archive.read(self._entries[index])
 
+    def name(self, index: int) -> str:
+        """Returns the path of the entry within the zip file."""
+        return self._entries[index]
+
     def locate(self, index: int) -> str:
         """Returns the path of the zip file, continued by that of the entry."""
         return printable(f"{self._archive.path}/{self._entries[index]}")
@@ -70,8 +76,11 @@ def _cached_indices(cache_mode: str, length: int, rank: int, world_size: int) ->
     return {"no": range(0), "part": range(rank, length, world_size), "full": range(length)}[cache_mode]
 
 
-def _read_map(path: Path, known: set[str]) -> tuple[list[str], list[int]]:
-    """Returns the entries and the labels of a map file; ValueError with file and line for what can't be right."""
+def _read_map(path: Path, known: set[str], count: int | None) -> tuple[list[str], list[int]]:
+    """Returns the entries and the labels of a map file; ValueError with file and line for what can't be right.
+
+    `count` is the number of classes, None if it follows from the labels.
+    """
     line_of: dict[str, int] = {}
     labels: list[int] = []
     with open(path, "rb") as lines:
@@ -90,18 +99,9 @@ def _read_map(path: Path, known: set[str]) -> tuple[list[str], list[int]]:
             labels.append(label)
     if not labels:
         raise ValueError(f"{path} lists no image: write one `path/in/the/zip.jpg<TAB>label` a line")
-    _check_largest(path, labels, list(line_of.values()))
+    numbers = list(line_of.values())
+    check_largest(np.array(labels), lambda index: f"{path}, line {numbers[index]}", count)
     return list(line_of), labels
-
-
-def _check_largest(path: Path, labels: list[int], lines: list[int]) -> None:
-    """Raises ValueError for an implausible largest label, which would leave most classes without images."""
-    largest, used = max(labels), len(set(labels))
-    if largest >= max(FEW_CLASSES, LABELS_A_CLASS * used):
-        raise ValueError(
-            f"{path}, line {lines[labels.index(largest)]}: with the label {largest} there would be {largest + 1} "
-            f"classes, of which {used} have images: number the classes from 0 on"
-        )
 
 
 def _parse_line(line: str) -> tuple[str, int]:

@@ -81,7 +81,7 @@ class Task(ABC):
             ValueError: it is not known, or is for another number of channels.
         """
         mean, std = self.cfg.DATA.MEAN, self.cfg.DATA.STD
-        known = self._statistics or data.DATASETS[self.dataset_name].statistics(self.channels)
+        known = self._statistics or data.spec_of(self.dataset_name).statistics(self.channels)
         if known is None:
             if mean is None or std is None:
                 raise ValueError(
@@ -118,7 +118,7 @@ class Task(ABC):
         self._statistics = data.Statistics(*trained)
         if self.statistics != self._statistics:
             return [f"images are normalised by {self.statistics}; in the training of the weights by {self._statistics}"]
-        if self._statistics != data.DATASETS[self.dataset_name].statistics(self.channels):
+        if self._statistics != data.spec_of(self.dataset_name).statistics(self.channels):
             return [f"images are normalised by {self._statistics}, as in the training of the weights"]
         return []
 
@@ -140,15 +140,15 @@ class Task(ABC):
 
     @property
     def dataset_name(self) -> str:
-        """The data set, a key of `data.DATASETS`.
+        """The name of the data set, for `data.spec_of`.
 
         Raises:
             ValueError: its labels are of another kind.
         """
         name = data.resolve_name(self.cfg.DATA.DATASET, self.cfg.DATA.DATA_PATH)
-        spec = data.DATASETS[name]
+        spec = data.spec_of(name)
         if spec.labels != self.labels:
-            fitting = " or ".join(known for known, other in data.DATASETS.items() if other.labels == self.labels)
+            fitting = " or ".join(data.known_names(self.labels))
             raise ValueError(
                 f"DATA.DATASET {name} has {spec.labels}, TASK {self.name} needs {self.labels}: set DATA.DATASET to "
                 f"{fitting}, or TASK to the one that the data set is for"

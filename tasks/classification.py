@@ -130,8 +130,9 @@ class Classification(Task):
 
     def _check_normalization(self, checkpoint: Checkpoint, channels: int) -> None:
         """Raises ValueError if a teacher's images are normalized in another way than those of the training."""
-        stored, dataset = statistics_in(checkpoint, channels), data.DATASETS.get(checkpoint.meta.get("dataset", ""))
-        other = data.Statistics(*stored) if stored else dataset.statistics(channels) if dataset else None
+        stored, trained_on = statistics_in(checkpoint, channels), checkpoint.meta.get("dataset", "")
+        spec = data.spec_of(trained_on) if data.is_known(trained_on) else None
+        other = data.Statistics(*stored) if stored else spec.statistics(channels) if spec else None
         if other and other != self.statistics:
             raise ValueError(
                 f"DISTILL.TEACHER {checkpoint.path} was trained on images normalized by {other}, these are by "

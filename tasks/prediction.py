@@ -26,9 +26,9 @@ def normalization(dataset: str | None, channels: int = 3, dtype: torch.dtype = t
         ValueError: there is no such data set, or it has no statistics for this number of channels.
     """
     name = dataset or "imagenet"
-    if name not in data.DATASETS:
+    if not data.is_known(name):
         raise ValueError(f"the network was trained on {name!r}, which is unknown here")
-    statistics = data.DATASETS[name].statistics(channels)
+    statistics = data.spec_of(name).statistics(channels)
     if statistics is None:
         raise ValueError(f"{name} has no statistics of {channels} channels")
     return data.Normalize(*statistics, dtype=dtype)
@@ -96,7 +96,7 @@ def inference_model(
         raise ValueError(f"inference_model takes a network of get_model, with a head, not a {type(model).__name__}")
     if not model.global_pool:
         raise ValueError("inference_model takes a network that pools its last map: build it with global_pool='avg'")
-    if model.dataset in data.DATASETS and data.DATASETS[model.dataset].labels != "classes":
+    if model.dataset and data.is_known(model.dataset) and data.spec_of(model.dataset).labels != "classes":
         raise ValueError(f"the network was trained on {model.dataset!r}: its outputs are not those of classes")
     weight = next(model.to(device).eval().parameters())
     if model.in_chans not in MODES:

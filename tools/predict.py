@@ -42,8 +42,8 @@ def parser() -> cli.Parser:
     result.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line; default: numbers")
     result.add_argument(
         "--dataset",
-        choices=list(data.DATASETS),
-        help="trained on; default: that of the checkpoint, or imagenet",
+        metavar="NAME",
+        help=f"trained on, {', '.join(data.known_names())}; default: that of the checkpoint, or imagenet",
     )
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the probabilities to this file")
@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_target(args.json, filter(None, [args.weights, *images, args.classes]))
     device = default_device()
     set_tf32(False)
+    if args.dataset:
+        data.spec_of(args.dataset)  # raises ValueError for an unknown one
     task, checkpoint, network = load_checkpoint(args.weights, args.arch, args.ema)
     if task is not Classification:
         raise ValueError(f"{args.weights} is of the task {task.name}, whose networks name no classes")

@@ -25,6 +25,12 @@ def user_path(path: str | Path) -> Path:
         raise ValueError(f"{path}: there is no such user; write ./~... for a name that begins with ~") from None
 
 
+def cache_folder() -> Path:
+    """Returns the folder for what can be made anew; it need not exist. ValueError where the user has no home folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else user_path("~/.cache")) / "repmlpnet"
+
+
 def check_target(target: Path, inputs: Iterable[str | Path]) -> None:
     """Checks before any work that a file can be written and is not an input.
 

@@ -11,7 +11,7 @@ from configs.command_line import FLAGS
 from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS, unused_keys
 from configs.field_types import BOOLEAN
 from configs.schema import DEFAULTS, FIELD_TYPES, SECTIONS
-from data import DATASETS, PRESETS, SAMPLINGS
+from data import DATASETS, FORMATS, PRESETS, SAMPLINGS
 from data.batch_augmentation import ERASING_MODES, MIXUP_MODES
 from data.decode import JPEG_DECODERS
 from data.transforms import INTERPOLATIONS
@@ -25,6 +25,7 @@ from tasks.classification import CLASS_WEIGHTS
 CONFIGS = Path(__file__).parents[2] / "configs"
 REGISTRIES = {
     "TASK": TASKS,
+    "DATA.FORMAT": FORMATS,
     "DATA.INTERPOLATION": INTERPOLATIONS,
     "DATA.DECODER": JPEG_DECODERS,
     "DATA.CACHE_MODE": CACHE_MODES,
@@ -38,7 +39,6 @@ REGISTRIES = {
     "SEG.DOWNSAMPLE": DOWNSAMPLINGS,
 }
 CHOICES = {key: " ".join(registry) for key, registry in REGISTRIES.items()} | {
-    "DATA.DATASET": "imagenet cf10 cf100 digits shapes cityscapes faces",
     "TRAIN.LR_SCHEDULER.NAME": "cosine poly linear step multistep",
     "TRAIN.OPTIMIZER.NAME": "adamw lamb sgd",
     "FACE.LOSS": "arcface cosface amsoftmax",
@@ -50,6 +50,16 @@ FREE_TEXT = {"MODEL.RESUME", "MODEL.PRETRAINED", "FACE.PAIRS", "DISTILL.TEACHER"
 # key, values at the edge of what is allowed, values just beyond it, the words for what is allowed
 EDGES = [
     ("DATA.BATCH_SIZE", "1", "0 -1", "at least 1"),
+    (
+        "DATA.DATASET",
+        "imagenet cf10 cf100 digits shapes cityscapes faces torchvision/MNIST hfds/owner/name tfds/name",
+        "unheard-of torchvision/NAME torchvision/ hfds/ tfds wds/name",
+        "one of imagenet, cf10, cf100, digits, shapes, cityscapes, faces, torchvision/NAME, hfds/NAME, tfds/NAME",
+    ),
+    ("DATA.VAL_FRACTION", "0 0.99", "-0.1 1", "at least 0 and below 1"),
+    ("DATA.FOLDS", "0 2 1000", "1 -1 1001", "0, or at least 2"),
+    ("DATA.FOLD", "0", "-1 1000", "from 0 to 999"),
+    ("DATA.SPLIT_SEED", "0 4294967295", "-1 4294967296", "from 0 to 4294967295"),
     ("DATA.IMG_SIZE", "1 1,2", "0 -224 0,224 224,-1", "at least 1 pixel"),
     ("DATA.TEST_SIZE", "1 1,2", "0 0,224", "at least 1 pixel"),
     ("DATA.TEST_BATCH_SIZE", "1 None", "0", "at least 1"),
@@ -170,6 +180,11 @@ CONTRADICTIONS = [
         "TRAIN.LR_SCHEDULER.MILESTONES TRAIN.LR_SCHEDULER.NAME TRAIN.EPOCHS",
         "the last decay would never happen; set TRAIN.LR_SCHEDULER.MILESTONES, in epochs, below TRAIN.EPOCHS",
     ),
+    ("DATA.ZIP_MODE true DATA.FORMAT tar", "DATA.ZIP_MODE DATA.FORMAT", "leave DATA.ZIP_MODE .--zip. out"),
+    ("DATA.ZIP_MODE true DATA.FORMAT folder", "DATA.ZIP_MODE DATA.FORMAT", "stored in one way"),
+    ("DATA.VAL_FRACTION 0.1 DATA.FOLDS 5", "DATA.VAL_FRACTION DATA.FOLDS", "either DATA.VAL_FRACTION or DATA.FOLDS"),
+    ("DATA.FOLDS 5 DATA.FOLD 5", "DATA.FOLD DATA.FOLDS", "set DATA.FOLD below DATA.FOLDS"),
+    ("DATA.FOLD 1", "DATA.FOLD DATA.FOLDS", "set DATA.FOLD below DATA.FOLDS"),
     ("TASK segmentation SEG.RANK 1", "SEG.RANK SEG.DOWNSAMPLE", "set SEG.DOWNSAMPLE as well"),
     ("MODEL.INSERT_BN true MODEL.BRANCHES 3", "MODEL.INSERT_BN MODEL.BRANCHES", "leave MODEL.BRANCHES out"),
     ("DISTILL.ARCH resnet50", "DISTILL.ARCH DISTILL.TEACHER", "give its weights as DISTILL.TEACHER"),
@@ -211,6 +226,9 @@ CONTRADICTIONS = [
     ("TASK segmentation DATA.BATCH_SIZE 1", "TASK DATA.BATCH_SIZE", "set DATA.BATCH_SIZE higher"),
 ]
 AGREEMENTS = [
+    "DATA.ZIP_MODE true DATA.FORMAT zip",
+    "DATA.ZIP_MODE true DATA.FORMAT null",
+    "DATA.FOLDS 5 DATA.FOLD 4",
     "EVAL_MODE true MODEL.RESUME a",
     "EVAL_MODE true MODEL.RESUME a TRAIN.EPOCHS 5",
     "THROUGHPUT_MODE true",
@@ -306,7 +324,7 @@ def test_choices_are_those_of_the_registry(key):
 
 
 def test_every_data_set_of_the_registry_is_a_choice():
-    assert set(DATASETS) <= set(CONSTRAINTS["DATA.DATASET"].choices)
+    assert all(map(CONSTRAINTS["DATA.DATASET"].holds, DATASETS))
 
 
 def test_the_default_rank_is_exact():
@@ -320,7 +338,7 @@ def test_flags_offer_the_choices_of_their_keys():
     assert all(name in FLAGS["--dataset"][1]["help"].split(", ") for name in CONSTRAINTS["DATA.DATASET"].choices)
 
 
-@pytest.mark.parametrize("key", CHOICES)
+@pytest.mark.parametrize("key", ["DATA.DATASET", *CHOICES])
 def test_the_comment_of_a_key_names_all_choices(key):
     above = (CONFIGS / "defaults.py").read_text().split(f"\n_C.{key} = ")[0]
     comment = []
@@ -328,7 +346,7 @@ def test_the_comment_of_a_key_names_all_choices(key):
         if not line.startswith("# "):
             break
         comment.insert(0, line.removeprefix("# "))
-    words = set(re.findall(r"[\w-]+", " ".join(comment)))
+    words = set(re.findall(r"[\w/-]+", " ".join(comment)))
     assert set(CONSTRAINTS[key].choices) <= words
 
 

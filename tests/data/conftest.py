@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from named_sets import WRITERS
 from PIL import Image
+from stored_sets import CLASSES
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from data.datasets import WITHOUT_PATH
 from utils.seed import seed_everything
-
-CLASSES = ("ant", "bee", "cat")
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> None:
@@ -115,11 +115,18 @@ def data_path(request: pytest.FixtureRequest) -> Callable[[str], str]:
         "cf100": "cifar100_folder",
         "cityscapes": "cityscapes_folder",
         "faces": "face_folder",
+        "torchvision/CIFAR10": "cifar10_folder",
+        "torchvision/CIFAR100": "cifar100_folder",
     }
+    monkeypatch, root = request.getfixturevalue("monkeypatch"), request.getfixturevalue("tmp_path")
 
     def find(name: str) -> str:
         if name in WITHOUT_PATH:
             return name
+        writer = WRITERS.get(name.removeprefix("torchvision/"))
+        if writer is not None:
+            writer(root, monkeypatch)
+            return str(root)
         if name not in fixtures:
             pytest.fail(f"write a fixture with some images of {name}, and list it here: {__file__}")
         return str(request.getfixturevalue(fixtures[name]))

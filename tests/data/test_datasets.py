@@ -50,10 +50,15 @@ def opened(dataset: str, path: Path | str, split: str, opts: str = "", **place: 
     return open_source(cfg, split, **place)
 
 
+def division(name: str) -> str:
+    """Returns the settings that a data set without images to evaluate on needs."""
+    return "" if DATASETS[name].has_val else "DATA.VAL_FRACTION 0.5"
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_data_set_gives_labelled_rgb_images(name, split, data_path):
-    source = opened(name, data_path(name), split)
+    source = opened(name, data_path(name), split, division(name))
     assert len(source) > 0
     for index in range(min(len(source), 20)):
         image, label = source.load(index)
@@ -92,7 +97,7 @@ def test_every_data_set_fills_batches(name, data_path):
     transform = (segmentation_eval_transform if masks else eval_transform)((16, 16))
     dataset = MaskedDataset if masks else TransformedDataset
     path = data_path(name)
-    train, val = opened(name, path, "train"), opened(name, path, "val")
+    train, val = (opened(name, path, split, division(name)) for split in ("train", "val"))
     batch = next(iter(build_train_loader(train, transform, LOADING, seed=0, dataset=dataset)))
     assert batch.images.shape == (4, 3, 16, 16)
     assert batch.labels.shape == ((4, 16, 16) if masks else (4,))
@@ -103,7 +108,7 @@ def test_every_data_set_fills_batches(name, data_path):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_source_can_be_sent_to_another_process(name, data_path):
-    source = opened(name, data_path(name), "val")
+    source = opened(name, data_path(name), "val", division(name))
     received = pickle.loads(pickle.dumps(source))
     assert received.load(1)[0].tobytes() == source.load(1)[0].tobytes()
     assert received.classes == source.classes
@@ -153,10 +158,12 @@ def test_a_word_is_not_preferred_to_another_data_set(name, path):
             act(name, path)
 
 
-@pytest.mark.parametrize("name", [name for name in DATASETS if name != DEFAULT])
-def test_only_image_folders_can_be_zipped(name, data_path):
-    with pytest.raises(ValueError, match=f"DATA.ZIP_MODE .* which {name} is not"):
-        opened(name, data_path(name), "val", "DATA.ZIP_MODE True")
+@pytest.mark.parametrize("opts", ["DATA.ZIP_MODE True", "DATA.FORMAT tar"])
+@pytest.mark.parametrize("name", [name for name, spec in DATASETS.items() if not spec.has_formats])
+def test_only_image_folders_can_be_zipped(name, opts, tmp_path):
+    path = name if name in WITHOUT_PATH else tmp_path
+    with pytest.raises(ValueError, match=f"^{opts.removesuffix(' True')} .* which {name} is not"):
+        opened(name, path, "val", opts)
 
 
 def test_a_data_path_is_required_except_where_no_files_are():

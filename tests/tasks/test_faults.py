@@ -127,7 +127,8 @@ def test_an_unreadable_test_image_is_refused_by_every_evaluation(task, finished,
 
 
 def test_labels_of_another_kind(task, refused, tmp_path):
-    others = [name for name, spec in data.DATASETS.items() if spec.labels != task.kind.labels]
+    # Those of torchvision are labelled as imagenet is.
+    others = [name for name, spec in data.DATASETS.items() if spec.labels != task.kind.labels and "/" not in name]
     assert others
     for name in others:
         path = tmp_path if name not in ("digits", "shapes") else name

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from torchvision.datasets import CIFAR10
 
-from data import CifarSource, CityscapesSource, FolderSource, ZipSource
+from data import CityscapesSource, FolderSource, ListSource, TarSource, ZipSource
+from data.torchvision_sets import open_torchvision
 from utils.files import check_target, clear_about_space, user_path, write_json, write_text
 
 
@@ -164,7 +164,14 @@ def test_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_a_data_path_of_nobody(tmp_path):
-    for source in (FolderSource, ZipSource, partial(CifarSource, CIFAR10), CityscapesSource):
+    for source in (
+        FolderSource,
+        ZipSource,
+        TarSource,
+        ListSource,
+        partial(open_torchvision, "CIFAR10"),
+        CityscapesSource,
+    ):
         with pytest.raises(ValueError, match="there is no such user"):
             source("~nosuchuser/images", "val")
     with pytest.raises(ValueError, match="there is no such user"):
