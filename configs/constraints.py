@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from data import (
+    AUGMENT_DEVICES,
     CACHE_MODES,
     DATASETS,
     ERASING_MODES,
@@ -15,6 +16,7 @@ from data import (
     MIXUP_MODES,
     PRESETS,
     is_auto_augment_policy,
+    is_rand_augment,
 )
 from engine.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
 from engine.optimizer import OPTIMIZERS
@@ -189,6 +191,7 @@ CONSTRAINTS: dict[str, Constraint] = {
         "none, or a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a",
         is_auto_augment_policy,
     ),
+    "AUG.DEVICE": one_of(AUGMENT_DEVICES),
     "AUG.REPROB": PROBABILITY,
     "AUG.REMODE": one_of(ERASING_MODES),
     "AUG.RECOUNT": at_least(1, 1000),
@@ -280,6 +283,11 @@ CONFLICTS = (
 )
 
 TRAINING_CONFLICTS = (
+    Conflict(
+        ("AUG.DEVICE", "AUG.AUTO_AUGMENT", "AUG.PRESET"),
+        lambda device, policy, preset: device == "gpu" and not (preset or policy == "none" or is_rand_augment(policy)),
+        "only RandAugment, a preset raug* or a policy rand-*, has a form for batches; set AUG.DEVICE auto",
+    ),
     Conflict(
         ("MODEL.RESUME", "MODEL.PRETRAINED"),
         lambda resume, pretrained: resume and pretrained,

@@ -5,7 +5,7 @@ Batches travel as uint8, which is a quarter of the memory traffic of float32; `N
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import cast
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, RandomCrop, RandomHorizontalFlip
 from yacs.config import CfgNode
 
-from .randaugment import published_rand_augment
+from .randaugment import rand_augment_of, unknown_policy
 
 Size = tuple[int, int]  # height, width in pixels
 Transform = Callable[[Image.Image], Tensor]  # RGB image -> uint8 (3, height, width)
@@ -54,11 +54,6 @@ def weak(size: Size, interpolation: str) -> Transform:
     return Compose([*_crop_and_flip(size, interpolation), PILToTensor()])
 
 
-def raug(size: Size, interpolation: str, *, magnitude: int) -> Transform:
-    """`weak`, then the published RandAugment with magnitudes below `magnitude`."""
-    return Compose([*_crop_and_flip(size, interpolation), published_rand_augment(magnitude), PILToTensor()])
-
-
 def none(size: Size, interpolation: str) -> Transform:
     """No augmentation, as in evaluation."""
     return eval_transform(size, interpolation=interpolation)
@@ -79,14 +74,15 @@ def crop(size: Size, interpolation: str) -> Transform:
     return Compose([*_shift(size, interpolation), RandomHorizontalFlip(), PILToTensor()])
 
 
+# Those named raug* also apply the published RandAugment.
 PRESETS: dict[str, Callable[[Size, str], Transform]] = {
     "none": none,
     "flip": flip,
     "weak": weak,
-    "raug10": partial(raug, magnitude=10),
-    "raug15": partial(raug, magnitude=15),
-    "raug20": partial(raug, magnitude=20),
-    "raug25": partial(raug, magnitude=25),
+    "raug10": weak,
+    "raug15": weak,
+    "raug20": weak,
+    "raug25": weak,
     "shift": shift,
     "crop": crop,
 }
@@ -105,18 +101,29 @@ def _shift(size: Size, interpolation: str) -> list[Callable]:
     ]
 
 
-def train_transform(size: Size, cfg: CfgNode, *, interpolation: str = "bilinear") -> Transform:
+def train_transform(
+    size: Size, cfg: CfgNode, *, interpolation: str = "bilinear", rand_augment: bool = True
+) -> Transform:
     """Returns the augmentation of a training image: a preset, or timm's pipeline where PRESET is None.
 
     `cfg` is the section AUG. timm's pipeline crops, flips, and then either follows the policy AUTO_AUGMENT or, where
     that is `none`, jitters brightness, contrast and saturation by up to COLOR_JITTER. Up to 32 pixels it shifts by up
-    to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches.
+    to 4 pixels where it would crop and zoom. Erasing happens later, on normalised batches. RandAugment comes last;
+    without `rand_augment` it is left to the device.
 
     Raises ValueError for a policy that timm does not know.
     """
+    policy = rand_augment_of(cfg, interpolation)
     if cfg.PRESET is not None:
-        return PRESETS[cfg.PRESET](size, interpolation)
-    return _timm_transform(size, interpolation, cfg.COLOR_JITTER, cfg.AUTO_AUGMENT)
+        pipeline = PRESETS[cfg.PRESET](size, interpolation)
+    elif policy is not None:
+        pipeline = _timm_transform(size, interpolation, None, "none")
+    else:
+        pipeline = _timm_transform(size, interpolation, cfg.COLOR_JITTER, cfg.AUTO_AUGMENT)
+    if policy is None or not rand_augment:
+        return pipeline
+    *geometry, to_tensor = cast(Compose, pipeline).transforms
+    return Compose([*geometry, policy, to_tensor])
 
 
 def is_auto_augment_policy(text: str) -> bool:
@@ -127,22 +134,19 @@ def is_auto_augment_policy(text: str) -> bool:
     return text == "none" or _POLICY.fullmatch(text) is not None
 
 
-def _timm_transform(size: Size, interpolation: str, color_jitter: float, auto_augment: str) -> Transform:
+def _timm_transform(size: Size, interpolation: str, color_jitter: float | None, auto_augment: str) -> Transform:
     assert is_auto_augment_policy(auto_augment)
     try:
         pipeline = create_transform(
             size,
             is_training=True,
             use_prefetcher=True,  # in timm: stop at uint8; erasing and normalisation are done on the device
-            color_jitter=color_jitter,
+            color_jitter=color_jitter,  # type: ignore[arg-type]  # timm's annotation lacks its None
             auto_augment=None if auto_augment == "none" else auto_augment,
             interpolation=interpolation,
         )
     except (AssertionError, ValueError) as error:
-        raise ValueError(
-            f"AUG.AUTO_AUGMENT {auto_augment!r} is no policy that timm knows ({error}): "
-            "write one like rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a, or none"
-        ) from error
+        raise unknown_policy(auto_augment, str(error)) from error
     if max(size) <= SMALL:
         # The published code starts with RandomCrop alone; its images already have this size.
         shift_by_4 = [ResizeToCover(size, interpolation), CenterCrop(size), RandomCrop(size, padding=4)]
