@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
@@ -64,6 +64,15 @@ class Operation(NamedTuple):
     resample: Resampling
     place: tuple[float, float]
 
+    def apply(self, image: Image.Image, fill: Colour) -> Image.Image:
+        """Returns the RGB image after the operation; `fill` is the colour of pixels from outside."""
+        if self.kind == "Cutout":
+            assert self.argument is not None
+            return cutout(image, int(self.argument), self.place)
+        arguments = () if self.argument is None else (self.argument,)
+        function: Any = NAME_TO_OP[self.kind]
+        return cast(Image.Image, function(image, *arguments, fillcolor=fill, resample=self.resample))
+
 
 # An operation's kind, and its argument as a function of the magnitude, in units of full scale, and of a random sign.
 Level = tuple[str, Callable[[float, int], float] | None]
@@ -96,11 +105,8 @@ LEVELS: dict[str, Level] = {
     "Solarize": ("Solarize", lambda level, _: min(256, int(level * 256))),
     "SolarizeIncreasing": ("Solarize", lambda level, _: 256 - min(256, int(level * 256))),
     "SolarizeAdd": ("SolarizeAdd", lambda level, _: min(128, int(level * 110))),
-    **{kind: (kind, _enhancement) for kind in ("Color", "Contrast", "Brightness", "Sharpness")},
-    **{
-        f"{kind}Increasing": (kind, _increasing_enhancement)
-        for kind in ("Color", "Contrast", "Brightness", "Sharpness")
-    },
+    **{kind: (kind, _enhancement) for kind in ENHANCEMENTS},
+    **{f"{kind}Increasing": (kind, _increasing_enhancement) for kind in ENHANCEMENTS},
     "Cutout": ("Cutout", lambda level, _: max(2, int(level * CUTOUT_PIXELS))),  # pixels, the side of the square
 }
 
@@ -140,28 +146,26 @@ class RandAugment:
         """Returns the operations of an image, in order, for `self.numbers` uniform numbers from 0 to 1."""
         assert len(numbers) == self.numbers
         layers = [numbers[start : start + PER_LAYER] for start in range(0, self.numbers, PER_LAYER)]
-        operations = []
-        for name, (_, applied, size, sign, resample, *place) in zip(self._choose(layers), layers, strict=True):
-            if applied <= self.probability:
-                kind, argument = LEVELS[name]
-                level = self._magnitude(size) / FULL_SCALE
-                operations.append(
-                    Operation(
-                        kind,
-                        argument and argument(level, -1 if sign > 0.5 else 1),
-                        self.resamples[int(resample * len(self.resamples))],
-                        (place[0], place[1]),
-                    )
-                )
-        return operations
+        chosen = zip(self._choose([choice for choice, *_ in layers]), layers, strict=True)
+        return [self._operation(name, *rest) for name, (_, applied, *rest) in chosen if applied <= self.probability]
 
-    def _choose(self, layers: Sequence[Sequence[float]]) -> list[str]:
+    def _operation(self, name: str, size: float, sign: float, resample: float, *place: float) -> Operation:
+        kind, argument = LEVELS[name]
+        level = self._magnitude(size) / FULL_SCALE
+        return Operation(
+            kind,
+            argument and argument(level, -1 if sign > 0.5 else 1),
+            self.resamples[int(resample * len(self.resamples))],
+            cast(tuple[float, float], place),
+        )
+
+    def _choose(self, numbers: Sequence[float]) -> list[str]:
         if self.weights is None:
-            return [self.operations[int(choice * len(self.operations))] for choice, *_ in layers]
+            return [self.operations[int(number * len(self.operations))] for number in numbers]
         left, names = dict(zip(self.operations, self.weights, strict=True)), []
-        for choice, *_ in layers:
+        for number in numbers:
             *bounds, total = accumulate(left.values())
-            names.append(list(left)[bisect(bounds, choice * total)])
+            names.append(list(left)[bisect(bounds, number * total)])
             del left[names[-1]]
         return names
 
@@ -178,19 +182,8 @@ class RandAugment:
         """Draws from a generator, by default Python's own, and applies what was drawn to an RGB image."""
         draw = rng.random if rng else random.random
         for operation in self.draw([draw() for _ in range(self.numbers)]):
-            image = apply(image, operation, self.fill)
+            image = operation.apply(image, self.fill)
         return image
-
-
-def apply(image: Image.Image, operation: Operation, fill: Colour) -> Image.Image:
-    """Returns the RGB image after an operation; Pillow's own, or timm's of Pillow's."""
-    kind, argument, resample, place = operation
-    if kind == "Cutout":
-        assert argument is not None
-        return cutout(image, int(argument), place)
-    arguments = () if argument is None else (argument,)
-    function: Callable[..., Image.Image] = NAME_TO_OP[kind]
-    return function(image, *arguments, fillcolor=fill, resample=resample)
 
 
 def cutout(image: Image.Image, side: int, place: tuple[float, float]) -> Image.Image:

@@ -11,7 +11,7 @@ from configs.command_line import FLAGS
 from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS, unused_keys
 from configs.field_types import BOOLEAN
 from configs.schema import DEFAULTS, FIELD_TYPES, SECTIONS
-from data import DATASETS, PRESETS
+from data import AUGMENT_DEVICES, DATASETS, PRESETS
 from data.batch_augmentation import ERASING_MODES, MIXUP_MODES
 from data.transforms import INTERPOLATIONS
 from data.zipped import CACHE_MODES
@@ -28,6 +28,7 @@ REGISTRIES = {
     "AUG.MIXUP_MODE": MIXUP_MODES,
     "AUG.PRESET": PRESETS,
     "AUG.REMODE": ERASING_MODES,
+    "AUG.DEVICE": AUGMENT_DEVICES,
     "MODEL.MIXER": MIXERS,
     "SEG.DECODER": DECODERS,
     "SEG.DOWNSAMPLE": DOWNSAMPLINGS,
@@ -172,6 +173,10 @@ CONTRADICTIONS = [
         )
         for compiles, mode in (("true", "reduce-overhead"), ("auto", "max-autotune"))
     ),
+    *(
+        (f"AUG.DEVICE gpu AUG.AUTO_AUGMENT {policy}", "AUG.DEVICE AUG.AUTO_AUGMENT AUG.PRESET", "set AUG.DEVICE auto")
+        for policy in ("original", "augmix-m3-w3", "rand-m9-t3a")
+    ),
     ("TASK segmentation DATA.BATCH_SIZE 1", "TASK DATA.BATCH_SIZE", "set DATA.BATCH_SIZE higher"),
 ]
 AGREEMENTS = [
@@ -189,6 +194,11 @@ AGREEMENTS = [
     "COMPILE true COMPILE_MODE reduce-overhead TRAIN.ACCUMULATION_STEPS 1",
     "COMPILE true COMPILE_MODE max-autotune-no-cudagraphs TRAIN.ACCUMULATION_STEPS 2",
     "DATA.BATCH_SIZE 1",
+    "AUG.DEVICE gpu AUG.PRESET raug15 AUG.AUTO_AUGMENT original",
+    "AUG.DEVICE gpu AUG.AUTO_AUGMENT rand-m9-tweights",
+    "AUG.DEVICE gpu AUG.AUTO_AUGMENT none",
+    "AUG.DEVICE gpu AUG.PRESET weak",
+    "AUG.DEVICE cpu AUG.AUTO_AUGMENT original",
     "TASK segmentation DATA.BATCH_SIZE 2",
     "TASK segmentation DATA.BATCH_SIZE 1 EVAL_MODE true MODEL.RESUME a",
     "TASK segmentation SEG.RANK 1 SEG.DOWNSAMPLE conv3",
