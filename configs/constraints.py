@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from data import (
+    AUGMENT_DEVICES,
     CACHE_MODES,
     ERASING_MODES,
     FORMATS,
@@ -21,6 +22,7 @@ from data import (
     WITHOUT_FLIP,
     is_auto_augment_policy,
     is_known,
+    is_rand_augment,
     known_names,
 )
 from data.decode import MODES
@@ -217,6 +219,7 @@ CONSTRAINTS: dict[str, Constraint] = {
         is_auto_augment_policy,
         POLICIES,
     ),
+    "AUG.DEVICE": one_of(AUGMENT_DEVICES),
     "AUG.REPROB": PROBABILITY,
     "AUG.REMODE": one_of(ERASING_MODES),
     "AUG.RECOUNT": at_least(1, 1000),
@@ -336,6 +339,11 @@ CONFLICTS = (
 )
 
 TRAINING_CONFLICTS = (
+    Conflict(
+        ("AUG.DEVICE", "AUG.AUTO_AUGMENT", "AUG.PRESET"),
+        lambda device, policy, preset: device == "gpu" and not (preset or policy == "none" or is_rand_augment(policy)),
+        "only RandAugment, a preset raug* or a policy rand-*, has a form for batches; set AUG.DEVICE auto",
+    ),
     Conflict(
         ("MODEL.RESUME", "MODEL.PRETRAINED"),
         lambda resume, pretrained: resume and pretrained,

@@ -311,6 +311,9 @@ _C.AUG.COLOR_JITTER = 0.4
 # 3-Augment of DeiT III), or one of torchvision: trivial (TrivialAugment, wide) | cifar10 | svhn (AutoAugment, as found
 # for these data sets); none: off.
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+# Where RandAugment is applied, that of a preset or of AUTO_AUGMENT: cpu (with Pillow, by the data loading processes) |
+# gpu (to whole batches, on the device of the run) | auto: on the device if it is a GPU. Other policies: on the CPU.
+_C.AUG.DEVICE = "auto"
 # Probability of random erasing; 0 (off) to 1.
 _C.AUG.REPROB = 0.25
 # Fill of erased rectangles: const (zeros) | rand (one random color) | pixel (noise)

@@ -2,9 +2,9 @@
 
 `open_source` opens the images of a data set in `DATASETS`; `train_transform` and `eval_transform` turn each into a
 uint8 tensor, `segmentation_train_transform` and `segmentation_eval_transform` together with its mask (`MaskedDataset`);
-`build_train_loader` and `build_eval_loader` shard them over the processes in batches; `Normalize` and
-`build_batch_augmentation` finish a batch on the device. The builders take the frozen section of the configuration that
-describes what they build, DATA or AUG.
+`build_train_loader` and `build_eval_loader` shard them over the processes in batches; `build_rand_augment`, `Normalize`
+and `build_batch_augmentation` finish a batch on the device. The builders take the frozen section of the configuration
+that describes what they build, DATA or AUG.
 
 Every random number is a function of the seed, the epoch and the image (or the step), so that workers, processes and a
 resumed run do not change it.
@@ -17,6 +17,7 @@ from .batch_augmentation import (
     BatchTransform,
     build_batch_augmentation,
 )
+from .batch_randaugment import AUGMENT_DEVICES, BatchRandAugment, build_rand_augment, describe_place
 from .cityscapes import CITYSCAPES, CityscapesSource
 from .datasets import (
     DATASETS,
@@ -36,6 +37,7 @@ from .lists import ListSource
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .pairs import Pairs, draw_pairs, read_pairs
 from .pixels import DecodedImage
+from .randaugment import is_rand_augment
 from .samplers import SAMPLINGS, EvalSampler, SampleKey, TrainSampler
 from .segmentation import MaskedDataset, segmentation_eval_transform, segmentation_train_transform
 from .shapes import ShapesSource
@@ -55,6 +57,7 @@ from .transforms import (
 from .zipped import CACHE_MODES, ZipSource
 
 __all__ = [
+    "AUGMENT_DEVICES",
     "CACHE_MODES",
     "CITYSCAPES",
     "DATASETS",
@@ -74,6 +77,7 @@ __all__ = [
     "Batch",
     "BatchAugmentation",
     "BatchLoader",
+    "BatchRandAugment",
     "BatchTransform",
     "CityscapesSource",
     "DatasetSpec",
@@ -100,11 +104,14 @@ __all__ = [
     "build_batch_augmentation",
     "build_decoder",
     "build_eval_loader",
+    "build_rand_augment",
     "build_train_loader",
+    "describe_place",
     "draw_pairs",
     "eval_transform",
     "is_auto_augment_policy",
     "is_known",
+    "is_rand_augment",
     "known_names",
     "open_source",
     "read_pairs",

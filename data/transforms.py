@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 from utils.seed import keyed_rng
 
 from .pixels import DecodedImage, Size, cut, flip, resize, size_of, to_pillow, to_tensor
-from .randaugment import published_rand_augment
+from .randaugment import RandAugment, is_rand_augment, rand_augment_of, unknown_policy
 
 Range = tuple[float, float]
 Step = Callable[[DecodedImage, random.Random], DecodedImage]
@@ -147,6 +147,17 @@ class RandomFlip:
 
 
 @dataclass(frozen=True)
+class Augment:
+    """Applies RandAugment to a single image."""
+
+    policy: RandAugment
+
+    def __call__(self, image: DecodedImage, rng: random.Random) -> DecodedImage:
+        """Returns the augmented image."""
+        return self.policy(to_pillow(image), rng)
+
+
+@dataclass(frozen=True)
 class OnPillow:
     """Applies a transform of Pillow's images that draws from the global generators, as timm's and torchvision's do.
 
@@ -176,12 +187,6 @@ def weak(size: Size, interpolation: str, aug: CfgNode) -> Transform:
     return Transform((_crop(size, interpolation, aug), _flip(aug)))
 
 
-def raug(size: Size, interpolation: str, aug: CfgNode, *, magnitude: int) -> Transform:
-    """`weak`, then the published RandAugment with magnitudes below `magnitude`."""
-    policy = OnPillow(published_rand_augment(magnitude))
-    return Transform((_crop(size, interpolation, aug), _flip(aug), policy))
-
-
 def shift(size: Size, interpolation: str, _aug: CfgNode) -> Transform:
     """Shifts by up to an eighth of the size, for images that must not be mirrored, such as digits."""
     return Transform((_whole(size, interpolation), _shift(size)))
@@ -192,14 +197,15 @@ def crop(size: Size, interpolation: str, aug: CfgNode) -> Transform:
     return Transform((_whole(size, interpolation), _shift(size), _flip(aug)))
 
 
+# Those named raug* also apply the published RandAugment.
 PRESETS: dict[str, Callable[[Size, str, CfgNode], Transform]] = {
     "none": none,
     "flip": flipped,
     "weak": weak,
-    "raug10": partial(raug, magnitude=10),
-    "raug15": partial(raug, magnitude=15),
-    "raug20": partial(raug, magnitude=20),
-    "raug25": partial(raug, magnitude=25),
+    "raug10": weak,
+    "raug15": weak,
+    "raug20": weak,
+    "raug25": weak,
     "shift": shift,
     "crop": crop,
 }
@@ -224,24 +230,34 @@ def _shift(size: Size) -> RandomShift:
     return RandomShift(size[0] // 8, size[1] // 8)
 
 
-def train_transform(size: Size, cfg: CfgNode, *, interpolation: str = "bilinear") -> Transform:
+def train_transform(
+    size: Size, cfg: CfgNode, *, interpolation: str = "bilinear", rand_augment: bool = True
+) -> Transform:
     """Returns the augmentation of a training image: a preset, or timm's pipeline where PRESET is None.
 
     `cfg` is the section AUG. timm's pipeline crops (SCALE, RATIO), flips (HFLIP, VFLIP), and then either follows the
     policy AUTO_AUGMENT or, where that is `none`, jitters brightness, contrast and saturation by up to COLOR_JITTER;
     with `3a` it does both. Up to 32 pixels it shifts by up to 4 pixels where it would crop and zoom. Erasing happens
-    later, on normalised batches.
+    later, on normalised batches. RandAugment comes last; without `rand_augment` it is left to the device.
 
     Raises ValueError for a policy that timm does not know.
     """
     if cfg.PRESET is not None:
-        return PRESETS[cfg.PRESET](size, interpolation, cfg)
-    policy = _policy(size, interpolation, cfg.COLOR_JITTER, cfg.AUTO_AUGMENT)
+        transform = PRESETS[cfg.PRESET](size, interpolation, cfg)
+    else:
+        transform = Transform((*_timm_geometry(size, interpolation, cfg), *_policy(size, interpolation, cfg)))
+    policy = rand_augment_of(cfg, interpolation)
+    if policy is None or not rand_augment:
+        return transform
+    return Transform((*transform.steps, Augment(policy)))
+
+
+def _timm_geometry(size: Size, interpolation: str, cfg: CfgNode) -> tuple[Step, ...]:
+    """Returns what timm's pipeline begins with."""
     if max(size) > SMALL:
-        return Transform((_crop(size, interpolation, cfg), _flip(cfg), *policy))
+        return _crop(size, interpolation, cfg), _flip(cfg)
     # The published code shifts alone; its images already have this size.
-    shift = RandomShift(SMALL_SHIFT, SMALL_SHIFT)
-    return Transform((_whole(size, interpolation), shift, _flip(cfg), *policy))
+    return _whole(size, interpolation), RandomShift(SMALL_SHIFT, SMALL_SHIFT), _flip(cfg)
 
 
 def is_auto_augment_policy(text: str) -> bool:
@@ -252,9 +268,12 @@ def is_auto_augment_policy(text: str) -> bool:
     return text == "none" or text in _OF_TORCHVISION or _POLICY.fullmatch(text) is not None
 
 
-def _policy(size: Size, interpolation: str, color_jitter: float, auto_augment: str) -> list[OnPillow]:
-    """Returns what follows crop and flip in timm's pipeline, or torchvision's policy there, if anything does."""
+def _policy(size: Size, interpolation: str, cfg: CfgNode) -> list[OnPillow]:
+    """Returns what follows crop and flip in timm's pipeline, or torchvision's policy there, but for RandAugment."""
+    auto_augment = cfg.AUTO_AUGMENT
     assert is_auto_augment_policy(auto_augment)
+    if is_rand_augment(auto_augment):
+        return []
     if auto_augment in _OF_TORCHVISION:
         resample = InterpolationMode.BICUBIC if interpolation == "bicubic" else InterpolationMode.BILINEAR
         return [OnPillow(_OF_TORCHVISION[auto_augment](interpolation=resample))]
@@ -262,16 +281,13 @@ def _policy(size: Size, interpolation: str, color_jitter: float, auto_augment: s
         _crop_and_flip, policy, _finish = create_transform(
             size,
             is_training=True,
-            color_jitter=color_jitter,
+            color_jitter=cfg.COLOR_JITTER,
             auto_augment=None if auto_augment == "none" else auto_augment,
             interpolation=interpolation,
             separate=True,
         )
     except (AssertionError, ValueError) as error:
-        raise ValueError(
-            f"AUG.AUTO_AUGMENT {auto_augment!r} is no policy that timm knows ({error}): "
-            "write one like rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a, or none"
-        ) from error
+        raise unknown_policy(auto_augment, str(error)) from error
     return [OnPillow(policy)] if policy.transforms else []
 
 

@@ -193,7 +193,25 @@ class Task(ABC):
 
     def train_transform(self) -> Any:
         """Returns the augmentation of a training image."""
-        return data.train_transform(self.train_size, self.cfg.AUG, interpolation=self.cfg.DATA.INTERPOLATION)
+        return data.train_transform(
+            self.train_size,
+            self.cfg.AUG,
+            interpolation=self.cfg.DATA.INTERPOLATION,
+            rand_augment=self.rand_augment() is None,
+        )
+
+    def rand_augment(self) -> data.BatchRandAugment | None:
+        """Builds RandAugment of whole batches, on the device; None where `train_transform` has it, or none."""
+        return data.build_rand_augment(
+            self.cfg.AUG,
+            self.rank_info.device,
+            interpolation=self.cfg.DATA.INTERPOLATION,
+            seed=self.cfg.SEED,
+        )
+
+    def rand_augment_place(self) -> str:
+        """Returns where RandAugment is applied, for the log; empty for nowhere."""
+        return data.describe_place(self.cfg.AUG, self.rand_augment(), self.rank_info.device)
 
     def eval_transform(self, size: Size | None) -> Any:
         """Returns the transform of a test image to this size."""

@@ -127,6 +127,8 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
     cfg, task, rank_info = run.cfg, run.task, run.rank_info
     plan = plan_training(cfg, world_size=rank_info.world_size, steps_per_epoch=len(loader))
     logger.info(f"{task.arch}, {sum(p.numel() for p in network.parameters()):,} parameters; {plan}")
+    if place := task.rand_augment_place():
+        logger.info(place)
     workload = workload_of(run, network, logger)
     if cfg.TRAIN.SYNC_BN and rank_info.world_size > 1:
         network = synchronise_batch_norms(network)
@@ -152,6 +154,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
         images=len(task.train_source),
         logger=logger,
         metrics=MetricsWriter(None),
+        rand_augment=task.rand_augment(),
         batch_augmentation=task.batch_augmentation(),
         ema=ema,
         dtype=run.dtype,
@@ -173,9 +176,9 @@ def start_or_resume(
     """
     cfg, logger = run.cfg, trainer.logger
     if checkpoint is None:
+        trainer.progress.epoch = cfg.TRAIN.START_EPOCH
         if cfg.MODEL.PRETRAINED and inserted_norms(trainer.network):
             calibrate_inserted_norms(run, trainer, loader)
-        trainer.progress.epoch = cfg.TRAIN.START_EPOCH
         trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.plan.updates_per_epoch
         return trainer.progress.update
     checkpoints.check_experiment(checkpoint)
@@ -202,12 +205,11 @@ def calibrate_inserted_norms(run: Run, trainer: Trainer, loader: BatchLoader) ->
 
     Training would otherwise begin by normalising outputs that the network was not trained to have normalised.
     """
-    cfg, device = run.cfg, run.rank_info.device
+    cfg = run.cfg
     left_out = max(0, len(loader) - CALIBRATION_BATCHES)
     loader.set_position(cfg.TRAIN.START_EPOCH, left_out * cfg.DATA.BATCH_SIZE * run.rank_info.world_size)
-    images = (trainer.normalize(batch.images.to(device, non_blocking=True)) for batch in loader)
-    with autocast(device, run.dtype):
-        calibrate(trainer.network, images, distributed.all_reduce_sum)
+    with autocast(run.rank_info.device, run.dtype):
+        calibrate(trainer.network, map(trainer.inputs, loader), distributed.all_reduce_sum)
     if trainer.ema is not None:
         trainer.ema.module.load_state_dict(trainer.network.state_dict())
     trainer.logger.info(f"inserted BatchNorms calibrated on {len(loader)} batches of each process")

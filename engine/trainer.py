@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from data import Batch, BatchTransform
+from data import Batch, BatchRandAugment, BatchTransform
 from utils.distributed import RankInfo
 from utils.log import MetricsWriter
 from utils.meters import Mean, Pace
@@ -65,6 +65,7 @@ class Trainer:
         images: the size of the training set.
         dtype: of autocast; None for no autocast; float16 uses a loss scale.
         locate: returns the path of an image of the training set.
+        rand_augment: of whole batches, before `normalize`.
         workload: what an image costs, for the log.
     """
 
@@ -80,6 +81,7 @@ class Trainer:
     images: int
     logger: logging.Logger
     metrics: MetricsWriter
+    rand_augment: BatchRandAugment | None = None
     batch_augmentation: BatchTransform | None = None
     ema: ModelEma | None = None
     dtype: torch.dtype | None = None
@@ -170,11 +172,19 @@ class Trainer:
             self.ema.update(self.network, progress.update)
         self._count(loss, grad_norm, sum(len(batch.labels) for batch in group))
 
+    def inputs(self, batch: Batch) -> Tensor:
+        """Returns the images of a batch of the current epoch on the device, normalised, before batch augmentation."""
+        images = self._copies.send(batch.images)
+        if self.rand_augment is not None:
+            images = self.rand_augment(images, batch.indices, batch.repeats, epoch=self.progress.epoch)
+        normalized: Tensor = self.normalize(images)
+        return normalized
+
     def _backward(self, batch: Batch, index: int, size: int) -> Tensor:
         """Accumulates the gradient of batch `index` in a group of `size`; returns its loss, on the device."""
         device, progress = self.rank_info.device, self.progress
         self._note_unreadable(batch.unreadable)
-        images, targets = self.normalize(self._copies.send(batch.images)), self._copies.send(batch.labels)
+        images, targets = self.inputs(batch), self._copies.send(batch.labels)
         if self.batch_augmentation is not None:
             step = progress.update * self.accumulation + index
             images, targets = self.batch_augmentation(images, targets, epoch=progress.epoch, step=step)

@@ -52,6 +52,13 @@ class Segmentation(Task):
         """Returns the joint transform of a test image and its mask."""
         return segmentation_eval_transform(size)
 
+    def rand_augment(self) -> None:
+        """Returns None: masks would have to follow the images."""
+
+    def rand_augment_place(self) -> str:
+        """Returns nothing."""
+        return ""
+
     def batch_augmentation(self) -> None:
         """Returns None: images and masks are augmented together, one by one."""
 

@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "classification": Recipe(
         write_classes,
-        "MODEL.ARCH RepMLPNet-Digits DATA.DATASET imagenet AUG.MIXUP 0.4 AUG.PRESET weak",
+        "MODEL.ARCH RepMLPNet-Digits DATA.DATASET imagenet AUG.MIXUP 0.4 AUG.PRESET raug15 AUG.DEVICE gpu",
         r"Acc@1 ([\d.]+) ",
     ),
     "segmentation": Recipe(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # the step of SplitMix64, 2**64 divided by the golden ratio
+
 
 def seed_everything(*key: int) -> None:
     """Seeds Python's, NumPy's and torch's generators (on every device) from a key of non-negative integers.
@@ -42,3 +44,30 @@ def keyed_rng(*key: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.random.set_rng_state(pytorch)
+
+
+def keyed_uniforms(count: int, *key: int | np.ndarray) -> np.ndarray:
+    """Returns uniform numbers, strictly between 0 and 1, as a function of a key, for many keys at once.
+
+    The numbers of a key are those of the generator SplitMix64 (Steele, Lea and Flood, 2014), started at a hash of the
+    key. No generator is made or seeded, so that a whole batch costs little more than one image.
+
+    Args:
+        count: how many numbers each key gives.
+        *key: non-negative integers, or integer arrays (N,) with one for each key.
+
+    Returns:
+        float64 (N, count); (1, count) for a single key.
+    """
+    state = np.array([_GAMMA], dtype=np.uint64)
+    for word in key:
+        state = _mixed(state ^ np.asarray(word).astype(np.uint64))
+    numbers = _mixed(state[:, None] + _GAMMA * np.arange(1, count + 1, dtype=np.uint64))
+    return ((numbers >> np.uint64(12)) + 0.5) * 2.0**-52
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """Maps 64-bit words one to one to words whose bits all depend on all of theirs (the finalizer of SplitMix64)."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

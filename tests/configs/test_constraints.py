@@ -11,7 +11,7 @@ from configs.command_line import FLAGS
 from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS, unused_keys
 from configs.field_types import BOOLEAN
 from configs.schema import DEFAULTS, FIELD_TYPES, SECTIONS
-from data import DATASETS, FORMATS, PRESETS, SAMPLINGS
+from data import AUGMENT_DEVICES, DATASETS, FORMATS, PRESETS, SAMPLINGS
 from data.batch_augmentation import ERASING_MODES, MIXUP_MODES
 from data.decode import JPEG_DECODERS
 from data.transforms import INTERPOLATIONS
@@ -34,6 +34,7 @@ REGISTRIES = {
     "AUG.MIXUP_MODE": MIXUP_MODES,
     "AUG.PRESET": PRESETS,
     "AUG.REMODE": ERASING_MODES,
+    "AUG.DEVICE": AUGMENT_DEVICES,
     "MODEL.MIXER": MIXERS,
     "SEG.DECODER": DECODERS,
     "SEG.DOWNSAMPLE": DOWNSAMPLINGS,
@@ -223,6 +224,10 @@ CONTRADICTIONS = [
         "TRAIN.CLASS_WEIGHTS DATA.SAMPLING",
         "set one of them to its default",
     ),
+    *(
+        (f"AUG.DEVICE gpu AUG.AUTO_AUGMENT {policy}", "AUG.DEVICE AUG.AUTO_AUGMENT AUG.PRESET", "set AUG.DEVICE auto")
+        for policy in ("original", "augmix-m3-w3", "rand-m9-t3a")
+    ),
     ("TASK segmentation DATA.BATCH_SIZE 1", "TASK DATA.BATCH_SIZE", "set DATA.BATCH_SIZE higher"),
 ]
 AGREEMENTS = [
@@ -249,6 +254,11 @@ AGREEMENTS = [
     "DATA.CHANNELS 4 AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0",
     "TASK segmentation DATA.CHANNELS 4",
     "DATA.CHANNELS 4 EVAL_MODE true MODEL.RESUME a",
+    "AUG.DEVICE gpu AUG.PRESET raug15 AUG.AUTO_AUGMENT original",
+    "AUG.DEVICE gpu AUG.AUTO_AUGMENT rand-m9-tweights",
+    "AUG.DEVICE gpu AUG.AUTO_AUGMENT none",
+    "AUG.DEVICE gpu AUG.PRESET weak",
+    "AUG.DEVICE cpu AUG.AUTO_AUGMENT original",
     "TASK segmentation DATA.BATCH_SIZE 2",
     "TASK segmentation DATA.BATCH_SIZE 1 EVAL_MODE true MODEL.RESUME a",
     "TASK segmentation SEG.RANK 1 SEG.DOWNSAMPLE conv3",

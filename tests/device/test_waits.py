@@ -90,6 +90,11 @@ def augmentation(opts: str) -> data.BatchAugmentation | None:
     )
 
 
+def rand_augment(device: torch.device) -> data.BatchRandAugment | None:
+    cfg = settings("AUG.DEVICE gpu AUG.PRESET raug15").AUG
+    return data.build_rand_augment(cfg, device, interpolation="bilinear", seed=0)
+
+
 def run_of(device: torch.device, opts: str = "AUG.REPROB 0", *, ema: bool = False, **changes: Any) -> Trainer:
     """A trainer of a tiny network, as the scripts put one together."""
     network = models.create_model(ARCH, CLASSES, drop_path_rate=0.2)
@@ -154,6 +159,11 @@ def test_copies_to_the_device_are_few_and_run_beside_the_host(opts, copies):
     assert second_update(run) == 2 * copies
 
 
+def test_randaugment_of_a_batch_is_one_copy_more():
+    run = run_of(META, rand_augment=rand_augment(META), accumulation=2)
+    assert second_update(run) == 2 * 3
+
+
 def test_copies_of_distillation():
     teacher = models.create_model(ARCH, CLASSES).to(META).eval()
     opts = f"{MIXING[1]} AUG.REPROB 0.5".replace("AUG.REPROB 0 ", "")
@@ -168,6 +178,7 @@ SETTINGS: list[dict[str, Any]] = [
     *({"name": name, "dtype": torch.float16, "accumulation": 2} for name in OPTIMIZERS),
     {"dtype": torch.bfloat16, "ema": True},
     {"dtype": torch.float16, "ema": True, "opts": f"{MIXING[2]}"},
+    {"rand_augment": rand_augment(CPU), "opts": f"{MIXING[0]}"},
 ]
 
 

@@ -140,6 +140,24 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(trainer_of):
     assert not all(torch.equal(a, b) for a, b in zip(first, plain, strict=True))
 
 
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_the_network_sees_the_images_of_randaugment_each_time_the_same(plain_network, trainer_of, batch_of, epoch):
+    """Passes without effect see a batch before the update does, and on a CPU it is not copied."""
+    cfg = settings("AUG.PRESET raug15 AUG.DEVICE gpu").AUG
+    policy = data.build_rand_augment(cfg, torch.device("cpu"), interpolation="bilinear", seed=5)
+    trainer, batch = trainer_of(plain_network(), rand_augment=policy), batch_of(8)
+    trainer.progress.epoch = epoch
+    batch = batch._replace(indices=torch.tensor([7, 6, 5, 40, 41, 42, 0, 1]))
+    augmented = policy(batch.images.clone(), batch.indices, epoch=epoch)
+    assert not torch.equal(augmented, batch.images)
+    for _ in range(2):
+        assert torch.equal(trainer.inputs(batch), trainer.normalize(augmented))
+    seen = []
+    trainer.forward.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    trainer.train_epoch([batch])
+    assert torch.equal(seen[0], trainer.normalize(augmented))
+
+
 def test_training_leaves_the_network_in_training_mode_and_updates_statistics(trainer_of, batch_of):
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 4)).eval()
