@@ -152,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"without metadata, programs that classify images need --dataset {dataset}")
     else:
         form = "train" if args.insert_bn else "deploy"
-        meta = task.metadata(network.arch, converted, network.image_size, form, checkpoint.meta.get("dataset"))
+        carried = (checkpoint.meta.get(key) for key in ("dataset", "class_names"))
+        meta = task.metadata(network.arch, converted, network.image_size, form, *carried)
         write_checkpoint(target, {"model": converted.state_dict(), "meta": meta})
     before, after = (sum(v.numel() for v in m.parameters()) for m in (network.model, converted))
     print(printable(f"{network.arch}: {checkpoint} ({before:,} parameters) -> {target} ({after:,} parameters)"))

@@ -280,6 +280,14 @@ CONFLICTS = (
 )
 
 TRAINING_CONFLICTS = (
+    *(
+        Conflict(
+            (key, "EVAL_MODE"),
+            lambda value, _: value,
+            f"it is for the evaluation of a checkpoint; leave {key} out of a training",
+        )
+        for key in ("TEST.CLASSES", "TEST.REAL_LABELS")
+    ),
     Conflict(
         ("MODEL.RESUME", "MODEL.PRETRAINED"),
         lambda resume, pretrained: resume and pretrained,

@@ -19,10 +19,12 @@ DIGITS, SHAPES = "digits", "shapes"
 class Source(ABC):
     """Images as they are stored, each with what is known of it, before any transform.
 
-    `classes` holds the class names in the order of the labels, so that its length is the number of classes.
+    `classes` holds the class names in the order of the labels, so that its length is the number of classes. `notes` are
+    lines for the log on how the images were found, where that needs saying.
     """
 
     classes: list[str]
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -1,6 +1,6 @@
 """Checkpoints of every supported origin: read, described, built into networks and loaded strictly."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ from .version import __version__
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Former names of architectures, which files may still give.
 RENAMED = {"ResMLP-B24-224": "ResMLP-B24-P8-224"}
+# Names of classes: more, or longer ones, are not saved.
+CLASS_NAMES = schema.texts(most=2**20, longest=2**10, in_all=2**24)
 # What `describe` writes.
 META = schema.record(
     {
@@ -52,6 +54,7 @@ META = schema.record(
         "task": schema.text,
         "dataset": schema.text,
         "metric": schema.text,
+        "class_names": CLASS_NAMES,
         "weights": schema.one_of("model", "ema"),
     }
 )
@@ -84,7 +87,7 @@ class Checkpoint:
 
 
 def describe(
-    arch: str, model: nn.Module, image_size: tuple[int, int], form: str | None, **extra: str | None
+    arch: str, model: nn.Module, image_size: tuple[int, int], form: str | None, **extra: str | list[str] | None
 ) -> dict[str, Any]:
     """Returns the metadata that goes with the weights of a classifier.
 
@@ -94,7 +97,7 @@ def describe(
         image_size: (height, width) of its images.
         form: "train", "deploy", or None of a network that has one structure only.
         **extra: further metadata, those of None left out: `task`, `dataset` (whose normalisation the images have),
-            `metric`.
+            `metric`, `class_names` (of the first outputs, or of all, in their order, as `storable_names` returns them).
     """
     own = {
         "arch": canonical_name(arch),
@@ -105,6 +108,16 @@ def describe(
         "versions": versions(),
     }
     return own | {key: value for key, value in extra.items() if value is not None}
+
+
+def storable_names(names: Iterable[str]) -> list[str] | None:
+    """Returns class names as metadata hold them; None for more, or longer ones, than `CLASS_NAMES` accepts."""
+    listed = list(names)
+    try:
+        CLASS_NAMES("class_names", listed)
+    except ValueError:
+        return None
+    return listed
 
 
 def versions() -> dict[str, str]:
@@ -131,6 +144,18 @@ def read_checkpoint(path: str | Path, ema: bool | None = None) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path} is damaged or of another program: {error}") from None
     return take_weights(path, payload, ema)
+
+
+def output_names(checkpoint: Checkpoint, outputs: int) -> list[str] | None:
+    """Returns the names of a network's outputs, or of the first of them; None where its checkpoint names none.
+
+    Raises:
+        ValueError: there are more names than outputs.
+    """
+    names: list[str] | None = checkpoint.meta.get("class_names")
+    if names is not None and len(names) > outputs:
+        raise ValueError(f"{checkpoint.path} is damaged: it names {len(names)} classes and has {outputs} outputs")
+    return names
 
 
 def take_weights(path: Path, payload: dict[str, Any], ema: bool | None) -> Checkpoint:
@@ -183,7 +208,7 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) 
         model.to(dtypes.pop())
     load_weights(model, checkpoint)
     if isinstance(model, ReparameterizableNetwork):
-        model.dataset = checkpoint.meta.get("dataset")
+        model.dataset, model.class_names = checkpoint.meta.get("dataset"), output_names(checkpoint, classes)
     return Network(arch, model.eval(), classes, options["img_size"])
 
 

@@ -224,9 +224,11 @@ class ReparameterizableNetwork(nn.Module):
 
     Attributes:
         dataset: that the weights were trained on, where their checkpoint says it; images are normalised for it.
+        class_names: of the outputs, or of the first of them, where the checkpoint names them.
     """
 
     dataset: str | None = None
+    class_names: list[str] | None = None
 
     @property
     def backbone(self) -> nn.Module:

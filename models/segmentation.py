@@ -263,7 +263,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in weights.items()}
 
 
-def describe_segmentation(network: nn.Module, form: str | None, **extra: str | None) -> dict[str, Any]:
+def describe_segmentation(network: nn.Module, form: str | None, **extra: str | list[str] | None) -> dict[str, Any]:
     """Returns the metadata that goes with the weights of a `SegmentationNetwork`, for `segmentation_from`.
 
     Args:
