@@ -7,7 +7,7 @@ from pathlib import Path
 from data import FolderSource, Source
 from data.class_names import IMAGENET_CLASSES, are_positions, first_difference, imagenet_names
 from models.checkpoints import Checkpoint, output_names
-from utils.text import printable, shortened
+from utils.text import shortened
 
 IMAGENET = "imagenet"  # the data set of image folders
 EXAMPLES = 3  # of names, in a message
@@ -99,9 +99,10 @@ def _by_name(classes: Sequence[str], names: Sequence[str], count: int, *, assume
     positions = {name: position for position, name in enumerate(names)}
     found = tuple(positions[name] for name in classes)
     subset = len(classes) < len(names)
-    what = f"{len(classes)} of the {count} classes" if subset else "the classes, which have another order,"
+    same = "the classes, which are in another order than those of the weights,"
+    what = f"{len(classes)} of the {count} classes of the weights" if subset else same
     how = ": those of ImageNet-1k in the order of their WordNet ids, since the weights name none" * assumed
-    return ClassMatch(found, subset, f"{what} of the weights are matched by name{how}")
+    return ClassMatch(found, subset, f"{what} are matched by name{how}")
 
 
 def _check_positions(outputs: Outputs, source: Source, place: object, fewer: bool) -> None:
@@ -164,5 +165,5 @@ def _unknown_order(classes: Sequence[str]) -> str:
 
 def _shown(names: Sequence[str]) -> str:
     """Returns the first names, printable and short."""
-    first = ", ".join(shortened(printable(repr(name)), 60) for name in names[:EXAMPLES])
+    first = ", ".join(shortened(repr(name), 60) for name in names[:EXAMPLES])
     return first + ", ..." * (len(names) > EXAMPLES)
