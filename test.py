@@ -20,6 +20,7 @@ from torch import nn
 from configs import Override, load_config, parse_opts
 from data import known_names
 from engine import backends
+from engine.classes import ClassMatch
 from engine.evaluate import Comparison, compare, evaluate, refuse_nonfinite
 from engine.precision import PRECISIONS, autocast
 from engine.task import Task
@@ -42,7 +43,9 @@ def parser() -> cli.Parser:
     """Describes the command line."""
     architectures = cli.listing("architectures", [*list_models(), "any of timm"])
     result = cli.Parser(description=__doc__, epilog=architectures, argument_default=None)
-    result.add_argument("data", metavar="DATA", help="folder of the data set, or digits, or shapes")
+    result.add_argument(
+        "data", metavar="DATA", help="folder of the data set or of its test images by class, or digits, or shapes"
+    )
     result.add_argument("mode", metavar="MODE", choices=["train", "deploy", "check"], help="train, deploy or check")
     result.add_argument("weights", metavar="WEIGHTS", help="checkpoint")
     add_checkpoint_options(result, fuse=True)
@@ -53,6 +56,16 @@ def parser() -> cli.Parser:
     result.add_argument("-j", "--workers", default="4", metavar="N", help="data loading processes")
     result.add_argument("--dataset", metavar="NAME", help=f"{', '.join(known_names())}; that of the task if absent")
     result.add_argument("--crop", action="store_true", default=None, help="resize to 256/224 of the size, then crop")
+    result.add_argument(
+        "--classes", metavar="FILE", help="names of the network's outputs, one a line; default: its own"
+    )
+    result.add_argument(
+        "--all-outputs", action="store_true", default=False, help="compare the logits of classes without images too"
+    )
+    result.add_argument(
+        "--real-labels", action="store_true", default=None, help="also count by the ReaL labels of ImageNet"
+    )
+    result.add_argument("--per-class", action="store_true", default=None, help="also give the accuracy of each class")
     result.add_argument("--amp", choices=list(PRECISIONS), default="off", help="precision of the forward pass")
     result.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys of the configuration")
     result.add_argument(
@@ -90,13 +103,31 @@ def build_task(args: Namespace, task: type[Task], device: torch.device) -> Task:
         ("-r", "DATA.TEST_SIZE"): args.resolution,
         ("-j", "DATA.NUM_WORKERS"): args.workers,
         ("--crop", "TEST.CROP"): args.crop,
+        ("--classes", "TEST.CLASSES"): args.classes,
+        ("--all-outputs", "TEST.MASK"): False if args.all_outputs else None,
+        ("--real-labels", "TEST.REAL_LABELS"): args.real_labels,
+        ("--per-class", "TEST.PER_CLASS"): args.per_class,
         ("--amp", "AMP"): args.amp,
     }
     overrides = [Override(*place, value) for place, value in given.items() if value is not None]
     return task(load_config(None, [*overrides, *parse_opts(args.opts)]), RankInfo(0, 1, 0, device))
 
 
-def check(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> tuple[dict[str, Any], int]:
+def match_classes(task: Task, loaded: Loaded) -> ClassMatch:
+    """Finds the output of the network for each class of the test images, and prints how where that needs saying.
+
+    Raises:
+        ValueError: the network is for other classes.
+    """
+    classes = task.match_classes(loaded.checkpoint, loaded.network.num_classes)
+    for note in filter(None, (*task.val_source.notes, classes.note)):
+        print(note)
+    return classes
+
+
+def check(
+    args: Namespace, task: Task, network: nn.Module, loaded: Loaded, classes: ClassMatch
+) -> tuple[dict[str, Any], int]:
     """Compares the training structure with the converted one.
 
     Returns:
@@ -108,9 +139,9 @@ def check(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> tu
         raise ValueError("mode check compares in float32, and not rounded to TF32: leave TF32 out")
     device, dtype = task.rank_info.device, PRECISIONS[args.amp]
     converted = prepare(network, device, fuse=True) if args.fuse else to_deploy(network)
-    metrics = task.build_metric(loaded.network.num_classes), task.build_metric(loaded.network.num_classes)
+    first, second = (task.build_metric(loaded.network.num_classes, classes) for _ in range(2))
     batches = task.eval_loader(loaded.network.image_size)
-    result = compare(network, converted, batches, metrics, task.normalize(), device, autocast(device, dtype))
+    result = compare(network, converted, batches, (first, second), task.normalize(), device, autocast(device, dtype))
     return report(result, task, args.tolerance)
 
 
@@ -126,13 +157,14 @@ def report(result: Comparison, task: Task, tolerance: float) -> tuple[dict[str, 
     return result.first.as_dict() | figures, int(failed)
 
 
-def measure(args: Namespace, task: Task, network: nn.Module, loaded: Loaded) -> dict[str, Any]:
+def measure(args: Namespace, task: Task, network: nn.Module, loaded: Loaded, classes: ClassMatch) -> dict[str, Any]:
     """Evaluates one network; prints and returns the figures."""
     device, dtype = task.rank_info.device, PRECISIONS[args.amp]
     if args.fuse:  # a fused network computes in the dtype of its weights
         network, dtype = prepare(network, device, fuse=True, dtype=dtype or torch.float32), None
     normalize = task.normalize(next(network.parameters()).dtype)
-    batches, metric = task.eval_loader(loaded.network.image_size), task.build_metric(loaded.network.num_classes)
+    batches = task.eval_loader(loaded.network.image_size)
+    metric = task.build_metric(loaded.network.num_classes, classes)
     result = evaluate(network, batches, metric, normalize, device, autocast(device, dtype))
     refuse_nonfinite(result)
     print(f" * {result}")
@@ -147,18 +179,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.tolerance > 0:
         raise ValueError("--tolerance must be above 0")
     if args.json:
-        check_target(args.json, [args.weights, args.data, *args.opts])  # a key may name a file, such as FACE.PAIRS
+        read = filter(None, [args.weights, args.data, args.classes])
+        check_target(args.json, [*read, *args.opts])  # a key may name a file, such as FACE.PAIRS
     loaded, device = load(args), default_device()
     task = build_task(args, loaded.task, device)
     backends.set_up(task.cfg)
     for line in task.follow(loaded.checkpoint, loaded.network):
         print(line)
-    task.check_classes(args.weights, loaded.network.num_classes)
+    classes = match_classes(task, loaded)
     network = prepare(loaded.network.model, device)
     if args.mode == "check":
-        figures, status = check(args, task, network, loaded)
+        figures, status = check(args, task, network, loaded, classes)
     else:
-        figures, status = measure(args, task, network, loaded), 0
+        figures, status = measure(args, task, network, loaded, classes), 0
     if args.json:
         write_json(args.json, figures)
     return status

@@ -339,6 +339,14 @@ CONFLICTS = (
 )
 
 TRAINING_CONFLICTS = (
+    *(
+        Conflict(
+            (key, "EVAL_MODE"),
+            lambda value, _: value,
+            f"it is for the evaluation of a checkpoint; leave {key} out of a training",
+        )
+        for key in ("TEST.CLASSES", "TEST.REAL_LABELS")
+    ),
     Conflict(
         ("AUG.DEVICE", "AUG.AUTO_AUGMENT", "AUG.PRESET"),
         lambda device, policy, preset: device == "gpu" and not (preset or policy == "none" or is_rand_augment(policy)),

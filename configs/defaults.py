@@ -330,6 +330,16 @@ _C.TEST.CROP = False
 # Whether an evaluation uses the EMA weights of a checkpoint; null: as the checkpoint says, which is true where they
 # were the best.
 _C.TEST.EMA = None
+# Of an evaluation, a file with the names of the network's outputs, one a line in their order, in place of those in the
+# checkpoint; the classes of the test images are found among them. Empty: none.
+_C.TEST.CLASSES = ""
+# Whether only the logits of the classes that the test images have are compared, where the network has others besides,
+# as published for ImageNet-A and -R.
+_C.TEST.MASK = True
+# Whether an evaluation on the validation set of ImageNet also counts by the ReaL labels.
+_C.TEST.REAL_LABELS = False
+# Whether an evaluation also gives the accuracy of each class.
+_C.TEST.PER_CLASS = False
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
@@ -400,6 +410,7 @@ SPECIAL: dict[str, FieldType] = {
     "MODEL.PRETRAINED": PATH,
     "FACE.PAIRS": PATH,
     "DISTILL.TEACHER": PATH,
+    "TEST.CLASSES": PATH,
     "OUTPUT": PATH,
     "COMPILE": SWITCH,
     "DATA.IMG_SIZE": optional(SIZE),

@@ -1,4 +1,4 @@
-"""Image folders with one folder per class, in the order of torchvision's ImageFolder."""
+"""Image folders with one folder per class; the images of a class are in the order of torchvision's ImageFolder."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,21 +11,26 @@ import numpy as np
 from utils.files import user_path
 from utils.text import printable
 
+from .class_names import in_order
 from .decode import EXTENSIONS
 from .index import NOWHERE, Listing, State, find_listing, packed_states, state
 from .sources import DIGITS, SHAPES, SPLITS, WHOLE, FileSource, PackedStrings
 
 Identity = tuple[int, int]  # of a folder, by whichever path it is reached: device, inode
+# How other projects call the folders of splits.
+OTHER_SPLITS = {"test", "testing", "training", "valid", "validation"}
 
 
 class FolderSource(FileSource):
     """The images below `root/split/<class>/`, at any depth; symbolic links are followed, hidden names left out.
 
-    `paths` are theirs, relative to `folder`.
+    `paths` are theirs, relative to `folder`. The labels are positions in the class names, which are ordered by number
+    if all are numbers, else by text. For `val`, a root that holds neither split but class folders is taken as the split
+    itself: ImageNet-A, -R, -V2 and -Sketch come so.
 
     Raises ValueError for a missing folder, a class without images, a folder that is reached in two ways, and a class
-    that only one of `train` and `val` has: labels are positions in the sorted class names, so those of the two splits
-    would mean different things. With `same_classes` off they may, as people whom a face network has never seen do.
+    that only one of `train` and `val` has: their labels would mean different things. With `same_classes` off they may,
+    as people whom a face network has never seen do; names of people are always ordered by text.
 
     The list of files is read from its saved index (`data/index.py`) where there is one; with `index` off it is neither
     read nor saved.
@@ -33,15 +38,19 @@ class FolderSource(FileSource):
 
     def __init__(self, root: str | Path, split: str, *, same_classes: bool = True, index: bool = True) -> None:
         assert split in (*SPLITS, WHOLE)
-        self.folder = _folder_of(user_path(root), split)
-        self.classes = class_names(self.folder)
+        root = user_path(root)
+        self.folder = split_folder(root, split)
+        names = class_names(self.folder)
+        self.classes = in_order(names) if same_classes else names
         if not self.classes:
             raise ValueError(
                 f"no class folders at {self.folder}: a data path holds train/<class>/* and val/<class>/*"
                 + f"; the words `{DIGITS}` and `{SHAPES}` as data path need no folder" * same_classes
             )
-        if same_classes and split != WHOLE:
-            _check_same_classes(self.folder, self.folder.with_name("val" if split == "train" else "train"))
+        if split == "val" and self.folder == root:
+            self.notes = (f"{printable(root)} holds neither train/ nor val/: its own folders are taken as the classes",)
+        elif same_classes and split != WHOLE:
+            _check_same_classes(self.folder, root / ("val" if split == "train" else "train"))
         scanning = partial(scan, self.folder, self.classes)
         listing = find_listing(self.folder, self.classes, scanning) if index else scanning()
         self.paths = listing.paths
@@ -55,11 +64,33 @@ class FolderSource(FileSource):
             raise ValueError(f"no image in {empty}: add one ({', '.join(EXTENSIONS)}) or remove the folder")
 
 
-def _folder_of(root: Path, split: str) -> Path:
-    """Returns the folder of a split; of the whole, that of the training images, or the root where it has no splits."""
-    if split != WHOLE:
-        return root / split
-    return root / "train" if (root / "train").is_dir() else root
+def split_folder(root: Path, split: str) -> Path:
+    """Returns the folder of a split: `root/split`; for `val`, `root` where it holds class folders and no splits.
+
+    The whole is the folder of the training images, or `root` where there is none.
+
+    Raises:
+        ValueError: some of these folders look like splits of other names.
+    """
+    if split == WHOLE:
+        return root / "train" if (root / "train").is_dir() else root
+    folder = root / split
+    if split == "train" or any(os.path.lexists(root / name) for name in SPLITS):
+        return folder
+    names = class_names(root)
+    others = [name for name in names if name.lower() in OTHER_SPLITS]
+    if others:
+        raise ValueError(
+            f"{root} holds no val/, and a folder {others[0]!r}: rename or link it to val if it is the split to "
+            "evaluate, or give a folder that holds class folders alone"
+        )
+    return root if names and _holds_images(root / names[0]) else folder
+
+
+def _holds_images(folder: Path) -> bool:
+    """Returns whether there is an image directly in a folder, so that a folder of data sets is not taken for one."""
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") for entry in entries)
 
 
 def _check_same_classes(folder: Path, other: Path) -> None:

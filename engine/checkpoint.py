@@ -20,8 +20,8 @@ from .state import mean_statistics, read_state, training_state
 from .trainer import Trainer
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best_ckpt.pth", "best_ema.pth"
-# Metadata that may differ within a run.
-INCIDENTAL = {"versions", "form", "weights"}
+# Metadata that may differ within a run, or are compared in another way (`classes.check_resumed_classes`).
+INCIDENTAL = {"versions", "form", "weights", "class_names"}
 
 
 def find_checkpoint(folder: Path, logger: logging.Logger) -> Checkpoint | None:

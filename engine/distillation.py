@@ -5,6 +5,7 @@ Source: Touvron et al., "Training data-efficient image transformers & distillati
 labels.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -12,6 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import BatchTransform
+
+
+class SelectedOutputs(nn.Module):
+    """Some of a network's outputs, or all in another order: images (N, C, H, W) -> logits (N, len(outputs))."""
+
+    outputs: Tensor
+
+    def __init__(self, network: nn.Module, outputs: Sequence[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("outputs", torch.tensor(outputs), persistent=False)
+        self.train(network.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the selected outputs, in their order."""
+        selected: Tensor = self.network(images)[:, self.outputs]
+        return selected
 
 
 class HardDistillation:

@@ -41,14 +41,16 @@ def evaluate_checkpoint(run: Run) -> None:
     with open_log(run, network.arch) as logger:
         for line in task.follow(checkpoint, network):
             logger.info(line)
-        task.check_classes(checkpoint.path, network.num_classes)
+        classes = task.match_classes(checkpoint, network.num_classes)
         for key, value in task.settings_of(network).items():
             given = reduce(getitem, key.split("."), cfg)
             if key in run.given and given != value:
                 logger.warning(f"{key} {given} is ignored: the checkpoint has {value}")
         logger.info(f"{checkpoint}, {len(task.val_source)} images of {len(task.val_source.classes)} classes")
+        for note in filter(None, (*task.val_source.notes, classes.note)):
+            logger.info(note)
         model = run.place(network.model.float())
-        batches, metric = task.eval_loader(network.image_size), task.build_metric(network.num_classes)
+        batches, metric = task.eval_loader(network.image_size), task.build_metric(network.num_classes, classes)
         result = evaluate(model, batches, metric, task.normalize(), device, autocast(device, run.dtype))
         refuse_nonfinite(result)
         for line in result.details(task.val_source.classes):

@@ -11,6 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 import data
+from data.class_names import first_difference
 from models import canonical_name, create_model, default_image_size
 from models.build import REGISTRY, check_changeable
 from models.checkpoints import (
@@ -20,12 +21,15 @@ from models.checkpoints import (
     build_from,
     describe,
     load_pretrained,
+    output_names,
     read_checkpoint,
     statistics_in,
+    storable_names,
 )
 from utils.distributed import RankInfo
 from utils.seed import seed_everything
 
+from .classes import SAME_CLASSES, ClassMatch
 from .metrics import Metric
 
 Size = tuple[int, int]  # height, width in pixels
@@ -33,6 +37,8 @@ Size = tuple[int, int]  # height, width in pixels
 MIXING = tuple(
     f"AUG.{key}" for key in ("MIXUP", "CUTMIX", "CUTMIX_MINMAX", "MIXUP_PROB", "MIXUP_SWITCH_PROB", "MIXUP_MODE")
 )
+# The keys of evaluating a classifier, for the tasks that are none.
+CLASSES = ("TEST.CLASSES", "TEST.MASK", "TEST.REAL_LABELS", "TEST.PER_CLASS")
 
 
 def except_new(names: Sequence[str]) -> str:
@@ -333,6 +339,10 @@ class Task(ABC):
         """
         return describe(arch, network, image_size, form, **images, task=cls.name)
 
+    def class_names(self) -> list[str] | None:
+        """Returns the names of the outputs, or of the first of them, that checkpoints hold; None for none."""
+        return storable_names(self.train_source.classes)
+
     @classmethod
     def network_from(cls, checkpoint: Checkpoint, arch: str | None = None, **changes: Any) -> Network:
         """Builds the network of a checkpoint with its weights, in their form.
@@ -356,17 +366,28 @@ class Task(ABC):
         """Returns what the configuration would say of the network of a checkpoint, by key."""
         return {"MODEL.NUM_CLASSES": network.num_classes}
 
-    def check_classes(self, path: object, num_outputs: int) -> None:
-        """Raises ValueError if the network of the checkpoint at `path` and the test images differ in their classes."""
-        classes = len(self.val_source.classes)
-        if classes != num_outputs and num_outputs != self.cfg.MODEL.NUM_CLASSES:
-            raise ValueError(f"{path} is for {num_outputs} classes, {self.cfg.DATA.DATA_PATH} has {classes}")
+    def match_classes(self, checkpoint: Checkpoint, num_outputs: int) -> ClassMatch:
+        """Finds the output of the network of a checkpoint for each class of the test images.
+
+        Raises:
+            ValueError: the test images have other classes, or in another order.
+        """
+        names, classes = output_names(checkpoint, num_outputs), self.val_source.classes
+        if len(classes) != num_outputs:
+            raise ValueError(
+                f"{checkpoint.path} is for {num_outputs} classes, {self.cfg.DATA.DATA_PATH} has {len(classes)}"
+            )
+        difference = first_difference(classes, names) if names is not None else ""
+        if difference:
+            raise ValueError(f"{self.cfg.DATA.DATA_PATH} is not for {checkpoint.path}: its {difference}")
+        return ClassMatch()
 
     @property
     def images_meta(self) -> dict[str, Any]:
         """What the metadata of a checkpoint say of the images that it is trained on."""
         mean, std = map(list, self.statistics)
-        return {"dataset": self.dataset_name, "in_chans": self.channels, "mean": mean, "std": std}
+        names = self.class_names()
+        return {"dataset": self.dataset_name, "class_names": names, "in_chans": self.channels, "mean": mean, "std": std}
 
     # Loss and evaluation
     @abstractmethod
@@ -374,5 +395,13 @@ class Task(ABC):
         """Builds the mean loss of outputs (N, ...) and targets; it may have parameters."""
 
     @abstractmethod
-    def build_metric(self, num_outputs: int) -> Metric:
-        """Builds the metric of one evaluation; raises ValueError if the test images can't be evaluated."""
+    def build_metric(self, num_outputs: int, classes: ClassMatch = SAME_CLASSES) -> Metric:
+        """Builds the metric of one evaluation.
+
+        Args:
+            num_outputs: of the network.
+            classes: what `match_classes` found; in training they are the same.
+
+        Raises:
+            ValueError: the test images can't be evaluated.
+        """

@@ -21,6 +21,7 @@ from utils.memory import clear_about_memory
 from utils.signals import Stopped, StopRequest
 
 from .checkpoint import CheckpointFolder, clear_leftovers, find_checkpoint
+from .classes import check_resumed_classes
 from .compilation import compile_for_training
 from .ema import ModelEma
 from .evaluate import evaluate
@@ -182,6 +183,7 @@ def start_or_resume(
         trainer.progress.update = cfg.TRAIN.START_EPOCH * trainer.plan.updates_per_epoch
         return trainer.progress.update
     checkpoints.check_experiment(checkpoint)
+    check_resumed_classes(checkpoint, run.task.class_names(), run.task.train_source, cfg.DATA.DATA_PATH)
     recorded = restore(trainer, checkpoint)
     logger.info(f"resuming from {checkpoint.path}, update {trainer.progress.update}")
     changed = run.changed_settings(checkpoint.payload["config"]) if "saved_as" in checkpoint.payload else []

@@ -1,6 +1,6 @@
 """Checkpoints of every supported origin: read, described, built into networks and loaded strictly."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +43,8 @@ from .version import __version__
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Former names of architectures, which files may still give.
 RENAMED = {"ResMLP-B24-224": "ResMLP-B24-P8-224"}
+# Names of classes: more, or longer ones, are not saved.
+CLASS_NAMES = schema.texts(most=2**20, longest=2**10, in_all=2**24)
 # What `describe` writes.
 META = schema.record(
     {
@@ -57,14 +59,16 @@ META = schema.record(
         "mean": schema.sequence(schema.number),
         "std": schema.sequence(schema.positive),
         "metric": schema.text,
+        "class_names": CLASS_NAMES,
         "weights": schema.one_of("model", "ema"),
     }
 )
 
 
-# The metadata about the images that weights are made for: their data set, their channels, and the mean and standard
+# The metadata about the images that weights are made for: their data set, the names of its classes in the order of the
+# outputs (of the first ones, or of all, as `storable_names` returns them), their channels, and the mean and standard
 # deviation of the pixels of each, on a scale of 0 to 1, by which they are normalised.
-IMAGES = ("dataset", "in_chans", "mean", "std")
+IMAGES = ("dataset", "class_names", "in_chans", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,16 @@ def describe(
     return own | {key: value for key, value in extra.items() if value is not None}
 
 
+def storable_names(names: Iterable[str]) -> list[str] | None:
+    """Returns class names as metadata hold them; None for more, or longer ones, than `CLASS_NAMES` accepts."""
+    listed = list(names)
+    try:
+        CLASS_NAMES("class_names", listed)
+    except ValueError:
+        return None
+    return listed
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of what weights are made with."""
     return {"repmlpnet": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
@@ -142,6 +156,18 @@ def read_checkpoint(path: str | Path, ema: bool | None = None) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path} is damaged or of another program: {error}") from None
     return take_weights(path, payload, ema)
+
+
+def output_names(checkpoint: Checkpoint, outputs: int) -> list[str] | None:
+    """Returns the names of a network's outputs, or of the first of them; None where its checkpoint names none.
+
+    Raises:
+        ValueError: there are more names than outputs.
+    """
+    names: list[str] | None = checkpoint.meta.get("class_names")
+    if names is not None and len(names) > outputs:
+        raise ValueError(f"{checkpoint.path} is damaged: it names {len(names)} classes and has {outputs} outputs")
+    return names
 
 
 def take_weights(path: Path, payload: dict[str, Any], ema: bool | None) -> Checkpoint:
@@ -195,7 +221,7 @@ def build_from(checkpoint: Checkpoint, arch: str | None = None, **changes: Any) 
         model.to(dtypes.pop())
     load_weights(model, checkpoint)
     if isinstance(model, ReparameterizableNetwork):
-        model.dataset = checkpoint.meta.get("dataset")
+        model.dataset, model.class_names = checkpoint.meta.get("dataset"), output_names(checkpoint, classes)
         model.statistics = statistics_in(checkpoint, options["in_chans"])
     return Network(arch, model.eval(), classes, options["img_size"], options.get("in_chans", 3))
 

@@ -224,11 +224,13 @@ class ReparameterizableNetwork(nn.Module):
 
     Attributes:
         dataset: that the weights were trained on, where their checkpoint says it.
+        class_names: of the outputs, or of the first of them, where the checkpoint names them.
         statistics: mean and standard deviation of the pixels of each channel, on a scale of 0 to 1, by which images are
             normalised, where the checkpoint says it; else they are normalised for the data set.
     """
 
     dataset: str | None = None
+    class_names: list[str] | None = None
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @property

@@ -64,6 +64,17 @@ def text(where: str, value: object) -> None:
     expect(isinstance(value, str), where, value, "text")
 
 
+def texts(most: int, longest: int, in_all: int) -> Check:
+    """Builds the check for a list of at most so many texts, each and all of them of at most so many characters."""
+
+    def checked(where: str, value: Any) -> None:
+        sequence(text)(where, value)
+        fits = len(value) <= most and max(map(len, value), default=0) <= longest and sum(map(len, value)) <= in_all
+        expect(fits, where, value, f"at most {most} texts of {longest} characters, {in_all} in all")
+
+    return checked
+
+
 def one_of(*choices: object) -> Check:
     """Builds the check for one of several values."""
     expected = f"one of {', '.join(map(repr, choices))}"

@@ -1,6 +1,9 @@
 """Classification: one class per image, cross-entropy with mixed and smoothed labels, top-1 accuracy."""
 
+import logging
+from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,14 +12,17 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 import data
-from engine.distillation import HardDistillation
+from data.class_names import IMAGENET_CLASSES, first_difference, read_class_names
+from data.real_labels import real_labels
+from engine.classes import SAME_CLASSES, ClassMatch, Outputs, match_classes
+from engine.distillation import HardDistillation, SelectedOutputs
 from engine.metrics import ClassificationMetric
 from engine.precision import autocast, dtype_of
 from engine.task import Task
 from models.checkpoints import Checkpoint, build_from, read_checkpoint, statistics_in
 from models.reparam import is_reparameterizable, to_deploy
+from utils.log import NAME
 
-IMAGENET_CLASSES = 1000
 CLASS_WEIGHTS = ("none", "balanced")
 
 
@@ -84,6 +90,9 @@ class Classification(Task):
             raise ValueError(f"the data set has {found} classes, but MODEL.NUM_CLASSES is {wanted}")
         if val > wanted:
             raise ValueError(f"val has {val} classes, train {found}: they need the same labels")
+        difference = first_difference(self.val_source.classes, self.train_source.classes[:val])
+        if difference:
+            raise ValueError(f"in val {difference} as in train: they need the same labels")
         return wanted
 
     def batch_augmentation(self) -> data.BatchTransform | None:
@@ -115,10 +124,7 @@ class Classification(Task):
             raise ValueError(f"DISTILL.TEACHER {path} is of TASK {task}: a teacher is a classifier")
         network = build_from(checkpoint, self.cfg.DISTILL.ARCH or None)
         self._check_normalization(checkpoint, network.in_chans)
-        if network.num_classes != self.num_outputs():
-            raise ValueError(
-                f"DISTILL.TEACHER {path} is for {network.num_classes} classes, the training for {self.num_outputs()}"
-            )
+        classes = self._match_teacher(checkpoint, network.num_classes)
         teacher = to_deploy(network.model) if is_reparameterizable(network.model) else network.model
         teacher = teacher.float().to(device).requires_grad_(False)
         try:
@@ -126,7 +132,18 @@ class Classification(Task):
                 teacher(torch.zeros(1, self.channels, *self.train_size, device=device))
         except (ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(f"DISTILL.TEACHER {path} can't see the training images: {error}") from error
-        return teacher
+        return teacher if classes.outputs is None else SelectedOutputs(teacher, classes.outputs).to(device)
+
+    def _match_teacher(self, checkpoint: Checkpoint, num_outputs: int) -> ClassMatch:
+        """Finds the output of the teacher for each class of the training images; raises ValueError as `teacher`."""
+        own = self.num_outputs()
+        outputs = Outputs.of(checkpoint, num_outputs)
+        classes = match_classes(outputs, self.train_source, self.cfg.DATA.DATA_PATH, fewer=num_outputs == own)
+        if classes.outputs is None and num_outputs != own:
+            raise ValueError(f"DISTILL.TEACHER {checkpoint.path} is for {num_outputs} classes, the training for {own}")
+        if classes.note:
+            logging.getLogger(NAME).info(f"DISTILL.TEACHER {checkpoint.path}: {classes.note}")
+        return classes
 
     def _check_normalization(self, checkpoint: Checkpoint, channels: int) -> None:
         """Raises ValueError if a teacher's images are normalized in another way than those of the training."""
@@ -152,6 +169,30 @@ class Classification(Task):
             return SoftTargetCrossEntropy()
         return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
-    def build_metric(self, num_outputs: int) -> ClassificationMetric:
-        """Builds the metric of logits (N, K)."""
-        return ClassificationMetric(self.rank_info.device)
+    def match_classes(self, checkpoint: Checkpoint, num_outputs: int) -> ClassMatch:
+        """Finds the output of the network for each class of the test images, by name or by position.
+
+        Raises:
+            ValueError: there is none, or it is not certain.
+        """
+        outputs = Outputs.of(checkpoint, num_outputs)
+        if self.cfg.TEST.CLASSES:
+            names = read_class_names(Path(self.cfg.TEST.CLASSES), num_outputs)
+            outputs = replace(outputs, names=names)
+        fewer = num_outputs == self.cfg.MODEL.NUM_CLASSES
+        return match_classes(outputs, self.val_source, self.cfg.DATA.DATA_PATH, fewer=fewer)
+
+    def build_metric(self, num_outputs: int, classes: ClassMatch = SAME_CLASSES) -> ClassificationMetric:
+        """Builds the metric of logits (N, K), of which TEST says what it counts.
+
+        Raises:
+            ValueError: the test images have no ReaL labels, and these are asked for.
+        """
+        test = self.cfg.TEST
+        return ClassificationMetric(
+            self.rank_info.device,
+            classes.outputs,
+            masked=test.MASK if classes.subset else None,
+            real=real_labels(self.val_source) if test.REAL_LABELS else None,
+            per_class=len(self.val_source.classes) if test.PER_CLASS else None,
+        )

@@ -10,6 +10,7 @@ from PIL.Image import Image, fromarray
 from torch import Tensor, nn
 
 import data
+from data.class_names import numbered
 from data.decode import MODES, decode_image, to_mode
 from models import get_model
 from models.build import FAMILIES
@@ -77,7 +78,7 @@ def inference_model(
         image: a file, an image of Pillow, or an array (H, W, 3) of uint8 in RGB, not in MMPretrain's BGR.
         pretrained: the file of the weights, where `model` is a name.
         device: to compute on; None for that of the model, or where it is a name for the GPU if there is one.
-        classes: the names of all classes; None takes their numbers.
+        classes: the names of all classes; None takes those of the checkpoint, or their numbers.
         crop: resize to 256/224 of the size, then crop.
 
     Returns:
@@ -110,12 +111,12 @@ def inference_model(
     scores = probabilities(model, pixels[None], normalize)[0]
     if classes is not None and len(classes) != len(scores):
         raise ValueError(f"classes has {len(classes)} names, the network has {len(scores)} classes")
-    label = int(scores.argmax())
+    names, label = classes or numbered(model.class_names, len(scores)), int(scores.argmax())
     return {
         "pred_scores": scores.numpy(),
         "pred_label": label,
         "pred_score": float(scores[label]),
-        "pred_class": str(label) if classes is None else classes[label],
+        "pred_class": names[label],
     }
 
 

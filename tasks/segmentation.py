@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from data.cityscapes import CITYSCAPES
 from data.segmentation import IGNORED, MaskedDataset, segmentation_eval_transform, segmentation_train_transform
+from engine.classes import SAME_CLASSES, ClassMatch
 from engine.metrics import SegmentationMetric
-from engine.task import Size, Task, except_new
+from engine.task import CLASSES, Size, Task, except_new
 from models import RepMLPNet, default_image_size, list_models
 from models.build import changeable, check_changeable, structure_changes, timm_name
 from models.checkpoints import Checkpoint, Network, build_from
@@ -40,7 +41,7 @@ class Segmentation(Task):
     metric, metric_label, agreement_label = "miou", "mIoU", "pixel agreement"
     labels, default_dataset = "masks", "cityscapes"
     section = "SEG"
-    unused = ("AUG", "DISTILL", "TEST.CROP", "MODEL.NUM_CLASSES", "DATA.SAMPLING", "TRAIN.CLASS_WEIGHTS")
+    unused = ("AUG", "DISTILL", "TEST.CROP", "MODEL.NUM_CLASSES", "DATA.SAMPLING", "TRAIN.CLASS_WEIGHTS", *CLASSES)
     dataset_type, whole_images = MaskedDataset, True
     least_batch_size = 2  # decoders pool each image to a single value per channel and batch-normalise it
 
@@ -168,7 +169,7 @@ class Segmentation(Task):
         weight = self.cfg.SEG.AUX_WEIGHT
         return AuxiliaryLoss(criterion, weight) if weight else criterion
 
-    def build_metric(self, num_outputs: int) -> SegmentationMetric:
+    def build_metric(self, num_outputs: int, classes: ClassMatch = SAME_CLASSES) -> SegmentationMetric:
         """Builds the metric of logits (N, K, H, W)."""
         return SegmentationMetric(self.rank_info.device, num_outputs)
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+from engine.classes import SAME_CLASSES, ClassMatch
 from engine.metrics import VerificationMetric
-from engine.task import MIXING, Task
-from models.checkpoints import Network
+from engine.task import CLASSES, MIXING, Task
+from models.checkpoints import Checkpoint, Network
 
 
 class MarginSoftmax(NamedTuple):
@@ -53,7 +54,7 @@ class Verification(Task):
     metric, metric_label = "accuracy", "accuracy"
     labels, default_dataset = "identities", "faces"
     section = "FACE"
-    unused = ("DISTILL", "MODEL.NUM_CLASSES", "MODEL.LABEL_SMOOTHING", "TRAIN.CLASS_WEIGHTS", *MIXING)
+    unused = ("DISTILL", "MODEL.NUM_CLASSES", "MODEL.LABEL_SMOOTHING", "TRAIN.CLASS_WEIGHTS", *MIXING, *CLASSES)
 
     def num_outputs(self) -> int:
         """Returns the size of an embedding."""
@@ -88,9 +89,13 @@ class Verification(Task):
         """Returns what the configuration would say of the network of a checkpoint, by key."""
         return {"FACE.EMBEDDING": network.num_classes}
 
-    def check_classes(self, path: object, num_outputs: int) -> None:
-        """Accepts any classes: embeddings are not tied to the people of a data set."""
+    def class_names(self) -> None:
+        """Returns None: the outputs are not classes, and the names of people are not to be passed on with weights."""
 
-    def build_metric(self, num_outputs: int) -> VerificationMetric:
+    def match_classes(self, checkpoint: Checkpoint, num_outputs: int) -> ClassMatch:
+        """Accepts any classes: embeddings are not tied to the people of a data set."""
+        return SAME_CLASSES
+
+    def build_metric(self, num_outputs: int, classes: ClassMatch = SAME_CLASSES) -> VerificationMetric:
         """Builds the metric of embeddings (N, E)."""
         return VerificationMetric(self.rank_info.device, self.pairs, self.cfg.FACE.FOLDS)

@@ -1,12 +1,14 @@
 """Exports a network for other runtimes: ONNX (`.onnx`) or a torch.export program (`.pt2`), of any batch size.
 
 Training weights are converted by Locality Injection first. The exported program is run and compared with the
-network before it is written.
+network before it is written. Where the checkpoint names its classes, so does the file: `class_names`, a list in JSON,
+in the properties of an ONNX model or in the extra files of a torch.export program.
 
 python -m tools.export output/RepMLPNet-Digits/quickstart/best_ckpt.pth digits.onnx --fuse
 """
 
 import io
+import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from models.checkpoints import output_names
 from models.files import write_atomically
 from models.reparam import input_channels, relative_difference
 from tasks.inference import add_checkpoint_options, load_checkpoint, prepare
@@ -40,12 +43,13 @@ def parser() -> cli.Parser:
     return result
 
 
-def to_onnx(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
+def to_onnx(model: nn.Module, images: Tensor, properties: dict[str, str]) -> tuple[bytes, Program]:
     """Returns the ONNX file of a network, and a function that runs it.
 
     Args:
         model: in evaluation mode.
         images: (N, C, H, W), N at least 2; the exported network takes any N.
+        properties: further metadata of the file.
 
     Raises:
         ValueError: the packages of the extra `onnx` are missing.
@@ -53,6 +57,7 @@ def to_onnx(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ValueError(f"exporting to ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    import onnx
     import onnxruntime
     import onnxscript.optimizer
 
@@ -72,6 +77,7 @@ def to_onnx(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
     onnxscript.optimizer.optimize(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
     proto = program.model_proto
     _forget_shapes_of_constants(proto.graph)
+    onnx.helper.set_model_props(proto, properties)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
@@ -85,11 +91,11 @@ def _forget_shapes_of_constants(graph: "onnx.GraphProto") -> None:
     graph.value_info.extend(kept)
 
 
-def to_pt2(model: nn.Module, images: Tensor) -> tuple[bytes, Program]:
+def to_pt2(model: nn.Module, images: Tensor, properties: dict[str, str]) -> tuple[bytes, Program]:
     """Returns the torch.export file of a network, and a function that runs it; arguments as of `to_onnx`."""
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     file = io.BytesIO()
-    torch.export.save(program, file)
+    torch.export.save(program, file, extra_files=properties)
     file.seek(0)
     return file.getvalue(), torch.export.load(file).module()
 
@@ -107,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, checkpoint, network = load_checkpoint(args.weights, args.arch, args.ema)
     model = prepare(network.model, torch.device("cpu"), deploy=True, fuse=args.fuse)
     traced, checked = (torch.randn(n, input_channels(network.model), *network.image_size) for n in BATCH_SIZES)
-    content, program = FORMATS[args.save.suffix](model, traced)
+    names = output_names(checkpoint, network.num_classes)
+    properties = {} if names is None else {"class_names": json.dumps(names)}
+    content, program = FORMATS[args.save.suffix](model, traced, properties)
     difference = relative_difference(model(checked), program(checked))
     if not difference <= args.tolerance:
         raise ValueError(

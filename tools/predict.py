@@ -16,9 +16,10 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 import data
+from data.class_names import numbered, read_class_names
 from data.transforms import Transform
 from engine.backends import set_tf32
-from models.checkpoints import Checkpoint, statistics_in
+from models.checkpoints import Checkpoint, output_names, statistics_in
 from tasks.classification import Classification
 from tasks.inference import add_checkpoint_options, default_device, load_checkpoint, prepare
 from tasks.prediction import normalization, probabilities, read_image
@@ -39,7 +40,9 @@ def parser() -> cli.Parser:
     result.add_argument(
         "-r", "--resolution", type=cli.side, metavar="R", help="image size; default: that of the network"
     )
-    result.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line; default: numbers")
+    result.add_argument(
+        "--classes", type=Path, metavar="FILE", help="class names, one a line; default: the checkpoint's"
+    )
     result.add_argument(
         "--dataset",
         metavar="NAME",
@@ -48,25 +51,6 @@ def parser() -> cli.Parser:
     result.add_argument("--crop", action="store_true", default=False, help="resize to 256/224 of the size, then crop")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the probabilities to this file")
     return result
-
-
-def class_names(path: Path | None, count: int) -> list[str]:
-    """Returns the names of all classes, or their numbers without a file.
-
-    Raises:
-        ValueError: the file has more or fewer names than the network has classes, or is not text.
-    """
-    if path is None:
-        return [str(label) for label in range(count)]
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file: give class names, one a line")
-    try:
-        names = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} holds no class names in UTF-8: {error}") from error
-    if len(names) != count:
-        raise ValueError(f"{path} names {len(names)} classes, the network has {count}")
-    return names
 
 
 def readable(paths: Iterable[Path], channels: int, unreadable: list[Path]) -> Iterator[tuple[Path, Image]]:
@@ -124,7 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if task is not Classification:
         raise ValueError(f"{args.weights} is of the task {task.name}, whose networks name no classes")
     normalize = normalization_of(checkpoint, args.dataset, network.in_chans).to(device)
-    names = class_names(args.classes, network.num_classes)
+    outputs = network.num_classes
+    names = (
+        read_class_names(args.classes, outputs)
+        if args.classes
+        else numbered(output_names(checkpoint, outputs), outputs)
+    )
     model = prepare(network.model, device, fuse=args.fuse)
     size = to_2tuple(args.resolution or network.image_size)
     transform = data.eval_transform(size, crop=args.crop)

@@ -68,6 +68,32 @@ def test_any_number_of_processes_gives_the_result_of_one(alone, world_size):
         assert sorted(index for rank in ranks for index in rank[i][1]) == list(range(size))
 
 
+def in_every_way(process: RankInfo) -> list[dict[str, Any]]:
+    """Evaluates with classes in another order, by some outputs alone, by ReaL labels, and class by class."""
+    seed_everything(0)
+    model, results = models.create_model("RepMLPNet-Digits", 20).double(), []
+    normalize = Normalize((0.3,) * 3, (0.4,) * 3, dtype=torch.float64)
+    for size in SIZES:
+        batches = data.build_eval_loader(
+            Few(size),
+            data.eval_transform((16, 16)),
+            settings("DATA.BATCH_SIZE 3 DATA.NUM_WORKERS 0").DATA,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
+        real = torch.stack((torch.arange(1, size + 1) % 6 - 1, torch.arange(1, size + 1) % 11 - 1), 1)
+        metric = ClassificationMetric(CPU, range(19, 0, -2), masked=True, real=real, per_class=10)
+        results.append(evaluate(model, batches, metric, normalize, CPU, nullcontext()).as_dict())
+    return results
+
+
+def test_every_way_of_counting_is_exact_in_three_processes():
+    alone = in_every_way(ALONE)
+    assert 0 < alone[-1]["real"] < 100
+    for found in in_ranks(in_every_way, 3):
+        assert found == [{key: close_to(value) for key, value in expected.items()} for expected in alone]
+
+
 def with_an_unreadable_one(process: RankInfo) -> str:
     class Broken(Few):
         def _image(self, index: int):

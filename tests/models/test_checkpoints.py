@@ -25,7 +25,9 @@ from models.checkpoints import (
     describe,
     load_pretrained,
     load_weights,
+    output_names,
     read_checkpoint,
+    storable_names,
 )
 from models.files import write_checkpoint
 from models.identify import fitting_architectures
@@ -611,12 +613,18 @@ WRONG_META: list[dict[str, object]] = [
     {"weights": "raw"},
     {"task": 3},
     {"metric": 3},
+    {"class_names": "ant"},
+    {"class_names": {"ant": 0}},
+    {"class_names": ["ant", 3]},
+    {"class_names": ["ant", ["bee"]]},
+    {"class_names": ["a" * 2000]},
+    {"class_names": ["ant"] * 11},
     {"task": "segmentation", "network": {}},
 ]
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@pytest.mark.parametrize("change", WRONG_META, ids=str)
+@pytest.mark.parametrize("change", WRONG_META, ids=lambda change: str(change)[:60])
 def test_metadata_of_wrong_types_or_sizes(
     change: dict[str, object], suffix: str, model: RepMLPNet, tmp_path: Path
 ) -> None:
@@ -626,6 +634,26 @@ def test_metadata_of_wrong_types_or_sizes(
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         build_from(read_checkpoint(path))
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("names", [["ant", "a\x1b", "\udcff"], ["ant"] * CLASSES, [], None], ids=str)
+def test_names_of_classes_return(names: list[str] | None, suffix: str, model: RepMLPNet, tmp_path: Path) -> None:
+    stored = None if names is None else storable_names(names)
+    meta = describe(ARCH, model, (16, 16), "train", class_names=stored)
+    write_checkpoint(tmp_path / f"a.{suffix}", {"model": model.state_dict(), "meta": meta})
+    checkpoint = read_checkpoint(tmp_path / f"a.{suffix}")
+    assert output_names(checkpoint, CLASSES) == names
+    network = build_from(checkpoint).model
+    assert isinstance(network, RepMLPNet)
+    assert network.class_names == names
+
+
+def test_names_that_could_not_be_read_again_are_not_stored() -> None:
+    assert storable_names(["a" * 1024]) == ["a" * 1024]
+    assert storable_names(["a" * 1025]) is None
+    assert storable_names(["a" * 1024] * 2**14) is not None
+    assert storable_names(["a" * 1024] * 2**14 + ["a"]) is None
 
 
 @pytest.mark.parametrize("meta", [3, "text", ["arch"], None])

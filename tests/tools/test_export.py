@@ -1,6 +1,7 @@
 """`tools.export`: the answers of the network in another runtime, also fused."""
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -25,8 +26,11 @@ def test_an_exported_network_answers_as_the_deployed_one_at_any_batch_size(suffi
     network = build_from(read_checkpoint(weights))
     if suffix == ".onnx":
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        extra = session.get_modelmeta().custom_metadata_map
     else:
-        program = torch.export.load(io.BytesIO(path.read_bytes())).module()
+        extra = {"class_names": ""}
+        program = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=extra).module()
+    assert json.loads(extra["class_names"]) == [str(digit) for digit in range(10)]
     for n in (1, 5):
         images = torch.randn(n, 3, 16, 16)
         if suffix == ".onnx":
@@ -46,7 +50,7 @@ def test_the_first_repmlp_is_exported_for_any_batch_size(convert):
     randomize_statistics(model)
     model = to_deploy(model)
     images = torch.randn(3, 3, 224, 224)
-    _, program = convert(model, images[:2])
+    _, program = convert(model, images[:2], {})
     torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-4)
 
 
