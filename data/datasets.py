@@ -149,4 +149,5 @@ def open_source(cfg: CfgNode, split: str, *, rank: int = 0, world_size: int = 1)
     source = DATASETS[name].open(cfg, split, rank=rank, world_size=world_size)
     if source.decoder is not None:
         source.decoder = build_decoder(cfg.DECODER)
+        source.notes += (f"JPEG files are decoded by {source.decoder}",)
     return source

@@ -19,11 +19,13 @@ DIGITS, SHAPES = "digits", "shapes"
 class Source(ABC):
     """Images as they are stored, each with what is known of it, before any transform.
 
-    `classes` holds the class names in the order of the labels, so that its length is the number of classes.
+    `classes` holds the class names in the order of the labels, so that its length is the number of classes. `notes` are
+    lines for the log on how the images were found, where that needs saying. `decoder` is that of image files, if any.
     """
 
     classes: list[str]
-    decoder: Decoder | None = None  # of image files; None where there are none
+    notes: tuple[str, ...] = ()
+    decoder: Decoder | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

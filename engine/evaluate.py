@@ -45,6 +45,8 @@ def evaluate_checkpoint(run: Run) -> None:
             if key in run.given and given != value:
                 logger.warning(f"{key} {given} is ignored: the checkpoint has {value}")
         logger.info(f"{checkpoint}, {len(task.val_source)} images of {len(task.val_source.classes)} classes")
+        for note in task.val_source.notes:
+            logger.info(note)
         model = run.place(network.model.float())
         batches, metric = task.eval_loader(network.image_size), task.build_metric(network.num_classes)
         result = evaluate(model, batches, metric, task.normalize(), device, autocast(device, run.dtype))

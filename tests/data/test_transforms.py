@@ -50,9 +50,11 @@ def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("size", [(16, 16), (48, 48), (24, 40)])
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_every_preset_gives_uint8_of_the_size(preset, size, interpolation):
-    transform = partial(pickle.loads(pickle.dumps(preset_named(preset, size, interpolation=interpolation).func)), rng=random)
+    transform = partial(
+        pickle.loads(pickle.dumps(preset_named(preset, size, interpolation=interpolation).func)), rng=random
+    )
     for shape in ((8, 8), (30, 70), (90, 20)):
-        result = transform(noise_image(*shape))
+        result = transform(noise_image(*shape), random)
         assert result.dtype == torch.uint8
         assert result.shape == (3, *size)
 
