@@ -44,7 +44,7 @@ def _resized(image: Tensor, size: Size, interpolation: str) -> Tensor:
 
 
 def _is_vertical_first(old: Size, new: Size) -> bool:
-    """Returns whether Pillow 13 resizes columns before rows; torch always resizes rows first.
+    """Returns whether Pillow 13 resizes vertically before horizontally; torch always begins horizontally.
 
     The result of the first pass is rounded, and for `bicubic` clipped, so that the order shows in the pixels.
     """

@@ -87,6 +87,17 @@ def test_loading_leaves_the_global_generators_alone():
     assert torch.rand(1) == expected
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_are_written_into_the_batch_that_is_sent(num_workers):
+    """By pixels; in shared memory where another process loads them."""
+    loader = build_eval_loader(DigitsSource("val"), eval_transform((8, 12)), loading(7, num_workers))
+    images = next(iter(loader)).images
+    assert images.shape == (7, 3, 8, 12)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.is_shared() == bool(num_workers)
+    assert images.untyped_storage().nbytes() == images.nbytes
+
+
 def test_seeds_give_different_batches():
     assert fingerprint(train_loader(seed=0)) != fingerprint(train_loader(seed=1))
 
