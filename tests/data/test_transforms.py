@@ -196,12 +196,12 @@ class TestRandomResizedCrop:
     def test_boxes_are_those_of_timm(self, scale, ratio):
         """From the same random numbers, with the central ones where none fits."""
         own = RandomResizedCrop((8, 8), "bilinear", scale, ratio)
+        draw = RandomResizedCropAndInterpolation.get_params
         for size in ((375, 500), (500, 375), (90, 20), (10, 300), (32, 32)):
+            image = noise_image(*size)
             for seed in range(100):
                 random.seed(seed)
-                top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-                    noise_image(*size), scale, ratio
-                )
+                top, left, height, width = draw(image, scale, ratio)
                 box = own.box(size, random.Random(seed))
                 assert box == (top, left, max(1, height), max(1, width)) or 0 in (height, width)
 
@@ -254,11 +254,11 @@ def test_a_tensor_is_augmented_as_pillows_image(preset):
     """By the same draws; what follows the resizing may make more of a difference of 1 of 255."""
     transform, image = preset_named(preset, (40, 40)).func, photo(60, 80, 0)
     pixels = torch.from_numpy(np.array(image))
-    for seed in range(10):
+    means = []
+    for seed in range(20):
         found, expected = (transform(kind, local_rng(seed)).int() for kind in (pixels, image))
-        assert (found - expected).abs().float().mean() < (
-            0.03 if preset in ("none", "flip", "weak", "shift", "crop") else 3
-        )
+        means.append((found - expected).abs().float().mean())
+    assert np.mean(means) < (0.03 if preset in ("none", "flip", "weak", "shift", "crop") else 1)
 
 
 class TestPublishedRandAugment:
