@@ -296,14 +296,14 @@ _C.AUG.MIXUP_MODE = "batch"
 # Augmentation preset: none | flip | weak | raug10 | raug15 | raug20 | raug25 | shift | crop; null: timm's pipeline with
 # COLOR_JITTER and AUTO_AUGMENT, which a preset ignores.
 _C.AUG.PRESET = None
-# [smallest, largest] area of the random part that a training image is cropped to, as a fraction of the image's, and
-# [smallest, largest] width of it over its height; in the presets weak and raug..., and in timm's pipeline where images
-# have more than 32 pixels.
+# [smallest, largest] area of the random part that a training image is cropped to, as a fraction of the image's; in the
+# presets weak and raug..., and in timm's pipeline where training images have a side of more than 32 pixels.
 _C.AUG.SCALE = (0.08, 1.0)
+# [smallest, largest] width of that part over its height.
 _C.AUG.RATIO = (3 / 4, 4 / 3)
-# Probability of a horizontal flip (left and right swapped) and of a vertical one (top and bottom), 0 to 1; in timm's
-# pipeline and all presets but none and shift.
+# Probability of swapping left and right, 0 to 1; in timm's pipeline and all presets but none and shift.
 _C.AUG.HFLIP = 0.5
+# Probability of swapping top and bottom, likewise.
 _C.AUG.VFLIP = 0.0
 # Strength of color jitter (brightness, contrast, saturation), at least 0; applied where AUTO_AUGMENT is none or 3a.
 _C.AUG.COLOR_JITTER = 0.4

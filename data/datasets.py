@@ -224,6 +224,7 @@ def open_source(cfg: CfgNode, split: str, *, channels: int = 3, rank: int = 0, w
     source.mode = MODES[channels]
     if source.decoder is not None:
         source.decoder = build_decoder(cfg.DECODER)
+        source.notes += (f"JPEG files are decoded by {source.decoder}",)
     return source
 
 

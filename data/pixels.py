@@ -27,12 +27,29 @@ def size_of(image: DecodedImage) -> Size:
 
 
 def resize(image: Kind, size: Size, interpolation: str) -> Kind:
-    """Resizes an image, with antialiasing; `interpolation` is `bilinear` or `bicubic`."""
-    if isinstance(image, Tensor):
-        # In this order a batch of one keeps the strides by which torch knows its faster path.
-        pixels = image[None].permute(0, 3, 1, 2)
-        return functional.interpolate(pixels, size, mode=interpolation, antialias=True)[0].permute(1, 2, 0)
-    return image.resize(size[::-1], Image.Resampling[interpolation.upper()])
+    """Resizes an image, with antialiasing; `interpolation` is `bilinear` or `bicubic`.
+
+    The two kinds differ by at most 1 of 255 for `bilinear` and by rarely more, at hard edges, for `bicubic`.
+    """
+    if not isinstance(image, Tensor):
+        return image.resize(size[::-1], Image.Resampling[interpolation.upper()])
+    if _is_vertical_first(size_of(image), size):
+        image = _resized(image, (size[0], image.shape[1]), interpolation)
+    return _resized(image, size, interpolation)
+
+
+def _resized(image: Tensor, size: Size, interpolation: str) -> Tensor:
+    pixels = image[None].permute(0, 3, 1, 2)  # in this order torch knows it as channels last, which is faster
+    return functional.interpolate(pixels, size, mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+
+
+def _is_vertical_first(old: Size, new: Size) -> bool:
+    """Returns whether Pillow 13 resizes vertically before horizontally; torch always begins horizontally.
+
+    The result of the first pass is rounded, and for `bicubic` clipped, so that the order shows in the pixels.
+    """
+    height, width = (after / before for before, after in zip(old, new, strict=True))
+    return height < 1 and 2 * width > 1 + height
 
 
 def cut(image: Kind, top: int, left: int, size: Size) -> Kind:

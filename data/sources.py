@@ -32,13 +32,13 @@ class Source(ABC):
     """Images as they are stored, each with what is known of it, before any transform.
 
     `classes` holds the class names in the order of the labels, so that its length is the number of classes. `notes` are
-    lines for the log on how the images were found, where that needs saying.
+    lines for the log on how the images were found, where that needs saying. `decoder` is that of image files, if any.
     """
 
     classes: list[str]
     mode: Mode = "RGB"  # of the images, one of `decode.MODES`; `open_source` sets it
-    decoder: Decoder | None = None  # of image files; None where there are none
     notes: tuple[str, ...] = ()
+    decoder: Decoder | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -49,6 +49,8 @@ def train(run: Run) -> None:
         cfg, task, folder = run.cfg, run.task, run_folder(run.cfg, run.task.arch)
         images, test_images = task.train_source, task.val_source
         logger.info(f"{len(images)} training and {len(test_images)} validation images of {len(images.classes)} classes")
+        for note in images.notes:
+            logger.info(note)
         loader, eval_loader = task.train_loader(), task.eval_loader(task.train_size)
         resumed = checkpoint_to_resume(run, folder, logger)
         network, form = build_network(run, resumed, logger)

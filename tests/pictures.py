@@ -1,5 +1,7 @@
-"""Pictures that tests draw: streets with their masks, and patterns that tell classes, or people, apart."""
+"""Pictures that tests draw: streets with their masks, patterns that tell classes apart, photographs; and files."""
 
+import io
+import random
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +41,44 @@ def write_patterns(folder: Path, seed: int, count: int, side: int = 32) -> None:
     for number in range(count):
         noise = rng.normal(rng.normal(0, 10), 12, pattern.shape)
         Image.fromarray((pattern + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+
+
+def photo(height: int, width: int, seed: int) -> Image.Image:
+    """Returns what a photograph has: detail of every size, the finer the weaker, and hard edges."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 128.0)
+    side = max(height, width)
+    for octave in range(1, 1 + int(np.log2(side + 1))):
+        rows, columns = (max(1, round(2**octave * length / side)) for length in (height, width))
+        for channel in range(3):
+            layer = Image.fromarray(rng.normal(0, 90 / octave, (rows, columns)).astype(np.float32))
+            pixels[..., channel] += layer.resize((width, height), Image.Resampling.BICUBIC)
+    top, left = rng.integers(0, height), rng.integers(0, width)
+    pixels[top : top + height // 3 + 1, left : left + width // 3 + 1] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Returns the bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """Cuts off, overwrites, inserts or repeats; half of the damage is in the first bytes, where the structure is."""
+    damaged = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(min(len(damaged), rng.choice((64, len(damaged)))) or 1)
+        match rng.randrange(5):
+            case 0:
+                del damaged[at:]
+            case 1:
+                damaged[at : at + 1] = bytes([rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))])
+            case 2:
+                damaged[at : at + 4] = rng.randbytes(4)
+            case 3:
+                damaged[at:at] = rng.randbytes(rng.randrange(1, 20))
+            case _:
+                damaged[at:at] = damaged[at : at + rng.randrange(1, 40)]
+    return bytes(damaged)

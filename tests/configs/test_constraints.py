@@ -127,6 +127,10 @@ EDGES = [
     ),
     ("AUG.MIXUP_PROB", "0 1", "-0.1 1.1", "from 0 to 1"),
     ("AUG.MIXUP_SWITCH_PROB", "0 1", "-0.1 1.1", "from 0 to 1"),
+    ("AUG.SCALE", "0.001,1 0.5,0.6", "0,1 1,1 0.5,0.2 0.5,1.1", "two numbers from 0.001 to 1, the smaller first"),
+    ("AUG.RATIO", "0.01,100", "0,1 1,1 2,1 1,101", "two numbers from 0.01 to 100, the smaller first"),
+    ("AUG.HFLIP", "0 1", "-0.1 1.1", "from 0 to 1"),
+    ("AUG.VFLIP", "0 1", "-0.1 1.1", "from 0 to 1"),
     ("AUG.COLOR_JITTER", "0", "-0.1", "at least 0"),
     ("AUG.REPROB", "0 1", "-0.1 1.1", "from 0 to 1"),
     ("AUG.RECOUNT", "1", "0", "at least 1"),
@@ -229,6 +233,10 @@ CONTRADICTIONS = [
         for policy in ("original", "augmix-m3-w3", "rand-m9-t3a")
     ),
     ("TASK segmentation DATA.BATCH_SIZE 1", "TASK DATA.BATCH_SIZE", "set DATA.BATCH_SIZE higher"),
+    ("AUG.SCALE 0.5,1 AUG.PRESET crop", "AUG.SCALE AUG.PRESET", "this preset does not crop; leave AUG.SCALE out"),
+    ("AUG.RATIO 0.5,1 AUG.PRESET flip", "AUG.RATIO AUG.PRESET", "this preset does not crop; leave AUG.RATIO out"),
+    ("AUG.HFLIP 0 AUG.PRESET shift", "AUG.HFLIP AUG.PRESET", "this preset does not flip; leave AUG.HFLIP out"),
+    ("AUG.VFLIP 0.5 AUG.PRESET none", "AUG.VFLIP AUG.PRESET", "this preset does not flip; leave AUG.VFLIP out"),
 ]
 AGREEMENTS = [
     "DATA.ZIP_MODE true DATA.FORMAT zip",
@@ -266,6 +274,9 @@ AGREEMENTS = [
     "TASK segmentation SEG.BACKBONE_SIZE 320 MODEL.PRETRAINED a",
     "TASK segmentation MODEL.PRETRAINED a",
     "TASK verification FACE.MARGIN 28.6",
+    "AUG.SCALE 0.08,1 AUG.HFLIP 0.5 AUG.PRESET shift",
+    "AUG.SCALE 0.5,1 AUG.RATIO 1,2 AUG.HFLIP 0 AUG.VFLIP 1 AUG.PRESET raug15",
+    "AUG.SCALE 0.5,1 AUG.HFLIP 0",
     "TASK verification FACE.LOSS cosface FACE.MARGIN 1",
     "TASK verification FACE.LOSS amsoftmax FACE.MARGIN 0.4",
 ]

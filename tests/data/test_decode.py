@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+from pictures import encoded, mutated
 from PIL import Image, ImageCms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -21,12 +22,6 @@ GREYS = (np.arange(16) * 17).reshape(4, 4)  # the same in 8 bits
 def smooth(mode: str = "RGB", size: tuple[int, int] = (24, 20)) -> Image.Image:
     noise = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -281,25 +276,6 @@ def samples() -> dict[str, bytes]:
         "TIFF, 16 bit": encoded(Image.fromarray(RAMP), "TIFF"),
         "PPM, plain": plain_pgm(np.asarray(smooth("L")), 255),
     }
-
-
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """Cuts off, overwrites, inserts or repeats; half of the damage is in the first bytes, where the structure is."""
-    damaged = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        at = rng.randrange(min(len(damaged), rng.choice((64, len(damaged)))) or 1)
-        match rng.randrange(5):
-            case 0:
-                del damaged[at:]
-            case 1:
-                damaged[at : at + 1] = bytes([rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))])
-            case 2:
-                damaged[at : at + 4] = rng.randbytes(4)
-            case 3:
-                damaged[at:at] = rng.randbytes(rng.randrange(1, 20))
-            case _:
-                damaged[at:at] = damaged[at : at + rng.randrange(1, 40)]
-    return bytes(damaged)
 
 
 @pytest.mark.parametrize("name", samples())

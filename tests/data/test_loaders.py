@@ -138,6 +138,25 @@ def test_loading_leaves_the_global_generators_alone():
     assert torch.rand(1) == expected
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_are_written_into_the_batch_that_is_sent(num_workers):
+    """By pixels; in shared memory where another process loads them, before they are packed."""
+    transform = eval_transform((8, 12))
+    loader = build_eval_loader(DigitsSource("val"), transform, loading(7, num_workers), dataset=TellingDataset)
+    batch = next(iter(loader))
+    assert batch.images.shape == (7, 3, 8, 12)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.unreadable == [f"shared: {bool(num_workers)}"]
+
+
+class TellingDataset(TransformedDataset):
+    """Says of a batch whether it is in shared memory."""
+
+    def _batch(self, keys):
+        batch = super()._batch(keys)
+        return batch._replace(unreadable=[f"shared: {batch.images.is_shared()}"])
+
+
 def test_seeds_give_different_batches():
     assert fingerprint(train_loader(seed=0)) != fingerprint(train_loader(seed=1))
 

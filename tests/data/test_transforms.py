@@ -6,8 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from pictures import photo
 from PIL import Image
 from settings import settings
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms as reference
 
 from data import (
@@ -20,6 +22,7 @@ from data import (
     train_transform,
 )
 from data.randaugment import rand_augment_of
+from data.transforms import RandomResizedCrop
 from utils.seed import keyed_rng, local_rng
 
 
@@ -49,10 +52,9 @@ def noise_image(height: int, width: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("size", [(16, 16), (48, 48), (24, 40)])
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_every_preset_gives_uint8_of_the_size(preset, size, interpolation):
-    pickled = pickle.dumps(preset_named(preset, size, interpolation=interpolation).func)
-    transform = partial(pickle.loads(pickled), rng=random)
+    transform = pickle.loads(pickle.dumps(preset_named(preset, size, interpolation=interpolation).func))
     for shape in ((8, 8), (30, 70), (90, 20)):
-        result = transform(noise_image(*shape))
+        result = transform(noise_image(*shape), random)
         assert result.dtype == torch.uint8
         assert result.shape == (3, *size)
 
@@ -220,6 +222,79 @@ class TestPresets:
         assert not torch.equal(results["bilinear"], results["bicubic"])
 
 
+class TestRandomResizedCrop:
+    """timm's transform of this name, drawing from a generator of its own."""
+
+    @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0), (0.001, 0.01)])
+    @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.2, 0.4), (2.0, 5.0)])
+    def test_boxes_are_those_of_timm(self, scale, ratio):
+        """From the same random numbers, with the central ones where none fits."""
+        own = RandomResizedCrop((8, 8), "bilinear", scale, ratio)
+        draw = RandomResizedCropAndInterpolation.get_params
+        for size in ((375, 500), (500, 375), (90, 20), (10, 300), (32, 32)):
+            image = noise_image(*size)
+            for seed in range(100):
+                random.seed(seed)
+                top, left, height, width = draw(image, scale, ratio)
+                box = own.box(size, random.Random(seed))
+                assert box == (top, left, max(1, height), max(1, width)) or 0 in (height, width)
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 2), (300, 1), (2, 1)])
+    def test_the_smallest_images_have_a_box_too(self, size):
+        for seed in range(50):
+            top, left, height, width = RandomResizedCrop((8, 8), "bilinear", (0.08, 1.0), (0.2, 0.3)).box(
+                size, random.Random(seed)
+            )
+            assert 0 <= top < top + height <= size[0]
+            assert 0 <= left < left + width <= size[1]
+
+    def test_pixels_are_those_of_timm(self):
+        image = photo(150, 200, 0)
+        pixels = torch.from_numpy(np.array(image))
+        for seed in range(20):
+            random.seed(seed)
+            expected = np.asarray(RandomResizedCropAndInterpolation(56, interpolation="random")(image)).astype(int)
+            own = RandomResizedCrop((56, 56), "random", (0.08, 1.0), (3 / 4, 4 / 3))
+            assert (np.asarray(own(image, random.Random(seed))) == expected).all()
+            differences = np.abs(own(pixels, random.Random(seed)).numpy() - expected)
+            assert differences.max() <= 2
+            assert differences.mean() < 0.03
+
+    @pytest.mark.parametrize("preset", ["AUG.PRESET weak", "AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0"])
+    def test_area_ratio_and_flips_are_keys(self, preset):
+        opts = f"{preset} AUG.SCALE 0.2,0.3 AUG.RATIO 1.9,2.1 AUG.HFLIP 0 AUG.VFLIP 1"
+        transform = augmentation((40, 40), opts)
+        for _ in range(20):
+            result = transform(numbered_image(200, 200)).int()
+            height, width = result[0, 0, 20] - result[0, -1, 20], result[1, 20, -1] - result[1, 20, 0]
+            assert 0.15 < height * width / 200**2 < 0.33
+            assert 1.8 < width / height < 2.2
+
+
+@pytest.mark.parametrize("preset", ["flip", "weak", "crop"])
+@pytest.mark.parametrize(("horizontal", "vertical"), [(1.0, 0.0), (0.0, 1.0), (0.25, 0.75)])
+def test_flips_have_their_probabilities(preset, horizontal, vertical):
+    transform = augmentation((32, 32), f"AUG.PRESET {preset} AUG.HFLIP {horizontal} AUG.VFLIP {vertical}")
+    results = [transform(numbered_image(32, 32)).int() for _ in range(200)]
+    for share, found in (
+        (horizontal, sum(bool(result[1, 16, 12] > result[1, 16, 20]) for result in results)),
+        (vertical, sum(bool(result[0, 12, 16] > result[0, 20, 16]) for result in results)),
+    ):
+        assert abs(found - 200 * share) <= (25 if 0 < share < 1 else 0)
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_a_tensor_is_augmented_as_pillows_image(preset):
+    """By the same draws; what follows the resizing may make more of a difference of 1 of 255."""
+    transform, image = preset_named(preset, (40, 40)).func, photo(60, 80, 0)
+    pixels = torch.from_numpy(np.array(image))
+    means = []
+    for seed in range(20):
+        found, expected = (transform(kind, local_rng(seed)).int() for kind in (pixels, image))
+        means.append((found - expected).abs().float().mean())
+    assert np.mean(means) < (0.03 if preset in ("none", "flip", "weak", "shift", "crop") else 1)
+
+
 class TestEvalTransform:
     @pytest.mark.parametrize(
         ("image", "size", "rows", "columns"),
@@ -282,6 +357,12 @@ class TestNormalize:
         np.testing.assert_allclose(result.numpy(), (images.numpy() / 255 - mean) / std, rtol=0, atol=2e-6)
         if dtype == torch.float64:
             np.testing.assert_allclose(result.numpy(), (images.numpy() / 255 - mean) / std, rtol=1e-12, atol=1e-12)
+
+    def test_results_do_not_depend_on_the_order_in_memory(self):
+        normalize, images = Normalize((0.5,) * 3, (0.25,) * 3), torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
+        by_pixels = images.contiguous(memory_format=torch.channels_last)
+        assert normalize(by_pixels).is_contiguous()
+        assert torch.equal(normalize(by_pixels), normalize(images))
 
     def test_leaves_its_input_and_checkpoints_alone(self):
         normalize = Normalize((0.5,) * 3, (0.25,) * 3)

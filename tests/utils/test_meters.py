@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from utils.meters import Mean, Pace
-from utils.seed import keyed_rng, seed_everything
+from utils.seed import keyed_rng, local_rng, seed_everything
 
 
 def mean() -> Mean:
@@ -128,3 +128,19 @@ def test_the_generators_are_restored_after_an_error():
     with pytest.raises(KeyError), keyed_rng(3, 4):
         raise KeyError
     assert draws() == expected
+
+
+def test_local_generators_depend_on_their_key_alone():
+    state = random.getstate()
+    keys = [(1, 23), (12, 3), (0, 0, 1), (0, 1, 0), (1, 0, 0), (5,), (2**32 - 1, 0, 7)]
+    draws = [local_rng(*key).random() for key in keys]
+    assert [local_rng(*key).random() for key in reversed(keys)] == draws[::-1]
+    assert len({*draws}) == len(keys)
+    assert random.getstate() == state
+
+
+def test_local_generators_of_similar_keys_are_independent():
+    draws = np.array([[local_rng(0, epoch, index).random() for index in range(100)] for epoch in range(20)])
+    assert draws.mean() == pytest.approx(0.5, abs=0.03)
+    assert np.abs(np.corrcoef(draws) - np.eye(20)).max() < 0.45
+    assert np.abs(np.corrcoef(draws[:, :-1].ravel(), draws[:, 1:].ravel())[0, 1]) < 0.1
