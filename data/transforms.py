@@ -205,3 +205,8 @@ class Normalize(nn.Module):
         assert images.dtype == torch.uint8
         assert images.shape[1] == self.mean.shape[1]
         return images.to(self.dtype).div_(255).sub_(self.mean).div_(self.std)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Returns the pixels, uint8, of normalised images (N, C, H, W); values beyond those of pixels are clipped."""
+        pixels = (images.float() * self.std + self.mean).mul_(255)
+        return pixels.nan_to_num_().round_().clamp_(0, 255).to(torch.uint8)
