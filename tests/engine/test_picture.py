@@ -68,7 +68,7 @@ def test_masks_lie_over_the_images():
     masks[0, 0], masks[0, 1] = 2, IGNORED
     normalize = normalize_of(3)
     sample = take_sample(normalize(noise(1)), masks, normalize, update=1)
-    found = picture(sample)[:, 2:8, 2:8].float()
+    found = picture(sample).float()  # one image has no frame
     image = noise(1)[0].float()
     assert torch.equal(found[:, 1], image[:, 1]), "no class, no colour"
     for row, number in ((0, 2), (2, 0)):
