@@ -49,7 +49,7 @@ def test_distributions_are_not_smoothed_again(mixing):
     torch.testing.assert_close(loss(f"MODEL.LABEL_SMOOTHING 0.1 {mixing}", targets), expected)
 
 
-WEIGHTS = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.5, 2.0, 0.25], dtype=torch.float64)
 LABELS = np.array([0, 0, 0, 0, 1, 1, 3])
 
 
