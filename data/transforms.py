@@ -324,3 +324,8 @@ class Normalize(nn.Module):
         # Batches are ordered by pixels, which no result of a network is to depend on.
         pixels = images.to(self.dtype, memory_format=torch.contiguous_format)
         return pixels.div_(255).sub_(self.mean).div_(self.std)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Returns the pixels, uint8, of normalised images (N, C, H, W); values beyond those of pixels are clipped."""
+        pixels = (images.float() * self.std + self.mean).mul_(255)
+        return pixels.nan_to_num_().round_().clamp_(0, 255).to(torch.uint8)

@@ -162,6 +162,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
         ema=ema,
         dtype=run.dtype,
         locate=task.train_source.locate,
+        classes=task.train_source.classes,
         workload=workload,
     )
 

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from data import Batch, BatchRandAugment, BatchTransform
+from data import Batch, BatchRandAugment, BatchTransform, Normalize
 from utils.distributed import RankInfo
 from utils.log import MetricsWriter
 from utils.meters import Mean, Pace
@@ -25,6 +25,7 @@ from utils.transfer import CopyStream
 from .compilation import without_effect
 from .ema import ModelEma
 from .finite_guard import FiniteGuard
+from .picture import Sample, captions, picture, take_sample
 from .plan import TrainingPlan
 from .precision import autocast
 from .usage import Workload, usage
@@ -66,6 +67,7 @@ class Trainer:
         dtype: of autocast; None for no autocast; float16 uses a loss scale.
         locate: returns the path of an image of the training set.
         rand_augment: of whole batches, before `normalize`.
+        classes: the names of the classes, for TensorBoard.
         workload: what an image costs, for the log.
     """
 
@@ -77,7 +79,7 @@ class Trainer:
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
-    normalize: nn.Module
+    normalize: Normalize
     images: int
     logger: logging.Logger
     metrics: MetricsWriter
@@ -86,6 +88,7 @@ class Trainer:
     ema: ModelEma | None = None
     dtype: torch.dtype | None = None
     locate: Callable[[int], str] = str
+    classes: Sequence[str] = ()
     workload: Workload = field(default_factory=Workload)
     progress: Progress = field(default_factory=Progress)
 
@@ -100,6 +103,8 @@ class Trainer:
         # Since the last report, and for the whole epoch; saved in checkpoints.
         self.meters = {name: Mean(device) for name in ("loss", "grad_norm", "epoch_loss")}
         self._lap, self._epoch = Pace(), Pace()  # likewise, but not saved
+        self._sampled = False
+        self._sample: Sample | None = None  # the first batch of this start, until TensorBoard shows it
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -188,6 +193,9 @@ class Trainer:
         if self.batch_augmentation is not None:
             step = progress.update * self.accumulation + index
             images, targets = self.batch_augmentation(images, targets, epoch=progress.epoch, step=step)
+        if not self._sampled and self.metrics.is_open:
+            self._sampled = True
+            self._sample = take_sample(images, targets, self.normalize, progress.update + 1)
         # Gradients are synchronised once per update, in the backward pass of the last batch.
         waits = index + 1 < size and isinstance(self.forward, DistributedDataParallel)
         with self.forward.no_sync() if waits else nullcontext():  # type: ignore[operator]
@@ -254,6 +262,7 @@ class Trainer:
     def _report(self) -> None:
         """Logs the updates since the last report; within an epoch, only this and checkpoints wait for the device."""
         self.check_skipped()
+        self._show_sample()
         progress, plan, lap = self.progress, self.plan, self._lap
         used = usage(lap, self.workload, self.rank_info)
         loss, grad_norm = self._take("loss"), self._take("grad_norm")
@@ -272,11 +281,18 @@ class Trainer:
     def _report_epoch(self) -> None:
         """Logs the epoch that has ended."""
         self.check_skipped()
+        self._show_sample()
         progress, loss, rate = self.progress, self._take("epoch_loss"), self._epoch.images_per_second
         self.logger.info(f"Epoch {progress.epoch} train: loss {loss:.4f}  {rate:.1f} img/s")
         values = {"epoch": progress.epoch, "loss": loss}
         self.metrics.write("train_epoch", progress.update, values, {"images_per_second": rate})
         self._epoch.reset()
+
+    def _show_sample(self) -> None:
+        """Shows the first batch of this start in TensorBoard, once; the device has been waited for."""
+        if self._sample is not None:
+            self.metrics.show(self._sample.update, picture(self._sample), captions(self._sample, self.classes))
+            self._sample = None
 
     def _take(self, name: str) -> float:
         """Returns a mean and resets it."""

@@ -339,7 +339,7 @@ def adapt_input(arch: str, checkpoint: Checkpoint, in_chans: int) -> Checkpoint:
     weights = checkpoint.state_dict | {name: adapt_input_conv(in_chans, kernel)}
     how = "the sum of" if in_chans == 1 else "repeated from"
     adapted = f", for {in_chans} channel{'s' * (in_chans > 1)} ({name} is {how} that for 3)"
-    meta = checkpoint.meta | {"in_chans": in_chans}
+    meta = {key: value for key, value in checkpoint.meta.items() if key not in IMAGES} | {"in_chans": in_chans}
     return replace(checkpoint, state_dict=weights, meta=meta, adapted=adapted)
 
 

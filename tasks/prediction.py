@@ -14,6 +14,7 @@ from data.class_names import numbered
 from data.decode import MODES, decode_image, to_mode
 from models import get_model
 from models.build import FAMILIES
+from models.reparam import input_channels
 
 from .inference import default_device
 
@@ -100,14 +101,15 @@ def inference_model(
     if model.dataset and data.is_known(model.dataset) and data.spec_of(model.dataset).labels != "classes":
         raise ValueError(f"the network was trained on {model.dataset!r}: its outputs are not those of classes")
     weight = next(model.to(device).eval().parameters())
-    if model.in_chans not in MODES:
-        raise ValueError(f"inference_model takes a network for images, not for {model.in_chans} channels")
+    channels = input_channels(model)
+    if channels not in MODES:
+        raise ValueError(f"inference_model takes a network for images of 1, 3 or 4 channels, not of {channels}")
     if model.statistics:
         normalize = data.Normalize(*model.statistics, dtype=weight.dtype)
     else:
-        normalize = normalization(model.dataset, model.in_chans, weight.dtype)
+        normalize = normalization(model.dataset, channels, weight.dtype)
     normalize = normalize.to(weight.device)
-    pixels = data.eval_transform(model.img_size, crop=crop)(_as_image(image, model.in_chans))
+    pixels = data.eval_transform(model.img_size, crop=crop)(_as_image(image, channels))
     scores = probabilities(model, pixels[None], normalize)[0]
     if classes is not None and len(classes) != len(scores):
         raise ValueError(f"classes has {len(classes)} names, the network has {len(scores)} classes")

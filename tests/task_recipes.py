@@ -55,7 +55,8 @@ class Recipe(NamedTuple):
 RECIPES = {
     "classification": Recipe(
         write_classes,
-        "MODEL.ARCH RepMLPNet-Digits DATA.DATASET imagenet AUG.MIXUP 0.4 AUG.PRESET raug15 AUG.DEVICE gpu",
+        "MODEL.ARCH RepMLPNet-Digits DATA.DATASET imagenet AUG.MIXUP 0.4 AUG.PRESET raug15 AUG.DEVICE gpu "
+        "DATA.REPEATED_AUG 2 TRAIN.CLASS_WEIGHTS balanced",
         r"Acc@1 ([\d.]+) ",
     ),
     "segmentation": Recipe(
@@ -68,7 +69,7 @@ RECIPES = {
     "verification": Recipe(
         write_people,
         "MODEL.ARCH RepMLP-FaceRes MODEL.CHANNELS 16,32,64,128 MODEL.BLOCKS 2,1,1,1 DATA.DATASET faces "
-        "FACE.EMBEDDING 8 FACE.NUM_PAIRS 12 FACE.FOLDS 2 AUG.PRESET flip",
+        "FACE.EMBEDDING 8 FACE.NUM_PAIRS 12 FACE.FOLDS 2 AUG.PRESET flip DATA.SAMPLING sqrt",
         r"accuracy ([\d.]+) ",
     ),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from termcolor import colored
+from torch import Tensor
 from tqdm import tqdm
 
 from . import console
@@ -122,6 +123,16 @@ class MetricsWriter:
         numbers = {name: value for name, value in {**values, **(clock or {})}.items() if isinstance(value, int | float)}
         self._board.add(kind, update, {name: value for name, value in numbers.items() if math.isfinite(value)})
 
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is written."""
+        return self._file is not None
+
+    def show(self, update: int, picture: Tensor, captions: str) -> None:
+        """Shows a batch in TensorBoard: a picture, uint8 (3, H, W), and the captions of its images, in Markdown."""
+        if self._board is not None:
+            self._board.show(update, picture, captions)
+
     def close(self) -> None:
         """Flushes and closes both."""
         if self._file is not None and self._board is not None:
@@ -144,6 +155,15 @@ class _Board:
         try:
             for name, value in numbers.items() if self._writer else ():
                 self._writer.add_scalar(f"{kind}/{name}", value, update)
+        except OSError as error:
+            self._give_up(error)
+
+    def show(self, update: int, picture: Tensor, captions: str) -> None:
+        """Records a picture and its captions; a no-op after the warning."""
+        try:
+            if self._writer:
+                self._writer.add_image("batch/images", picture, update)
+                self._writer.add_text("batch/labels", captions, update)
         except OSError as error:
             self._give_up(error)
 

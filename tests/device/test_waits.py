@@ -25,6 +25,7 @@ import models
 from data import Batch, Normalize
 from engine.distillation import HardDistillation
 from engine.optimizer import OPTIMIZERS
+from engine.picture import take_sample
 from engine.state import read_state, restore
 from engine.trainer import Trainer
 from tasks.verification import LOSSES, TargetsByIndex
@@ -129,6 +130,14 @@ def second_update(run: Trainer) -> int:
         run._update(second)
     assert run.progress.update == 2
     return waits.copies
+
+
+def test_the_sample_for_tensorboard_is_taken_without_a_wait() -> None:
+    images, labels = torch.zeros(COUNT, 3, SIZE, SIZE, device=META), torch.zeros(COUNT, CLASSES, device=META)
+    normalize = Normalize((0.3,) * 3, (0.4,) * 3).to(META)
+    with Waits() as waits:
+        take_sample(images, labels, normalize, 1)
+    assert waits.copies == 0
 
 
 @contextmanager

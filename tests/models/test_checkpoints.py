@@ -748,6 +748,18 @@ def test_a_grey_image_gives_what_it_gives_as_rgb(name, dtype):
     assert checkpoint.meta == {"in_chans": 1}
 
 
+def test_a_classifier_of_adapted_weights_is_built_from_them():
+    """Its metadata do not say how images of three channels were normalised."""
+    model = create_model(ARCH, 5)
+    images = {"dataset": "digits", "in_chans": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+    meta = describe(ARCH, model, (16, 16), "train", **images)
+    network = build_from(adapt_input(ARCH, Checkpoint(Path("a.pth"), model.state_dict(), "train", meta), 4))
+    assert network.in_chans == network.model.in_chans == 4
+    assert network.model.statistics is None
+    whole = build_from(Checkpoint(Path("a.pth"), model.state_dict(), "train", meta))
+    assert whole.model.statistics == ((0.5,) * 3, (0.25,) * 3)
+
+
 def test_weights_that_are_not_for_rgb_are_not_adapted():
     grey = Checkpoint(Path("a.pth"), create_model("resnet18", in_chans=1).state_dict(), None)
     assert adapt_input("resnet18", grey, 4) is grey

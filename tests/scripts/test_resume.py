@@ -304,3 +304,17 @@ def test_every_record_is_json(averaged):
 
     for line in (averaged.folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("change", ["DATA.SAMPLING sqrt", "DATA.REPEATED_AUG 3"])
+def test_an_epoch_is_not_finished_in_another_order(call, trained, tmp_path, change):
+    payload = torch.load(trained.folder / "ckpt_epoch_0.pth", weights_only=True)
+    payload["progress"]["consumed"] = 64
+    torch.save(payload, tmp_path / "middle.pth")
+    words = f"{SHORT} MODEL.RESUME {tmp_path / 'middle.pth'} OUTPUT {tmp_path / 'output'} {change}".split()
+    result = call("main_repmlp.py", *words)
+    assert result.status == 2
+    key, value = change.split()
+    expected = f"from the middle of an epoch, whose order of images changes with {key} "
+    assert expected in result.err
+    assert f"-> {value!r}" in result.err or f"-> {value}" in result.err

@@ -49,7 +49,7 @@ def test_distributions_are_not_smoothed_again(mixing):
     torch.testing.assert_close(loss(f"MODEL.LABEL_SMOOTHING 0.1 {mixing}", targets), expected)
 
 
-WEIGHTS = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.5, 2.0, 0.25], dtype=torch.float64)
 LABELS = np.array([0, 0, 0, 0, 1, 1, 3])
 
 
@@ -137,10 +137,16 @@ def test_teachers_that_do_not_fit(teacher, call, tmp_path):
     )
     assert "nowhere.pth" in refused("DISTILL.TEACHER nowhere.pth")
     payload = torch.load(teacher, weights_only=True)
-    payload["meta"]["dataset"] = "cf10"
+    payload["meta"]["mean"] = [0.5, 0.6, 0.7]
     torch.save(payload, tmp_path / "other.pth")
-    assert "was trained on images normalized as those of cf10, not of digits" in refused(
-        f"DISTILL.TEACHER {tmp_path / 'other.pth'}"
+    assert "was trained on images normalized by mean 0.5, 0.6, 0.7, std 0.3763, 0.3763, 0.3763, these are by mean " in (
+        refused(f"DISTILL.TEACHER {tmp_path / 'other.pth'}")
+    )
+    del payload["meta"]["mean"], payload["meta"]["std"]  # as older files are
+    payload["meta"]["dataset"] = "cf10"
+    torch.save(payload, tmp_path / "older.pth")
+    assert "was trained on images normalized by mean 0.4914, 0.4822, 0.4465, " in refused(
+        f"DISTILL.TEACHER {tmp_path / 'older.pth'}"
     )
     own = tmp_path / "RepMLPNet-Digits" / "quickstart" / "best_ckpt.pth"
     own.parent.mkdir(parents=True, exist_ok=True)

@@ -127,6 +127,6 @@ def test_what_can_not_be_classified(deployed, scan, tmp_path):
     model.dataset = "faces"
     with pytest.raises(ValueError, match="trained on 'faces': its outputs are not those of classes"):
         inference_model(model, scan)
-    model.dataset = "birds"
+    model.dataset, model.statistics = "birds", None
     with pytest.raises(ValueError, match="trained on 'birds', which is unknown here"):
         inference_model(model, scan)

@@ -63,6 +63,7 @@ def test_predict_normalises_as_the_user_says_else_as_the_checkpoint_else_for_ima
 ):
     checkpoint = torch.load(trained.folder / "best_ckpt.pth", weights_only=True)
     assert checkpoint["meta"].pop("dataset") == "digits"
+    del checkpoint["meta"]["mean"], checkpoint["meta"]["std"]  # older files have none
     torch.save({"model": checkpoint["model"], "meta": checkpoint["meta"]}, tmp_path / "untold.pth")
     for weights, otherwise in ((trained.folder / "best_ckpt.pth", "digits"), (tmp_path / "untold.pth", "imagenet")):
         options = ["--dataset", dataset] * (dataset is not None)
@@ -75,7 +76,7 @@ def test_predict_normalises_as_the_user_says_else_as_the_checkpoint_else_for_ima
 
 def test_predict_refuses_a_data_set_that_only_the_checkpoint_knows(trained, scans, call, tmp_path):
     checkpoint = torch.load(trained.folder / "best_ckpt.pth", weights_only=True)
-    meta = checkpoint["meta"] | {"dataset": "birds"}
+    meta = checkpoint["meta"] | {"dataset": "birds", "mean": [], "std": []}
     torch.save({"model": checkpoint["model"], "meta": meta}, tmp_path / "birds.pth")
     status, out, err = call("tools/predict.py", tmp_path / "birds.pth", *scans)
     assert (status, out) == (2, "")
