@@ -71,13 +71,13 @@ def sample(images: Tensor, matrices: Tensor, fill: Tensor, resample: Resampling)
     left, top = columns.floor(), rows.floor()
     right_share, lower_share = (columns - left)[:, None], (rows - top)[:, None]
     left, top = left.long(), top.long()
-    pixels = images.flatten(2)
+    pixels = images.flatten(2).double()
+    across = [(left + tap).clamp_(0, width - 1) for tap in taps]
 
-    def row(vertical: int) -> Tensor:
-        start = (top + vertical).clamp_(0, height - 1) * width
-        positions = [start + (left + horizontal).clamp_(0, width - 1) for horizontal in taps]
-        values = [pixels.gather(2, index.flatten(1)[:, None].expand_as(pixels)) for index in positions]
-        return interpolate([value.view_as(images).double() for value in values], right_share)
+    def row(tap: int) -> Tensor:
+        start = (top + tap).clamp_(0, height - 1) * width
+        positions = [(start + column).flatten(1)[:, None].expand_as(pixels) for column in across]
+        return interpolate([pixels.gather(2, index).view_as(images) for index in positions], right_share)
 
-    values = interpolate([row(vertical) for vertical in taps], lower_share).clamp_(0, 255).to(torch.uint8)
+    values = interpolate([row(tap) for tap in taps], lower_share).clamp_(0, 255).to(torch.uint8)
     return values.where(inside[:, None], fill[:, :, None, None])
