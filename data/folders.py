@@ -60,7 +60,7 @@ class FolderSource(EncodedSource):
 
     def locate(self, index: int) -> str:
         """Returns the path of the file."""
-        return printable(self.folder / self.paths[index])
+        return printable(f"{self.folder}/{self.paths[index]}")
 
 
 def _check_same_classes(folder: Path, other: Path) -> None:
