@@ -41,14 +41,14 @@ def cache_in(folder: Path) -> Iterator[None]:
 
 
 def make_tree(folder: Path, files: int) -> None:
-    """Makes a data path with so many empty files, and waits until an index of it is trusted."""
+    """Makes a data path with so many empty files, and waits until an index of it would be trusted."""
     for number in range(FOLDERS):
         place = folder / "train" / f"n{number:08}"
         place.mkdir(parents=True)
         for i in range(number, files, FOLDERS):
             os.close(os.open(f"{place}/n{number:08}_{i}.JPEG", os.O_CREAT | os.O_WRONLY))
     (folder / "val").symlink_to("train")
-    time.sleep(GRANULARITY_S + 1)
+    time.sleep(GRANULARITY_S + 0.1)
 
 
 def openings(folder: Path) -> dict[str, Opening]:
@@ -87,7 +87,7 @@ def generated(folder: Path, entries: int) -> Opening:
     classes = [f"n{number:08}" for number in range(FOLDERS)]
     for name in classes:
         (train / name).mkdir(parents=True)
-    time.sleep(GRANULARITY_S + 1)
+    time.sleep(GRANULARITY_S + 0.1)
 
     def scan() -> Listing:
         names = (f"{name}/{name}_{i}.JPEG\0" for k, name in enumerate(classes) for i in range(k, entries, FOLDERS))

@@ -6,7 +6,6 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -170,15 +169,10 @@ def test_another_list_of_extensions_is_another_index(root, cache, scanned, monke
 
 def test_what_has_just_changed_is_not_trusted(root, cache, scanned, monkeypatch) -> None:
     """It may change again within one step of the clock."""
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    monkeypatch.setattr(index, "MANY", 1)
     monkeypatch.setattr(index, "GRANULARITY_S", 3600.0)
-    calls = []
-    scan = partial(folders.scan, root / "train", folders.class_names(root / "train"))
     for _ in range(3):
-        index.find_listing(root / "train", folders.class_names(root / "train"), lambda: calls.append(1) or scan())
-    assert len(calls) == 3
+        check(root)
+    assert scanned() == 6, "three without an index, and three"
 
 
 def test_a_folder_from_the_future_is_read_from_its_index(root, cache, scanned) -> None:
@@ -301,6 +295,17 @@ def test_of_eight_processes_one_scans(root, cache, scanned, monkeypatch) -> None
     assert found == [content(FolderSource(root, "train"))] * 8
     assert scanned() == 0
     assert list(cache.iterdir()) == [saved(cache)]
+
+
+def test_of_eight_processes_few_scan_what_has_just_changed(root, cache, scanned, monkeypatch) -> None:
+    """The others asked for what one has begun to read after that; a later start asks anew."""
+    scan = folders.scan
+    monkeypatch.setattr(index, "GRANULARITY_S", 3600.0)
+    monkeypatch.setattr(folders, "scan", lambda *args: time.sleep(0.3) or scan(*args))
+    found = in_processes(8, root)
+    assert 0 < scanned() < 8, "two, but for processes that started late"
+    assert found == [content(FolderSource(root, "train"))] * 8
+    assert scanned() == 1
 
 
 def test_all_scan_where_no_lock_can_be_had(root, cache, scanned, monkeypatch) -> None:
