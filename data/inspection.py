@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageFile
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from .decode import EXTENSIONS, FORMATS, image_file, to_rgb
+from .decode import EXTENSIONS, FORMATS, decode_rgb, image_file
 from .loaders import build_loader, most_workers
 from .samplers import EvalSampler, SampleKey
 from .sources import EncodedSource, Source
@@ -54,7 +54,7 @@ def inspect(source: Source, index: int) -> Inspection:
     """Reads and decodes one image; raises OSError where the system refuses memory or files, or a folder is lost."""
     try:
         if isinstance(source, EncodedSource):
-            return _inspect_file(source._read(index), PurePath(source.locate(index)).suffix.lower())
+            return _inspect_file(source, index)
         image, _ = source.load(index)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError):
@@ -66,14 +66,14 @@ def inspect(source: Source, index: int) -> Inspection:
     return Inspection(_digest(pixels), 0, "", image.mode, [])
 
 
-def _inspect_file(content: bytes, extension: str) -> Inspection:
-    """Decodes the bytes of an image file; raises OSError or ValueError where that fails."""
+def _inspect_file(source: EncodedSource, index: int) -> Inspection:
+    """Reads and decodes an image file; raises OSError or ValueError where that fails."""
+    content, extension = source._read(index), PurePath(source.locate(index)).suffix.lower()
     with image_file(BytesIO(content)) as image:
-        kind = "JPEG" if image.format == "MPO" else str(image.format)
+        kind, mode = "JPEG" if image.format == "MPO" else str(image.format), image.mode
         remarks = [*_remarks(image, len(content), kind, extension)]
-        found = Inspection(_digest(content), len(content), kind, image.mode, remarks)
-        to_rgb(image)
-    return found
+    decode_rgb(content)
+    return Inspection(_digest(content), len(content), kind, mode, remarks)
 
 
 def _remarks(image: Image.Image, size: int, kind: str, extension: str) -> Iterator[Remark]:
