@@ -10,8 +10,7 @@ from PIL import ExifTags, Image, ImageFile
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from .decode import EXTENSIONS, FORMATS, image_file, to_mode
-from .jpeg import Mode
+from .decode import EXTENSIONS, FORMATS, image_file
 from .loaders import build_loader, most_workers
 from .pixels import to_pillow
 from .samplers import EvalSampler, SampleKey
@@ -56,8 +55,7 @@ def inspect(source: Source, index: int) -> Inspection:
     """Reads and decodes one image; raises OSError where the system refuses memory or files, or a folder is lost."""
     try:
         if isinstance(source, EncodedSource):
-            extension = PurePath(source.locate(index)).suffix.lower()
-            return _inspect_file(source._read(index), extension, source.mode)
+            return _inspect_file(source, index)
         image = to_pillow(source.load(index)[0])
     except (OSError, ValueError) as error:
         if isinstance(error, OSError):
@@ -69,14 +67,14 @@ def inspect(source: Source, index: int) -> Inspection:
     return Inspection(_digest(pixels), 0, "", image.mode, [])
 
 
-def _inspect_file(content: bytes, extension: str, mode: Mode) -> Inspection:
-    """Decodes the bytes of an image file; raises OSError or ValueError where that fails."""
+def _inspect_file(source: EncodedSource, index: int) -> Inspection:
+    """Reads and decodes an image file; raises OSError or ValueError where that fails."""
+    content, extension = source._read(index), PurePath(source.locate(index)).suffix.lower()
     with image_file(BytesIO(content)) as image:
-        kind = "JPEG" if image.format == "MPO" else str(image.format)
+        kind, mode = "JPEG" if image.format == "MPO" else str(image.format), image.mode
         remarks = [*_remarks(image, len(content), kind, extension)]
-        found = Inspection(_digest(content), len(content), kind, image.mode, remarks)
-        to_mode(image, mode)
-    return found
+    source.decoder(content, source.mode)
+    return Inspection(_digest(content), len(content), kind, mode, remarks)
 
 
 def _remarks(image: Image.Image, size: int, kind: str, extension: str) -> Iterator[Remark]:

@@ -59,11 +59,14 @@ class PendingReads:
     def named(self, patience_s: float = PATIENCE_S) -> Iterator[None]:
         """Within the `with`, logs which read hangs: after `patience_s`, and after each doubling."""
         done = threading.Event()
-        threading.Thread(target=self._watch, args=(patience_s, done), daemon=True).start()
+        thread = threading.Thread(target=self._watch, args=(patience_s, done), daemon=True)
+        thread.start()
         try:
             yield
         finally:
             done.set()
+            if thread is not threading.current_thread():  # which may be the one that collects an abandoned iterator
+                thread.join()  # at once, so that no process is forked beside it
 
     def _watch(self, patience_s: float, done: threading.Event) -> None:
         due = patience_s
@@ -83,7 +86,7 @@ class PendingReads:
                 yield Read(index - 1, pid, (now - since) / 1e9)
 
     def _describe(self, read: Read, others: int) -> str:
-        also = f", and {others} other processes for theirs" if others else ""
+        also = f", and for {others} more" if others else ""
         return f"waiting for {self._locate(read.image)} for {read.seconds:.0f} s (process {read.pid}){also}"
 
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import chain, compress, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,11 +223,12 @@ def left_out(source: data.FolderSource) -> Iterator[Finding]:
     for place, folders, files in os.walk(source.folder, followlinks=True):
         hidden = [name for name in folders if name.startswith(".")]
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in (*hidden, *files):
-            path = Path(place, name).relative_to(source.folder).as_posix()
-            position = int(np.searchsorted(known, hash(path)))
-            if position == len(known) or known[position] != hash(path):
-                yield Finding("left out", [printable(source.folder / path)], Path(name).suffix.lower())
+        inner = os.path.relpath(place, source.folder)
+        names = [os.path.normpath(f"{inner}/{name}") for name in (*hidden, *files)]
+        hashes = np.array([hash(name) for name in names], dtype=np.int64)
+        nearest = known[np.searchsorted(known, hashes).clip(max=len(known) - 1)]
+        for name in compress(names, nearest != hashes):
+            yield Finding("left out", [printable(source.folder / name)], os.path.splitext(name)[1].lower())
 
 
 def report(splits: Sequence[Split], findings: Sequence[Finding]) -> None:

@@ -14,6 +14,7 @@ import torch
 from settings import settings
 
 from data import DigitsSource, FolderSource, ZipSource, build_eval_loader, build_train_loader, eval_transform
+from data.loaders import most_workers
 from utils.log import NAME
 
 SIZE = (24, 24)
@@ -24,22 +25,22 @@ def loading(num_workers: int):
     return settings(f"DATA.BATCH_SIZE 1 DATA.NUM_WORKERS {num_workers} DATA.PIN_MEMORY False").DATA
 
 
-class Lines(logging.Handler):
+class Records(logging.Handler):
     """What the project's logger says."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: list[str] = []
+        self.records: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        self.records.append(record)
 
 
 @pytest.fixture
-def logged() -> Iterator[list[str]]:
-    handler = Lines()
+def logged() -> Iterator[list[logging.LogRecord]]:
+    handler = Records()
     logging.getLogger(NAME).addHandler(handler)
-    yield handler.lines
+    yield handler.records
     logging.getLogger(NAME).removeHandler(handler)
 
 
@@ -65,12 +66,11 @@ def build(kind: str, folder: Path, num_workers: int):
     return build_eval_loader(FolderSource(folder, "val"), eval_transform(SIZE), loading(num_workers))
 
 
-@pytest.mark.parametrize(("kind", "num_workers"), [("train", 1), ("val", 1), ("val", 0)])
+@pytest.mark.parametrize(("kind", "num_workers"), [("train", 2), ("val", 1), ("val", 0)])
 def test_a_read_that_hangs_is_named_and_waited_for(image_folder, logged, kind, num_workers):
     loader = build(kind, image_folder, num_workers)
     expected = [batch.images for batch in loader]
     path = image_folder / kind / "bee" / "1.png"
-    loader = build(kind, image_folder, num_workers)
     loader.patience_s = 0.2
     writer = hang(path, lambda: len(logged) == 2, path.read_bytes())
     batches = list(loader)
@@ -78,11 +78,29 @@ def test_a_read_that_hangs_is_named_and_waited_for(image_folder, logged, kind, n
     assert all(torch.equal(batch.images, images) for batch, images in zip(batches, expected, strict=True))
     assert [batch.unreadable for batch in batches] == [[]] * len(expected)
     here = os.getpid()
-    for line in logged:
-        text, _, process = line.partition(" s (process ")
+    for record in logged:
+        text, _, process = record.getMessage().partition(" s (process ")
         assert text.rpartition(" for ")[0] == f"waiting for {path}"
         assert (int(process.rstrip(")")) == here) == (num_workers == 0)
-    assert len(logged) == 2, "each line comes after twice the time"
+    first, second = (record.created for record in logged)
+    assert second - first > 0.15, "it is named again after twice the time"
+
+
+@pytest.mark.skipif(most_workers() < 2, reason="needs two cores")
+def test_of_several_reads_that_hang_one_is_named_and_the_others_are_counted(image_folder, logged):
+    loader = build("val", image_folder, 2)
+    expected = [batch.images for batch in loader]
+    loader.patience_s = 0.2
+    both = [image_folder / "val/ant" / name for name in ("0.png", "1.png")]  # each read by another process
+
+    def are_named() -> bool:
+        return any(record.getMessage().endswith("), and for 1 more") for record in logged)
+
+    writers = [hang(path, are_named, path.read_bytes()) for path in both]
+    assert all(torch.equal(batch.images, images) for batch, images in zip(loader, expected, strict=True))
+    for writer in writers:
+        writer.join()
+    assert are_named()
 
 
 def test_a_loader_that_nobody_asks_is_not_taken_for_one_that_hangs(logged):
@@ -97,8 +115,9 @@ def test_a_loader_that_nobody_asks_is_not_taken_for_one_that_hangs(logged):
 def test_a_file_that_shrinks_while_it_is_read_is_unreadable(image_folder):
     path = image_folder / "val" / "bee" / "1.png"
     loader = build("val", image_folder, 0)
-    hang(path, lambda: True, path.read_bytes()[:60])
+    writer = hang(path, lambda: True, path.read_bytes()[:60])
     (found,) = [message for batch in loader for message in batch.unreadable]
+    writer.join()
     assert found.startswith(f"{path}: ")
 
 

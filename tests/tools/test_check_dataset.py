@@ -294,6 +294,13 @@ def test_an_interrupted_check_says_how_far_it_was():
         check_dataset.read("val", Interrupted("val"), cfg, [])
 
 
+def test_a_folder_that_vanishes_ends_the_check(root):
+    source = data.FolderSource(root, "val")
+    (root / "val").rename(root / "elsewhere")
+    with pytest.raises(OSError, match=f"^the folder {root}/val/ant can't be read: No such file or directory"):
+        check_dataset.read("val", source, settings("DATA.NUM_WORKERS 1").DATA, [])
+
+
 def test_a_mistake_is_one_line(call, root, tmp_path):
     result, _ = checked(call, tmp_path / "nowhere")
     assert (result.status, result.err.count("\n")) == (2, 1)
