@@ -175,9 +175,7 @@ class TestHuggingFace:
 
         (tmp_path / "texts").mkdir()
         datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "texts/train.parquet")
-        with pytest.raises(
-            ValueError, match=r"hfds/texts can't be read .* the column image is missing or empty, of text, label"
-        ) as error:
+        with pytest.raises(ValueError, match=r"hfds/texts can't be read .* the column image is missing") as error:
             HfdsSource("texts", tmp_path, "train")
         assert "\n" not in str(error.value)
 
