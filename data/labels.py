@@ -132,8 +132,8 @@ def read_classes(folder: Path) -> list[str] | None:
 
 def _names_in(content: object) -> list[str]:
     if isinstance(content, dict):
-        position = {int(number): name for name, number in content.items()}
-        content = [position.get(label) for label in range(len(content))]
+        position = {str(number): name for name, number in content.items()}
+        content = [position.get(str(label)) for label in range(len(content))]
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content) or not content:
         raise ValueError("expected a list of names, or an object of names and numbers from 0")
     return content

@@ -48,6 +48,9 @@ class HfdsSource(EncodedSource):
             part = part_of(datasets.get_dataset_split_names(place), split, f"hfds/{name}")
             cache = None if local.is_dir() else str(user_path(root))
             self._reader = create_reader(f"hfds/{place}", cache, part, input_key=IMAGE, target_key=LABEL)
+            table = self._reader.dataset.data
+            if table.column(IMAGE).null_count == len(table):  # the reader adds the column where there is none
+                raise ValueError(f"the column {IMAGE} is missing or empty, of {', '.join(table.column_names)}")
             column: Sequence[Any] = self._reader.dataset[LABEL]
         except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
             raise _unreadable(f"hfds/{name}", root, error) from error

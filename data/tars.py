@@ -307,7 +307,10 @@ def _take(path: Path, info: tarfile.TarInfo, file: BinaryIO, contents: Contents)
         raise ValueError(f"{path}: {_shown(name)} of {info.size} bytes is no {'label' if is_label else 'image'}")
     if is_label:
         file.seek(info.offset_data)
-        contents.labels[key] = _label(path, name, file.read(info.size))
+        content = file.read(info.size)
+        if len(content) != info.size:
+            raise ValueError(f"{path} is truncated within {_shown(name)}: copy or pack it again")
+        contents.labels[key] = _label(path, name, content)
     else:
         contents.images[name] = Member(info.offset_data, info.size)
 
