@@ -46,7 +46,7 @@ CHOICES = {key: " ".join(registry) for key, registry in REGISTRIES.items()} | {
     "AMP": "auto off bf16 fp16",
     "COMPILE_MODE": "default reduce-overhead max-autotune max-autotune-no-cudagraphs",
 }
-FREE_TEXT = {"MODEL.RESUME", "MODEL.PRETRAINED", "FACE.PAIRS", "DISTILL.TEACHER"}
+FREE_TEXT = {"TEST.CLASSES", "MODEL.RESUME", "MODEL.PRETRAINED", "FACE.PAIRS", "DISTILL.TEACHER"}
 
 # key, values at the edge of what is allowed, values just beyond it, the words for what is allowed
 EDGES = [
@@ -161,6 +161,8 @@ EDGES = [
 EMPTY = ["DATA.DATA_PATH", "MODEL.ARCH", "TAG"]
 
 CONTRADICTIONS = [
+    ("TEST.CLASSES names.txt", "TEST.CLASSES EVAL_MODE", "leave TEST.CLASSES out of a training"),
+    ("TEST.REAL_LABELS True", "TEST.REAL_LABELS EVAL_MODE", "leave TEST.REAL_LABELS out of a training"),
     ("EVAL_MODE true THROUGHPUT_MODE true", "EVAL_MODE THROUGHPUT_MODE", "either EVAL_MODE or THROUGHPUT_MODE"),
     ("EVAL_MODE true SUMMARY_MODE true", "SUMMARY_MODE EVAL_MODE", "either SUMMARY_MODE or EVAL_MODE"),
     (
@@ -288,6 +290,8 @@ UNUSED = [
     ("segmentation", "AUG.PRESET", "flip"),
     ("segmentation", "TEST.CROP", "true"),
     ("segmentation", "DATA.SAMPLING", "balanced"),
+    ("segmentation", "TEST.MASK", "false"),
+    ("verification", "TEST.PER_CLASS", "true"),
     ("segmentation", "FACE.LOSS", "cosface"),
     ("segmentation", "DISTILL.WEIGHT", "0.1"),
     ("verification", "DISTILL.TEACHER", "a.pth"),

@@ -100,6 +100,27 @@ def test_a_map_does_not_lead_out_of_its_zip(start, images, tmp_path, entry):
     assert f"{tmp_path}/train_map.txt, line 2: {entry!r} is not a path inside the zip" in error
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["\x1b[2J\nerror: forged"] * 10, r"'\\x1b[2J\\nerror: forged'"),
+        ([str(number) for number in range(11)], "it names 11 classes and has 10 outputs"),
+        (["a" * 5000], "meta.class_names is a list, not at most 1048576 texts of 1024 characters"),
+        ([["a"]], "meta.class_names[0] is a list, not text"),
+    ],
+)
+def test_names_of_classes_cannot_forge_a_line_or_fill_the_memory(start, undisturbed, images, tmp_path, names, message):
+    state = torch.load(undisturbed.folder / "latest.pth", weights_only=True)
+    meta = state["meta"] | {"class_names": names}
+    torch.save({"model": state["model"], "meta": meta}, tmp_path / "stranger.pth")
+    words = ("--eval", "--resume", tmp_path / "stranger.pth", "--data-path", images, "--output", tmp_path / "output")
+    error = one_line(start("main_repmlp.py", *words))
+    assert error.startswith(f"error: {tmp_path}/stranger.pth ")
+    assert message in error
+    assert error.isprintable()
+    assert len(error) < 500
+
+
 DRAWING = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\nshowpage\n%%EOF\n"
 
 

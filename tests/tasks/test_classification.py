@@ -1,6 +1,7 @@
 """What is special about classification: the loss that belongs to the labels, by the definition of cross-entropy."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,11 @@ import torch
 from settings import settings
 from training_parts import ALONE
 
+import data
+from models.checkpoints import build_from, read_checkpoint
+from models.reparam import to_deploy
 from tasks.classification import Classification, WeightedCrossEntropy, balanced_weights
+from utils.log import NAME
 
 RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 EPOCH = "--opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
@@ -122,6 +127,40 @@ def test_distillation(teacher, script, tmp_path, mixing):
     assert loss != next(record["loss"] for record in map(json.loads, records) if record["kind"] == "train")
     saved = torch.load(tmp_path / "RepMLPNet-Digits" / "quickstart" / "latest.pth", weights_only=True)
     assert saved["model"].keys() == torch.load(teacher, weights_only=True)["model"].keys()
+
+
+def digit_folders(root: Path, *digits: int) -> Path:
+    """Folders of a few digits, each named by its number."""
+    source = data.DigitsSource("val")
+    for split in ("train", "val"):
+        for digit in digits:
+            path = root / split / str(digit) / "0.png"
+            path.parent.mkdir(parents=True)
+            source.load(source.labels.tolist().index(digit))[0].save(path)
+    return root
+
+
+def test_a_teacher_is_asked_for_the_classes_of_the_training(teacher, tmp_path, monkeypatch):
+    """Its outputs are found by name, and those of other classes left out."""
+    said = []
+    monkeypatch.setattr(logging.getLogger(NAME), "info", said.append)
+    root = digit_folders(tmp_path / "images", 7, 3)
+    keys = f"DATA.DATA_PATH {root} DATA.IMG_SIZE 16 MODEL.ARCH RepMLPNet-Digits DISTILL.TEACHER"
+    payload = torch.load(teacher, weights_only=True)
+    payload["meta"]["dataset"] = "imagenet"  # whose normalization folders have
+    torch.save(payload, tmp_path / "teacher.pth")
+    images = torch.randn(2, 3, 16, 16)
+    whole = to_deploy(build_from(read_checkpoint(teacher)).model)(images)
+    task = Classification(settings(f"{keys} {tmp_path / 'teacher.pth'}"), ALONE)
+    assert torch.equal(task.teacher(images), whole[:, [3, 7]])
+    assert [line.split(": ")[1] for line in said] == ["2 of the 10 classes of the weights are matched by name"]
+
+    payload["meta"]["class_names"] = [f"digit {digit}" for digit in range(10)]
+    torch.save(payload, tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match=f"does not know 2 of the 2 classes in {root}: '3', '7'; it knows 'digit 0', 'd"
+    ):
+        _ = Classification(settings(f"{keys} {tmp_path / 'other.pth'}"), ALONE).teacher
 
 
 def test_teachers_that_do_not_fit(teacher, call, tmp_path):

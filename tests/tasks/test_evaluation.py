@@ -130,6 +130,7 @@ def test_deploy_weights_name_the_task(task, finished, converted):
     trained = torch.load(finished.folder / "best_ckpt.pth", weights_only=True)["meta"]
     assert (meta["task"], meta["form"], meta["dataset"]) == (task.kind.name, "deploy", task.kind.default_dataset)
     assert meta.keys() == trained.keys()
+    assert ("class_names" in meta) == (task.kind.labels != "identities"), "people are not to be passed on with weights"
     assert {k for k, v in meta.items() if v != trained[k]} <= {"form", "network"}
 
 

@@ -43,6 +43,8 @@ def test_predict_image_as_on_the_page_of_mmpretrain(trained, scan, converted):
     assert predict["pred_label"] == int(scores.argmax())
     assert predict["pred_class"] == str(int(scores.argmax()))
     assert predict["pred_score"] == pytest.approx(float(scores.max()), rel=1e-4)
+    model.class_names = [f"digit {label}" for label in range(10)]
+    assert inference_model(model, str(scan))["pred_class"] == f"digit {predict['pred_label']}"
 
 
 def test_use_the_model_as_on_the_page_of_mmpretrain():
