@@ -131,7 +131,7 @@ class BatchRandAugment:
 def build_rand_augment(cfg: CfgNode, device: torch.device, *, interpolation: str, seed: int) -> BatchRandAugment | None:
     """Returns the RandAugment of the section AUG for batches; None where Pillow applies it, or where there is none.
 
-    DEVICE auto is for batches on a GPU. On a CPU Pillow takes an eighth of the time, and the data loading processes
+    DEVICE auto is for batches on a GPU. On a CPU Pillow takes less than a sixth of the time, and data loading processes
     share the work.
     """
     by_batch = cfg.DEVICE == GPU or (cfg.DEVICE == AUTO and device.type != "cpu")
