@@ -1,5 +1,7 @@
 """The command line's manners: suggestions, one line for a mistake, a traceback for a defect."""
 
+import signal
+
 import pytest
 
 from utils import cli
@@ -12,7 +14,7 @@ def outcome(main, capsys) -> tuple[object, str, str]:
     return stop.value.code, *capsys.readouterr()
 
 
-def failing(error: Exception):
+def failing(error: BaseException):
     def main() -> None:
         raise error
 
@@ -56,6 +58,15 @@ def test_a_mistake_of_the_user_is_one_line(capsys, monkeypatch, kind):
 def test_a_defect_keeps_its_traceback(kind):
     with pytest.raises(kind):
         cli.run(failing(kind("a defect")))
+
+
+@pytest.mark.parametrize(("words", "line"), [((), "interrupted"), (("3 of 5\n",), "3 of 5\\n")])
+def test_ctrl_c_is_one_line_which_may_say_how_far_it_was(capsys, words, line):
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert outcome(failing(KeyboardInterrupt(*words)), capsys) == (130, "", f"{line}\n")
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_the_traceback_of_a_mistake_on_demand(monkeypatch):
