@@ -103,7 +103,7 @@ def test_a_map_does_not_lead_out_of_its_zip(start, images, tmp_path, entry):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["\x1b[2J\nerror: forged"] * 10, r"'\\x1b[2J\\nerror: forged'"),
+        (["\x1b[2J\nerror: forged"] * 10, r"'\x1b[2J\nerror: forged'"),
         ([str(number) for number in range(11)], "it names 11 classes and has 10 outputs"),
         (["a" * 5000], "meta.class_names is a list, not at most 1048576 texts of 1024 characters"),
         ([["a"]], "meta.class_names[0] is a list, not text"),
