@@ -55,10 +55,11 @@ _C.DATA.INTERPOLATION = "bilinear"
 # that are stored so). Null: those of the weights to evaluate, or 3. With 1 or 4, AUG has no policy (AUTO_AUGMENT none),
 # and no raug preset; with 4 no COLOR_JITTER.
 _C.DATA.CHANNELS = None
-# Mean and standard deviation of the pixels of each channel, on a scale of 0 to 1, by which images are normalised:
-# [0.485, 0.456, 0.406]. Null: those of the weights to evaluate, which checkpoints of a run hold, or of the data set,
+# Mean of the pixels of each channel, on a scale of 0 to 1, by which images are normalised, such as
+# [0.485, 0.456, 0.406]. Null: that of the weights to evaluate, which checkpoints of a run hold, or of the data set,
 # which has none for 4 channels.
 _C.DATA.MEAN = None
+# Standard deviation of the pixels of each channel, likewise.
 _C.DATA.STD = None
 # Whether the images are read from zip archives instead of folders.
 _C.DATA.ZIP_MODE = False
