@@ -74,10 +74,11 @@ _C.DATA.DECODER = "auto"
 # that are stored so). Null: those of the weights to evaluate, or 3. With 1 or 4, AUG has no policy (AUTO_AUGMENT none),
 # and no raug preset; with 4 no COLOR_JITTER.
 _C.DATA.CHANNELS = None
-# Mean and standard deviation of the pixels of each channel, on a scale of 0 to 1, by which images are normalised:
-# [0.485, 0.456, 0.406]. Null: those of the weights to evaluate, which checkpoints of a run hold, or of the data set,
+# Mean of the pixels of each channel, on a scale of 0 to 1, by which images are normalised, such as
+# [0.485, 0.456, 0.406]. Null: that of the weights to evaluate, which checkpoints of a run hold, or of the data set,
 # which has none for 4 channels.
 _C.DATA.MEAN = None
+# Standard deviation of the pixels of each channel, likewise.
 _C.DATA.STD = None
 # Whether the list of the files of an image folder is saved in the user's cache folder (~/.cache/repmlpnet), from 10,000
 # images on, and read from there as long as no folder in it has changed; False: it is made anew at every start.

@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 
 from configs import Override, defaults, flatten, load_config
 from configs.constraints import CONFLICTS, CONSTRAINTS, TRAINING_CONFLICTS, unused_keys
-from configs.field_types import BOOLEAN, INTEGER, INTEGERS, NULL_WORDS, NUMBER, NUMBER_PAIR, PATH, SIZE, SWITCH, TEXT
+from configs.field_types import (
+    BOOLEAN,
+    INTEGER,
+    INTEGERS,
+    NULL_WORDS,
+    NUMBER,
+    NUMBER_PAIR,
+    NUMBERS,
+    PATH,
+    SIZE,
+    SWITCH,
+    TEXT,
+)
 from configs.schema import DEFAULTS, FIELD_TYPES
 from tasks import TASKS
 
@@ -255,6 +267,7 @@ _BY_TYPE = {
     TEXT.name: _TEXT,
     PATH.name: _TEXT.filter(lambda text: not text.startswith("~")),
     NUMBER_PAIR.name: st.tuples(st.floats(0, 0.4), st.floats(0.5, 0.9)),
+    NUMBERS.name: st.lists(st.floats(0.1, 0.9), min_size=1).map(tuple),
     INTEGERS.name: st.lists(st.sampled_from((1, 3, 5, 7)), min_size=1, unique=True).map(tuple),
     SIZE.name: st.integers(1, 512) | st.tuples(st.integers(1, 512), st.integers(1, 512)),
 }
