@@ -112,20 +112,20 @@ class BatchRandAugment:
         self.policy = policy
         self.seed = seed
 
-    def draw(self, indices: Tensor, repeats: Tensor | None, epoch: int) -> list[list[Operation]]:
+    def draw(self, indices: Tensor, epoch: int, repeats: Tensor | None = None) -> list[list[Operation]]:
         """Returns the operations of each image; `indices` and `repeats` (N,), None for 0, are on the host."""
         key = self.seed, epoch, indices.numpy(), 0 if repeats is None else repeats.numpy(), _STREAM
         numbers = keyed_uniforms(self.policy.numbers, *key)
         return [self.policy.draw(row) for row in numbers.tolist()]
 
-    def __call__(self, images: Tensor, indices: Tensor, repeats: Tensor | None, *, epoch: int) -> Tensor:
+    def __call__(self, images: Tensor, indices: Tensor, *, epoch: int, repeats: Tensor | None = None) -> Tensor:
         """Returns the augmented images, uint8 (N, 3, H, W), as new tensors on the device of `images`.
 
         Raises ValueError for images that are not in RGB.
         """
         if images.shape[1] != CHANNELS:
             raise ValueError(f"RandAugment is for images of {CHANNELS} channels, these have {images.shape[1]}")
-        return augment(images, self.draw(indices, repeats, epoch), self.policy.fill)
+        return augment(images, self.draw(indices, epoch, repeats), self.policy.fill)
 
 
 def build_rand_augment(cfg: CfgNode, device: torch.device, *, interpolation: str, seed: int) -> BatchRandAugment | None:

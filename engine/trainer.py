@@ -181,7 +181,7 @@ class Trainer:
         """Returns the images of a batch of the current epoch on the device, normalised, before batch augmentation."""
         images = self._copies.send(batch.images)
         if self.rand_augment is not None:
-            images = self.rand_augment(images, batch.indices, batch.repeats, epoch=self.progress.epoch)
+            images = self.rand_augment(images, batch.indices, epoch=self.progress.epoch, repeats=batch.repeats)
         normalized: Tensor = self.normalize(images)
         return normalized
 
