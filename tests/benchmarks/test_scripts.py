@@ -54,7 +54,13 @@ def _same_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# The ones that take longest, of which the other tests here show the parts.
+SLOW = ("scaling", "injection")
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(script, marks=pytest.mark.slow if script in SLOW else ()) for script in SCRIPTS]
+)
 def test_script_stands_alone(script, tmp_path) -> None:
     options, names, keys = SCRIPTS[script]
     file = tmp_path / "deep" / "result.json"
@@ -107,6 +113,7 @@ def test_a_wrong_form_stops_inference(spoil) -> None:
         list(inference.build(inference.own_family(ARCH, 2), {"naive deploy fp32", "fused fp32"}, args))
 
 
+@pytest.mark.slow
 def test_memory_of_training_by_batch_size(tmp_path) -> None:
     file = tmp_path / "result.json"
     options = ["--batch-size", "2", "--rounds", "1", "--min-seconds", "0", "--only", "ours fp32", "--memory", "1", "17"]

@@ -191,7 +191,12 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", SETTINGS, ids=str)
+def named(changes: dict) -> str:
+    """Returns the name of a test, which must be the same in every process."""
+    return ", ".join(f"{key} {'on' if key == 'rand_augment' else value}" for key, value in changes.items())
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=named)
 def test_no_operator_of_an_update_reads_a_value(changes):
     assert second_update(run_of(CPU, **changes)) == 0
 
@@ -199,7 +204,7 @@ def test_no_operator_of_an_update_reads_a_value(changes):
 @pytest.mark.gpu
 @gpu
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # of torch, for its first call in another thread
-@pytest.mark.parametrize("changes", [{"opts": opts} for opts, _ in COPIES] + SETTINGS, ids=str)
+@pytest.mark.parametrize("changes", [{"opts": opts} for opts, _ in COPIES] + SETTINGS, ids=named)
 def test_an_update_does_not_wait_for_a_gpu(changes):
     run = run_of(torch.device("cuda", 0), **changes)
     run.forward.train()
