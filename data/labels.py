@@ -10,6 +10,8 @@ import numpy as np
 
 from utils.text import printable, shortened
 
+from .class_names import in_order
+
 CLASS_FILES = ("classes.txt", "classes.json")  # beside the images; the first that is there names the classes
 FEW_CLASSES, LABELS_A_CLASS = 1000, 10  # classes that there may always be, and for each one that has images
 NUMBER = re.compile(r"[0-9]{1,9}")
@@ -36,11 +38,12 @@ def number_labels(
     *,
     classes: list[str] | None = None,
     other: Words | None = None,
+    are_names: bool = False,
 ) -> Labels:
     """Turns the labels of a split into positions in the list of classes.
 
-    Labels that are names of `classes` mean these; integers mean positions, counted from 0. Other names are sorted, and
-    then both splits must use the same ones, or a position would mean another class in each.
+    Labels that are names of `classes` mean these; integers mean positions, counted from 0. Other names are ordered as
+    class folders are, and then both splits must use the same ones, or a position would mean another class in each.
 
     Args:
         texts: the label of each image, as it is written.
@@ -48,6 +51,7 @@ def number_labels(
         where: as above.
         classes: the names of all classes in their order, as `read_classes` returns them; None: those that are used.
         other: the labels of the other split; None: there is none, or its classes are others.
+        are_names: integers are names, too, as those of folders are.
 
     Raises:
         ValueError: a label is none of the classes, or too large for the number of one; one split lacks a name.
@@ -57,7 +61,7 @@ def number_labels(
         position = {name: label for label, name in enumerate(classes)}
         return Labels(np.array([position[text] for text in texts], dtype=np.int64), classes)
     words = own | (set(other.words) if other else set())
-    if all(map(NUMBER.fullmatch, words)):
+    if not are_names and all(map(NUMBER.fullmatch, words)):
         labels = np.array([int(text) for text in texts], dtype=np.int64)
         check_largest(labels, where, len(classes) if classes is not None else None)
         count = max(int(word) for word in words) + 1
@@ -70,7 +74,7 @@ def number_labels(
         )
     if other:
         check_same_classes(Words(place, own), other)
-    position = {name: label for label, name in enumerate(sorted(own))}
+    position = {name: label for label, name in enumerate(in_order(own))}
     return Labels(np.array([position[text] for text in texts], dtype=np.int64), list(position))
 
 

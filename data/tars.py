@@ -31,6 +31,7 @@ LABEL = "cls"  # the extension of a label in WebDataset's naming
 MAX_LABEL_BYTES = 1000
 MAX_OPEN = 128  # files of a process
 VERSION = 1  # of the saved index
+FILES, FOLDERS = "files", "folders"  # where its labels come from
 # The first bytes of compressed files, in which nothing can be read by its position.
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -64,7 +65,9 @@ class TarSource(EncodedSource):
         self._index = index
         texts = [index.words[code] for code in index.codes]
         classes = read_classes(root if root.is_dir() else root.parent)
-        self.labels, self.classes = number_labels(texts, _place(shards), self.locate, classes=classes, other=other)
+        self.labels, self.classes = number_labels(
+            texts, _place(shards), self.locate, classes=classes, other=other, are_names=index.by_folders
+        )
 
     def _read(self, index: int) -> bytes:
         at = self._index
@@ -143,7 +146,8 @@ def _place(shards: Sequence[Path]) -> str:
 class Index(NamedTuple):
     """Where each image lies: its shard's number, and its first byte and their count in that; and its label.
 
-    `words` are the labels that occur, and `codes` says which of them an image has.
+    `words` are the labels that occur, and `codes` says which of them an image has. With `by_folders` they are names of
+    folders or of the tar files.
     """
 
     names: PackedStrings
@@ -152,6 +156,7 @@ class Index(NamedTuple):
     sizes: np.ndarray
     codes: np.ndarray
     words: list[str]
+    by_folders: bool
 
 
 def open_index(shards: Sequence[Path]) -> Index:
@@ -185,13 +190,15 @@ def _stamp(shards: Sequence[Path]) -> str:
 def _load(place: Path, stamp: str) -> Index | None:
     try:
         with safe_open(place, framework="numpy") as saved:
-            if (saved.metadata() or {}).get("stamp") != stamp:
+            about = saved.metadata() or {}
+            if about.get("stamp") != stamp:
                 return None
             arrays = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
     names, words = (arrays.pop(key).tobytes().decode("utf-8", "surrogatepass") for key in ("names", "words"))
-    return Index(PackedStrings(names.split("\0")), **arrays, words=words.split("\0"))
+    packed, by_folders = PackedStrings(names.split("\0")), about.get("labels") == FOLDERS
+    return Index(packed, **arrays, words=words.split("\0"), by_folders=by_folders)
 
 
 def _save(place: Path, stamp: str, index: Index) -> None:
@@ -200,9 +207,10 @@ def _save(place: Path, stamp: str, index: Index) -> None:
         joined = "\0".join(strings).encode("utf-8", "surrogatepass")  # no name in a tar file holds a NUL
         arrays[key] = np.frombuffer(joined, dtype=np.uint8)
     place.parent.mkdir(parents=True, exist_ok=True)
+    about = {"stamp": stamp, "labels": FOLDERS if index.by_folders else FILES}
     temporary = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(save(arrays, metadata={"stamp": stamp}))
+        temporary.write_bytes(save(arrays, about))
         os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
@@ -237,7 +245,7 @@ def build_index(shards: Sequence[Path]) -> Index:
     if not rows:
         raise ValueError(f"no image in {_place(shards)} ({', '.join(EXTENSIONS)})")
     where, offsets, sizes, labels = map(np.ascontiguousarray, np.array(rows, dtype=np.int64).T)
-    return Index(PackedStrings(first), where, offsets, sizes, labels, list(codes))
+    return Index(PackedStrings(first), where, offsets, sizes, labels, list(codes), by_folders=not by_files)
 
 
 class Contents(NamedTuple):

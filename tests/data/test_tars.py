@@ -87,6 +87,15 @@ def test_the_folder_of_an_image_is_its_class_however_deep(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_folders_named_by_numbers_are_ordered_by_number(tmp_path):
+    """As those of an image folder, also when the index is read again."""
+    write_tar(tmp_path / "val.tar", {f"{name}/a.png": png(name) for name in (10, 2, 1)})
+    for _ in range(2):
+        source = TarSource(tmp_path, "val")
+        assert source.classes == ["1", "2", "10"]
+        assert numbers(source) == [(10, "10"), (2, "2"), (1, "1")]
+
+
 def test_hidden_files_are_left_out(root):
     add(root / "val-000000.tar", entry("._a.png", size=3), entry(".git/b.png", size=3), content=b"abc")
     assert len(TarSource(root, "val")) == 3
