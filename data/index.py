@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from utils.files import cache_folder
 from utils.log import NAME
 from utils.text import printable
 
@@ -79,8 +80,8 @@ def find_listing(folder: Path, classes: Sequence[str], scan: Callable[[], Listin
     """
     asked = time.time_ns()
     try:
-        file = _cache_folder() / f"{_digest(str(folder.resolve()), str(state_of(folder)[0]))[:32]}.safetensors"
-    except RuntimeError:  # there is no home folder
+        file = cache_folder() / f"{_digest(str(folder.resolve()), str(state_of(folder)[0]))[:32]}.safetensors"
+    except ValueError:  # there is no home folder
         return scan()
     fingerprint = _digest(FORMAT, str(folder.resolve()), *EXTENSIONS, *classes)
     listing = _current(file, fingerprint, folder, asked)
@@ -88,12 +89,6 @@ def find_listing(folder: Path, classes: Sequence[str], scan: Callable[[], Listin
         with _alone(file):
             listing = _current(file, fingerprint, folder, asked) or _scan_and_save(file, fingerprint, folder, scan)
     return listing
-
-
-def _cache_folder() -> Path:
-    """Returns where indices are saved; raises RuntimeError where the user has no home folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else Path.home() / ".cache") / "repmlpnet"
 
 
 def _digest(*texts: str) -> str:

@@ -69,7 +69,7 @@ def inspect(source: Source, index: int) -> Inspection:
 
 def _inspect_file(source: EncodedSource, index: int) -> Inspection:
     """Reads and decodes an image file; raises OSError or ValueError where that fails."""
-    content, extension = source._read(index), PurePath(source.locate(index)).suffix.lower()
+    content, extension = source.read(index), PurePath(source.locate(index)).suffix.lower()
     with image_file(BytesIO(content)) as image:
         kind, mode = "JPEG" if image.format == "MPO" else str(image.format), image.mode
         remarks = [*_remarks(image, len(content), kind, extension)]

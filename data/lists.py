@@ -54,7 +54,8 @@ class ListSource(FileSource):
             other=Words(str(other), {row.label for row in read_list(other)}) if other else None,
         )
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of an image file."""
         path = self.folder / self.paths[index]
         if not path.is_file() and path.exists():  # a pipe would wait for ever
             raise ValueError("is no regular file")

@@ -61,7 +61,8 @@ class HfdsSource(EncodedSource):
         else:  # plain numbers or names
             self.labels, self.classes = number_labels([str(label) for label in column], self._title, self.locate)
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of an image file."""
         with self._reader[index][0] as file:
             return file.read()
 
@@ -100,7 +101,8 @@ class TfdsSource(EncodedSource):
         self.classes = [feature.int2str(label) for label in range(feature.num_classes)]
         self.labels = np.array([self._records[index][LABEL] for index in range(len(self._records))], dtype=np.int64)
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of an image file."""
         return self._records[index][IMAGE]
 
     def locate(self, index: int) -> str:

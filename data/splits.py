@@ -92,5 +92,6 @@ class EncodedPart(_Indexed, EncodedSource):
 
     _whole: EncodedSource
 
-    def _read(self, index: int) -> bytes:
-        return self._whole._read(int(self._indices[index]))
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of an image file."""
+        return self._whole.read(int(self._indices[index]))

@@ -69,7 +69,8 @@ class TarSource(EncodedSource):
             texts, _place(shards), self.locate, classes=classes, other=other, are_names=index.by_folders
         )
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of an image file."""
         at = self._index
         return self.shards.read(int(at.shards[index]), int(at.offsets[index]), int(at.sizes[index]))
 

@@ -59,7 +59,8 @@ class ZipSource(EncodedSource):
                 cache[index] = self._archive.read(self._entries[index])
         return cache
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of an image file."""
         return self._cache.get(index) or self._archive.read(self._entries[index])
 
     def name(self, index: int) -> str:

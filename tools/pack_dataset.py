@@ -190,7 +190,7 @@ class Hashing(io.RawIOBase):
 def read(source: EncodedSource, index: int) -> bytes:
     """Returns the bytes of an image; raises OSError that says which one can't be read."""
     try:
-        return source._read(index)
+        return source.read(index)
     except (OSError, ValueError) as error:
         raise OSError(f"{source.locate(index)}: {error}") from error
 

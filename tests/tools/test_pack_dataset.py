@@ -32,7 +32,7 @@ def pack(*words: object) -> None:
 
 
 def encoded(source) -> dict[bytes, str]:
-    return {source._read(index): source.classes[source.labels[index]] for index in range(len(source))}
+    return {source.read(index): source.classes[source.labels[index]] for index in range(len(source))}
 
 
 def sums(out: Path) -> dict[str, str]:
