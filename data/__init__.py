@@ -32,7 +32,7 @@ from .datasets import (
 from .decode import JPEG_DECODERS, Decoder, build_decoder
 from .digits import DigitsSource
 from .folders import FolderSource
-from .formats import FORMATS
+from .formats import FORMATS, holds_a_part
 from .lists import ListSource
 from .loaders import Batch, BatchLoader, Sample, TransformedDataset, build_eval_loader, build_train_loader
 from .pairs import Pairs, draw_pairs, read_pairs
@@ -109,6 +109,7 @@ __all__ = [
     "describe_place",
     "draw_pairs",
     "eval_transform",
+    "holds_a_part",
     "is_auto_augment_policy",
     "is_known",
     "is_rand_augment",

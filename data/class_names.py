@@ -27,13 +27,18 @@ def in_order(names: Iterable[str]) -> list[str]:
         ValueError: two names are the same number, such as `1` and `01`.
     """
     by_text = sorted(names)
-    if not all(map(_is_number, by_text)):
+    if not are_numbers(by_text):
         return by_text
     by_number = sorted(by_text, key=_number)
     for name, following in pairwise(by_number):
         if _number(name) == _number(following):
             raise ValueError(f"the classes {name!r} and {following!r} are one number: rename one of them, or join them")
     return by_number
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Returns whether all class names are numbers."""
+    return all(map(_is_number, names))
 
 
 def are_positions(names: Collection[str]) -> bool:
@@ -67,7 +72,7 @@ def read_class_names(path: Path, count: int) -> list[str]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no regular file: give class names, one a line")
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} holds no class names in UTF-8: {error}") from error
     if len(names) != count:

@@ -104,7 +104,7 @@ class TrainSampler(Sampler[SampleKey]):
         if self.fixed_shards and consumed % self.world_size:
             raise ValueError(
                 f"cannot resume after {consumed} images with {self.world_size} processes that each hold a part in "
-                "memory: use the same number of processes as before, or DATA.CACHE_MODE no"
+                "memory: use the same number of processes as before"
             )
         self.epoch = epoch
         self.consumed = consumed

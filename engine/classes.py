@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import FolderSource, Source
-from data.class_names import IMAGENET_CLASSES, are_positions, first_difference, imagenet_names
+from data.class_names import IMAGENET_CLASSES, are_numbers, are_positions, first_difference, imagenet_names
 from models.checkpoints import Checkpoint, output_names
 from utils.text import shortened
 
@@ -37,7 +37,7 @@ class Outputs:
     @property
     def assumed(self) -> list[str] | None:
         """The names of ImageNet-1k's classes for 1000 outputs without names that were trained on image folders."""
-        unnamed = self.names is None or are_positions(self.names)
+        unnamed = self.names is None or (len(self.names) == self.count and are_positions(self.names))
         imagenet = self.count == IMAGENET_CLASSES and self.dataset in (None, IMAGENET)
         return imagenet_names() if unnamed and imagenet else None
 
@@ -116,9 +116,21 @@ def _check_positions(outputs: Outputs, source: Source, place: object, fewer: boo
             f"{outputs.path} does not know {len(unknown)} of the {found} classes in {place}: {_shown(unknown)}; it "
             f"knows {_shown(names)}: rename the folders, or name its outputs in a file, TEST.CLASSES"
         )
+    places = {name: place for place, name in enumerate(names or ())}
+    if any(places.get(name, label) != label for label, name in enumerate(classes)):
+        raise ValueError(
+            f"{outputs.path} and {place} have classes of the same names at different places, and each has others "
+            f"besides ({first_difference(classes, names or ())}): rename the folders, or name the outputs in a file, "
+            "TEST.CLASSES"
+        )
     expected = outputs.count if names is None else len(names)
     if found != expected and not (fewer and found <= outputs.count):
         raise ValueError(f"{outputs.path} is for {expected} classes, {place} has {found}")
+    if names is None and fewer and are_numbers(classes) and not are_positions(classes):
+        raise ValueError(
+            f"{outputs.path} names no classes, and those of {place} are numbers that are not 0, 1, 2, ... "
+            f"({_shown(classes)}): name the outputs in a file, TEST.CLASSES"
+        )
     if names is None and outputs.assumed is None and _were_by_text(source):
         raise ValueError(f"{outputs.path} {_unknown_order(classes)}, or name its outputs in a file, TEST.CLASSES")
 
@@ -140,7 +152,7 @@ def check_resumed_classes(checkpoint: Checkpoint, names: list[str] | None, sourc
         return
     if before is None and _were_by_text(source):
         raise ValueError(f"{checkpoint.path} {_unknown_order(names)}")
-    if before is None or are_positions(before) or are_positions(names):
+    if before is None or _are_the_same_positions(before, names):
         return
     difference = first_difference(names, before)
     if difference:
@@ -148,6 +160,13 @@ def check_resumed_classes(checkpoint: Checkpoint, names: list[str] | None, sourc
             f"{checkpoint.path} is of another experiment, since in {place} {difference}: restore the classes, give "
             "this run another TAG, or start from the weights with MODEL.PRETRAINED"
         )
+
+
+def _are_the_same_positions(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Returns whether one of two lists of classes has no names but positions, and the other does not contradict it."""
+    if len(names) != len(others) or not (are_positions(names) or are_positions(others)):
+        return False
+    return (are_positions(names) and are_positions(others)) or not {*names} & {*others}
 
 
 def _were_by_text(source: Source) -> bool:

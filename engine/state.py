@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data import holds_a_part
 from models import schema
 from models.checkpoints import Checkpoint, check_weights, read_checkpoint, take_weights, unusable_values
 from utils.distributed import gather_rows
@@ -218,7 +219,9 @@ def _load_progress(trainer: Trainer, payload: dict[str, Any], path: Path) -> int
     published = {"epoch": payload["epoch"] + 1, "best_metric": float(payload.get("max_accuracy", 0.0))}
     progress = Progress(**{k: v for k, v in payload.get("progress", published).items() if k in known})
     changed = {k: (run.get(k), v) for k, v in now.items() if run.get(k, v) != v}
-    for key in ("seed", "images"):
+    # Ranks that each hold a part in memory train on that part alone.
+    order = ("seed", "images", "world_size") if holds_a_part(trainer.cfg.DATA) else ("seed", "images")
+    for key in order:
         if progress.consumed and key in changed:
             raise ValueError(
                 f"{path} is from the middle of an epoch, whose order of images changes with {key} {changed[key][1]} "

@@ -1,7 +1,7 @@
 """The base class of the tasks: images, network, loss and metric."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -326,7 +326,19 @@ class Task(ABC):
             raise ValueError(
                 f"{checkpoint.path} is of TASK {trained_for}: TASK {self.name} can't start from its weights"
             )
-        return f"{checkpoint}{except_new(load_pretrained(self.arch, network, checkpoint))}"
+        new = except_new(load_pretrained(self.arch, network, checkpoint))
+        return "; ".join((f"{checkpoint}{new}", *self._differences(checkpoint)))
+
+    def _differences(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """Yields how the images that weights were trained on differ from those of the training."""
+        names, own = checkpoint.meta.get("class_names"), self.class_names()
+        difference = first_difference(own, names) if names and own else ""
+        if difference:
+            yield f"the outputs were those of other classes: {difference}"
+        mean, std = (tuple(checkpoint.meta.get(key, ())) for key in ("mean", "std"))
+        before = data.Statistics(mean, std)
+        if len(mean) == self.channels and before != self.statistics:
+            yield f"their images were normalised by {before}, these are by {self.statistics}"
 
     @classmethod
     def metadata(

@@ -39,8 +39,10 @@ from .usage import workload_of
 
 # Batches of each process from which inserted BatchNorms get their first statistics.
 CALIBRATION_BATCHES = 32
+# Keys, or what they begin with, on which it depends which images are held out.
+DIVISION = ("DATA.VAL_FRACTION", "DATA.FOLD", "DATA.SPLIT_SEED")
 # Keys, besides the seed, on which the order of the images of an epoch depends.
-ORDER = ("DATA.SAMPLING", "DATA.REPEATED_AUG")
+ORDER = ("DATA.SAMPLING", "DATA.REPEATED_AUG", "DATA.FORMAT", "DATA.ZIP_MODE", "DATA.CACHE_MODE part")
 
 
 def train(run: Run) -> None:
@@ -162,7 +164,7 @@ def build_trainer(run: Run, network: nn.Module, loader: BatchLoader, logger: log
         ema=ema,
         dtype=run.dtype,
         locate=task.train_source.locate,
-        classes=task.train_source.classes,
+        classes=task.class_names() or (),
         workload=workload,
     )
 
@@ -190,12 +192,7 @@ def start_or_resume(
     recorded = restore(trainer, checkpoint)
     logger.info(f"resuming from {checkpoint.path}, update {trainer.progress.update}")
     changed = run.changed_settings(checkpoint.payload["config"]) if "saved_as" in checkpoint.payload else []
-    order = [change for change in changed if change.startswith(ORDER)]
-    if trainer.progress.consumed and order:
-        raise ValueError(
-            f"{checkpoint.path} is from the middle of an epoch, whose order of images changes with {', '.join(order)}: "
-            "resume with the old value"
-        )
+    check_same_images(checkpoint.path, changed, middle=trainer.progress.consumed > 0)
     if changed:
         logger.warning(f"settings that have changed since: {', '.join(changed)}")
     if checkpoint.path.parent == checkpoints.folder:
@@ -203,6 +200,28 @@ def start_or_resume(
     if trainer.progress.epoch >= cfg.TRAIN.EPOCHS:
         logger.info(f"already complete: {trainer.progress.epoch} of {cfg.TRAIN.EPOCHS} epochs are done")
     return recorded
+
+
+def check_same_images(path: Path, changed: list[str], *, middle: bool) -> None:
+    """Raises ValueError if settings have changed so that a run would train on other images, or on some of them twice.
+
+    Args:
+        path: of the checkpoint.
+        changed: the settings that have changed since, as `Run.changed_settings` returns them.
+        middle: whether the checkpoint is from the middle of an epoch.
+    """
+    divided = [change for change in changed if change.startswith(DIVISION)]
+    if divided:
+        raise ValueError(
+            f"{path} was trained on images that would be test images now ({', '.join(divided)}): resume with the old "
+            "value, or give this run another TAG"
+        )
+    order = [change for change in changed if change.startswith(ORDER)]
+    if middle and order:
+        raise ValueError(
+            f"{path} is from the middle of an epoch, whose order of images changes with {', '.join(order)}: "
+            "resume with the old value"
+        )
 
 
 def calibrate_inserted_norms(run: Run, trainer: Trainer, loader: BatchLoader) -> None:

@@ -49,6 +49,7 @@ class WeightedCrossEntropy(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss of logits (N, K) and class numbers (N,) or distributions (N, K)."""
         smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing
+        logits = logits.to(torch.promote_types(logits.dtype, self.weight.dtype))  # half precision would round them
         weight = self.weight.to(logits.dtype)
         losses = F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=smoothing)
         return losses.mean()

@@ -250,7 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         check_target(args.json, [args.data, *args.opts])
     cfg, findings = configuration(args), list[Finding]()
-    sources = {name: data.open_source(cfg, name) for name in (SPLITS if args.split == "both" else [args.split])}
+    sources = {
+        name: data.open_source(cfg, name, channels=cfg.CHANNELS or 3)
+        for name in (SPLITS if args.split == "both" else [args.split])
+    }
     splits = [read(name, source, cfg, findings) for name, source in sources.items()]
     findings += repeated(splits)
     for split in splits:

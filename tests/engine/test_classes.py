@@ -142,6 +142,9 @@ def test_fewer_classes_go_by_position_where_the_user_says_so():
         (["ant"], ["ant", "ant"], 2, "can't be matched by name: one has two classes of one name"),
         (["1", "2"], ["ant", "bee"], 2, "does not know 2 of the 2 classes"),
         (["0", "1"], ["ant", "bee", "cat"], 3, "is for 3 classes, /images has 2"),
+        (NUMBERS[:12], NUMBERS[1:13], 12, "classes of the same names at different places, and each has others besides"),
+        (NUMBERS[1:13], NUMBERS[:12], 12, r"\(class 0 is '1', not '0'\): rename the folders, or name the outputs"),
+        (imagenet_names()[:200], NUMBERS[:5], 1000, "is for 5 classes, /images has 200"),
         (imagenet_names()[:200], None, 999, "is for 999 classes, /images has 200"),
         (["cat", *imagenet_names()[:199]], None, 1000, "is for 1000 classes, /images has 200"),
     ],
@@ -196,6 +199,9 @@ def test_a_run_with_other_classes_is_refused(tmp_path):
         resumed(["ant", "bee"], ["bee", "ant"])
     with pytest.raises(ValueError, match="class 2 is 'cow', not missing"):
         resumed(["ant", "bee"], ["ant", "bee", "cow"])
+    for before, now in ((NUMBERS[:12], NUMBERS[1:13]), (NUMBERS[1:13], NUMBERS[:12])):
+        with pytest.raises(ValueError, match="of another experiment, since in /images class 0 is"):
+            resumed(before, now)
     with pytest.raises(ValueError, match=r"weights.pth does not name its classes: .* put a letter before each name"):
         resumed(None, folder(tmp_path, "2", "10", "1"))
     check_resumed_classes(Checkpoint(WEIGHTS, {}, None), None, Named(["anyone"]), IMAGES)

@@ -318,3 +318,11 @@ def test_an_epoch_is_not_finished_in_another_order(call, trained, tmp_path, chan
     expected = f"from the middle of an epoch, whose order of images changes with {key} "
     assert expected in result.err
     assert f"-> {value!r}" in result.err or f"-> {value}" in result.err
+
+
+@pytest.mark.parametrize("change", ["DATA.VAL_FRACTION 0.2", "DATA.FOLDS 5"])
+def test_a_run_never_trains_on_images_that_it_has_held_out(call, trained, tmp_path, change):
+    words = f"{SHORT} MODEL.RESUME {trained.folder / 'ckpt_epoch_0.pth'} OUTPUT {tmp_path / 'output'} {change}".split()
+    result = call("main_repmlp.py", *words)
+    assert result.status == 2
+    assert f"was trained on images that would be test images now ({change.split()[0]} " in result.err
