@@ -70,10 +70,11 @@ def split_folder(root: Path, split: str) -> Path:
     The whole is the folder of the training images, or `root` where there is none.
 
     Raises:
-        ValueError: some of these folders look like splits of other names.
+        ValueError: some of these folders look like splits of other names; the whole is asked for, and there is a `val`
+            without a `train`.
     """
     if split == WHOLE:
-        return root / "train" if (root / "train").is_dir() else root
+        return _whole_folder(root)
     folder = root / split
     if split == "train" or any(os.path.lexists(root / name) for name in SPLITS):
         return folder
@@ -85,6 +86,18 @@ def split_folder(root: Path, split: str) -> Path:
             "evaluate, or give a folder that holds class folders alone"
         )
     return root if names and _holds_images(root / names[0]) else folder
+
+
+def _whole_folder(root: Path) -> Path:
+    if (root / "train").is_dir():
+        return root / "train"
+    splits = [name for name in class_names(root) if name.lower() in OTHER_SPLITS.union(SPLITS)]
+    if splits:
+        raise ValueError(
+            f"{root} holds no train/ to divide, and a folder {splits[0]!r}: rename or link the folder of the training "
+            "images to train, or give a folder that holds class folders alone"
+        )
+    return root
 
 
 def _holds_images(folder: Path) -> bool:

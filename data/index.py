@@ -132,7 +132,7 @@ def _current(file: Path, fingerprint: str, folder: Path, asked: int) -> Listing 
             arrays = {name: saved.get_tensor(name).numpy() for name in saved.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError):
         return None
-    if about.get("checksum") != _checksum(arrays):
+    if about.get("checksum") != checksum(arrays):
         return None
     paths = PackedStrings.of(arrays["paths"], arrays["path_ends"])
     places = PackedStrings.of(arrays["places"], arrays["place_ends"])
@@ -157,7 +157,7 @@ def _scan_and_save(file: Path, fingerprint: str, folder: Path, scan: Callable[[]
         "states": listing.states,
         "scanned": np.array([scanned], dtype=np.uint64),
     }
-    about = {"fingerprint": fingerprint, "checksum": _checksum(arrays), "folder": printable(folder)}
+    about = {"fingerprint": fingerprint, "checksum": checksum(arrays), "folder": printable(folder)}
     try:
         _write(file, arrays, about)
     except (OSError, SafetensorError) as error:
@@ -177,7 +177,8 @@ def _write(file: Path, arrays: dict[str, np.ndarray], about: dict[str, str]) -> 
         temporary.unlink(missing_ok=True)
 
 
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the CRC-32 of arrays with their names, types and shapes."""
     total = 0
     for name, array in sorted(arrays.items()):
         total = zlib.crc32(array.data, zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), total))

@@ -15,6 +15,7 @@ from .class_names import in_order
 CLASS_FILES = ("classes.txt", "classes.json")  # beside the images; the first that is there names the classes
 FEW_CLASSES, LABELS_A_CLASS = 1000, 10  # classes that there may always be, and for each one that has images
 NUMBER = re.compile(r"[0-9]{1,9}")
+NEGATIVE = re.compile(r"-[0-9]+")
 
 
 class Labels(NamedTuple):
@@ -42,8 +43,9 @@ def number_labels(
 ) -> Labels:
     """Turns the labels of a split into positions in the list of classes.
 
-    Labels that are names of `classes` mean these; integers mean positions, counted from 0. Other names are ordered as
-    class folders are, and then both splits must use the same ones, or a position would mean another class in each.
+    Labels that are names of `classes` mean these; integers mean positions, counted from 0. Which of them integers are
+    is decided by the labels of both splits. Other names are ordered as class folders are, and then both splits must use
+    the same ones, or a position would mean another class in each.
 
     Args:
         texts: the label of each image, as it is written.
@@ -54,18 +56,23 @@ def number_labels(
         are_names: integers are names, too, as those of folders are.
 
     Raises:
-        ValueError: a label is none of the classes, or too large for the number of one; one split lacks a name.
+        ValueError: a label is none of the classes, negative, or too large for the number of one; integers may be names
+            of classes as well as positions; two labels are one number; one split lacks a name.
     """
     own = set(texts)
-    if classes is not None and own <= set(classes):
-        position = {name: label for label, name in enumerate(classes)}
-        return Labels(np.array([position[text] for text in texts], dtype=np.int64), classes)
     words = own | (set(other.words) if other else set())
-    if not are_names and all(map(NUMBER.fullmatch, words)):
+    are_numbers = not are_names and all(map(NUMBER.fullmatch, words))
+    if classes is not None and (words if are_numbers else own) <= set(classes):
+        if are_numbers:
+            _check_not_ambiguous(words, classes, place)
+        return Labels(_positions(texts, classes), classes)
+    if not are_names:
+        _check_none_is_negative(texts, where)
+    ordered = _in_order(words, place)
+    if are_numbers:
         labels = np.array([int(text) for text in texts], dtype=np.int64)
         check_largest(labels, where, len(classes) if classes is not None else None)
-        count = max(int(word) for word in words) + 1
-        return Labels(labels, classes or [str(label) for label in range(count)])
+        return Labels(labels, classes or [str(label) for label in range(int(ordered[-1]) + 1)])
     if classes is not None:
         index = next(index for index, text in enumerate(texts) if text not in set(classes))
         raise ValueError(
@@ -74,8 +81,41 @@ def number_labels(
         )
     if other:
         check_same_classes(Words(place, own), other)
-    position = {name: label for label, name in enumerate(in_order(own))}
-    return Labels(np.array([position[text] for text in texts], dtype=np.int64), list(position))
+    return Labels(_positions(texts, ordered), ordered)
+
+
+def _positions(texts: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    position = {name: label for label, name in enumerate(classes)}
+    return np.array([position[text] for text in texts], dtype=np.int64)
+
+
+def _in_order(words: Iterable[str], place: str) -> list[str]:
+    try:
+        return in_order(words)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _check_not_ambiguous(words: Collection[str], classes: Sequence[str], place: str) -> None:
+    """Raises ValueError for numbers that are names of classes, and positions of others."""
+    if any(int(word) >= len(classes) for word in words):
+        return
+    for word in sorted(words):
+        if classes[int(word)] != word:
+            raise ValueError(
+                f"{place}: the label {word} is the name of one class in {' or '.join(CLASS_FILES)} and the position, "
+                f"counted from 0, of another, {shortened(repr(classes[int(word)]))}: give the classes names that are "
+                "no numbers there, and, where names are meant, in the labels"
+            )
+
+
+def _check_none_is_negative(texts: Sequence[str], where: Callable[[int], str]) -> None:
+    index = next((index for index, text in enumerate(texts) if NEGATIVE.fullmatch(text)), None)
+    if index is not None:
+        raise ValueError(
+            f"{where(index)}: the label {shortened(texts[index])} is negative, and classes are counted from 0: leave "
+            "images without a class out"
+        )
 
 
 def check_largest(labels: np.ndarray, where: Callable[[int], str], count: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """Images that a list names, with their labels: CSV with or without a header, or lines as for Caffe."""
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +30,9 @@ class ListSource(FileSource):
     """The images that `root/split.csv`, `.tsv` or `.txt` lists, one `path,label` a line; paths are relative to root.
 
     A CSV file is as the csv module reads it, quotes included; a first line such as `path,label` names the columns, of
-    which there may then be others. A TSV file has tabs for commas. A text file has a tab, or spaces of which the last
-    one ends the path. Labels are names or numbers (`labels.py`). The images are only read when they are due.
+    which there may then be others; one of other names is refused where the labels are numbers. A TSV file has tabs for
+    commas. A text file has a tab, or spaces of which the last one ends the path. Labels are names or numbers
+    (`labels.py`). The images are only read when they are due.
 
     Raises ValueError, which names the file and the line, for lines of another form, several labels, an image that is
     listed twice, and classes that only one of train and val has (unless `same_classes` is off).
@@ -79,14 +81,25 @@ def read_list(path: Path) -> list[Row]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not in UTF-8: {error}") from None
     for row in rows:
-        first = line_of.setdefault(row.path, row.line)
+        first = line_of.setdefault(os.path.normpath(os.path.join(path.parent, row.path)), row.line)
         if first != row.line:
             raise ValueError(
                 f"{path}, line {row.line}: {_shown(row.path)} is in line {first} already, and would count twice"
             )
     if not rows:
         raise ValueError(f"{path} lists no image: write one `path,label` a line")
+    _check_no_header(path, rows)
     return rows
+
+
+def _check_no_header(path: Path, rows: Sequence[Row]) -> None:
+    """Raises ValueError if the first label is the only one that is no number: that of a header with other names."""
+    are_numbers = (NUMBER.fullmatch(row.label.removeprefix("-")) for row in rows)
+    if len(rows) > 1 and not next(are_numbers) and all(are_numbers):
+        raise ValueError(
+            f"{path}, line {rows[0].line}: {_shown(rows[0].label)} is the only label that is no number: if the line is "
+            "a header, write `path,label`, else number all classes or none"
+        )
 
 
 def _fields(path: Path, file: Iterator[str]) -> Iterator[tuple[int, list[str]]]:

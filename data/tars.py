@@ -1,17 +1,20 @@
 """Images in tar files, uncompressed: each is read by its position, in any order, as from a folder.
 
 The positions are read from the headers once and saved in an index beside the files, or in the cache folder of the user
-where these are read-only. The index is made anew when a file has another size or date.
+where these are read-only. The index is made anew when a file lies elsewhere, is another one, or has changed.
 """
 
 import hashlib
 import json
 import os
+import posixpath
 import secrets
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,6 +26,8 @@ from utils.files import cache_folder, user_path
 from utils.text import printable, shortened
 
 from .decode import EXTENSIONS
+from .folders import OTHER_SPLITS
+from .index import checksum, state
 from .labels import Words, number_labels, read_classes
 from .sources import SPLITS, WHOLE, EncodedSource, PackedStrings, stored_split
 from .zipped import MAX_BYTES
@@ -30,8 +35,7 @@ from .zipped import MAX_BYTES
 LABEL = "cls"  # the extension of a label in WebDataset's naming
 MAX_LABEL_BYTES = 1000
 MAX_OPEN = 128  # files of a process
-VERSION = 1  # of the saved index
-FILES, FOLDERS = "files", "folders"  # where its labels come from
+VERSION = 2  # of the saved index
 # The first bytes of compressed files, in which nothing can be read by its position.
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -41,11 +45,12 @@ class TarSource(EncodedSource):
 
     They are named as for WebDataset, `7.jpg` with its label in `7.cls` (a number or a name; further files of that name
     are ignored), or lie in a folder for each class, `n01440764/7.JPEG`, or in a tar file for each class,
-    `n01440764.tar`. Hidden names are left out. `classes.txt` in the root says what numbers mean (`labels.py`).
+    `n01440764.tar`. Images lie at any depth below the folder of a class, which is the first one on their path that is
+    not common to all. Hidden names are left out. `classes.txt` in the root says what numbers mean (`labels.py`).
 
     Raises ValueError, which names the file, for missing, damaged, truncated or compressed ones, for what has no label
-    or image, a name that is there twice, links and sparse files in place of images, and classes that only one of train
-    and val has. With `same_classes` off, they may have different ones.
+    or image, a name that is there twice, folders of splits in place of classes, links and sparse files in place of
+    images, and classes that only one of train and val has. With `same_classes` off, they may have different ones.
     """
 
     def __init__(self, root: str | Path, split: str, *, same_classes: bool = True) -> None:
@@ -87,12 +92,11 @@ def find_shards(root: Path, split: str) -> list[Path]:
     """Returns the tar files of a split in the order of their names; none where there are none.
 
     Raises:
-        ValueError: they lie at two of the places, or numbered ones are missing in between.
+        ValueError: they lie at two of the places, or numbered ones are missing at the start or in between; the whole is
+            asked for, and there are files of other splits, but none of train.
     """
     if split == WHOLE:
-        if root.is_file():
-            return [root]
-        return find_shards(root, "train") or _tars(root.glob("*.tar"))
+        return [root] if root.is_file() else find_shards(root, "train") or _all_shards(root)
     places = {
         f"{split}.tar": _tars([root / f"{split}.tar"]),
         f"{split}-*.tar": _tars(root.glob(f"{split}-*.tar")),
@@ -103,6 +107,19 @@ def find_shards(root: Path, split: str) -> list[Path]:
         raise ValueError(f"{root} holds {' and '.join(found)}, which may be the same images: keep one of them")
     shards = next(iter(found.values()), [])
     _check_no_gap(shards)
+    return shards
+
+
+def _all_shards(root: Path) -> list[Path]:
+    """Returns all tar files of a folder; raises ValueError where some of them are named as those of a split."""
+    shards = _tars(root.glob("*.tar"))
+    for path in shards:
+        name = path.stem if _number_of(path) is None else path.stem.rpartition("-")[0]
+        if name.lower() in OTHER_SPLITS.union(SPLITS):
+            raise ValueError(
+                f"{root} holds {path.name}, and no train.tar, train-000000.tar ... or train/*.tar to divide: rename "
+                "the files of the training images so, or give as data path the one tar file to divide"
+            )
     return shards
 
 
@@ -127,9 +144,11 @@ def _tars(paths: Iterable[Path]) -> list[Path]:
 
 
 def _check_no_gap(shards: Sequence[Path]) -> None:
-    """Raises ValueError if numbered files, `train-000000.tar ...`, do not follow each other."""
+    """Raises ValueError if numbered files, `train-000000.tar ...`, do not follow each other from 0 or 1 on."""
     numbers = [_number_of(path) for path in shards]
-    for before, after, path in zip(numbers, numbers[1:], shards[1:], strict=False):
+    if shards and numbers[0] is not None and numbers[0] > 1:
+        raise ValueError(f"{shards[0]} is the first: the files before number {numbers[0]} are missing, copy them again")
+    for (before, after), path in zip(pairwise(numbers), shards[1:], strict=True):
         if before is not None and after is not None and after != before + 1:
             raise ValueError(f"{path} follows number {before}: the files in between are missing, copy them again")
 
@@ -183,8 +202,11 @@ def open_index(shards: Sequence[Path]) -> Index:
 
 
 def _stamp(shards: Sequence[Path]) -> str:
-    """Returns a digest of the files' names, sizes and dates, and of how an index is made."""
-    states = [(path.name, status.st_size, status.st_mtime_ns) for path in shards for status in [path.stat()]]
+    """Returns a digest of the files' places, sizes and states, and of how an index is made.
+
+    Other files may have the same names, sizes and dates, where a program sets all dates to one.
+    """
+    states = [(str(path.resolve()), status.st_size, state(status)) for path in shards for status in [path.stat()]]
     return hashlib.sha256(repr((VERSION, EXTENSIONS, states)).encode()).hexdigest()
 
 
@@ -197,9 +219,11 @@ def _load(place: Path, stamp: str) -> Index | None:
             arrays = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
+    if about.get("checksum") != checksum(arrays):
+        return None
     names, words = (arrays.pop(key).tobytes().decode("utf-8", "surrogatepass") for key in ("names", "words"))
-    packed, by_folders = PackedStrings(names.split("\0")), about.get("labels") == FOLDERS
-    return Index(packed, **arrays, words=words.split("\0"), by_folders=by_folders)
+    by_folders = bool(arrays.pop("by_folders"))
+    return Index(PackedStrings(names.split("\0")), **arrays, words=words.split("\0"), by_folders=by_folders)
 
 
 def _save(place: Path, stamp: str, index: Index) -> None:
@@ -207,8 +231,9 @@ def _save(place: Path, stamp: str, index: Index) -> None:
     for key, strings in {"names": index.names, "words": PackedStrings(index.words)}.items():
         joined = "\0".join(strings).encode("utf-8", "surrogatepass")  # no name in a tar file holds a NUL
         arrays[key] = np.frombuffer(joined, dtype=np.uint8)
+    arrays["by_folders"] = np.array(index.by_folders)
     place.parent.mkdir(parents=True, exist_ok=True)
-    about = {"stamp": stamp, "labels": FOLDERS if index.by_folders else FILES}
+    about = {"stamp": stamp, "checksum": checksum(arrays)}
     temporary = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(save(arrays, about))
@@ -228,7 +253,7 @@ def build_index(shards: Sequence[Path]) -> Index:
     """Reads the headers of tar files, and the labels in them; raises ValueError as `TarSource`."""
     contents = [read_members(path) for path in shards]
     by_files = any(content.labels for content in contents)
-    label_of = _label_beside if by_files else _label_of_folder
+    label_of = _label_beside if by_files else partial(_label_of_folder, depth=_class_depth(contents, _place(shards)))
     rows: list[tuple[int, int, int, int]] = []
     first: dict[str, Path] = {}
     codes: dict[str, int] = {}
@@ -245,6 +270,8 @@ def build_index(shards: Sequence[Path]) -> Index:
             rows.append((number, *member, codes.setdefault(label, len(codes))))
     if not rows:
         raise ValueError(f"no image in {_place(shards)} ({', '.join(EXTENSIONS)})")
+    if not by_files:
+        _check_no_split(codes, _place(shards))
     where, offsets, sizes, labels = map(np.ascontiguousarray, np.array(rows, dtype=np.int64).T)
     return Index(PackedStrings(first), where, offsets, sizes, labels, list(codes), by_folders=not by_files)
 
@@ -298,8 +325,8 @@ def _check_end(path: Path, file: BinaryIO, offset: int) -> None:
 
 def _take(path: Path, info: tarfile.TarInfo, file: BinaryIO, contents: Contents) -> None:
     """Adds one entry of a tar file to its contents, if it is an image or a label; nothing is ever unpacked."""
-    parts = [part for part in info.name.split("/") if part not in ("", ".", "..")]
-    name = "/".join(parts)
+    name = posixpath.normpath(f"/{info.name}").lstrip("/")
+    parts = name.split("/")
     is_label, is_image = name.endswith(f".{LABEL}"), name.lower().endswith(EXTENSIONS)
     if info.isdir() or not (is_label or is_image) or any(part.startswith(".") for part in parts):
         return
@@ -308,6 +335,8 @@ def _take(path: Path, info: tarfile.TarInfo, file: BinaryIO, contents: Contents)
         raise ValueError(
             f"{path}: {_shown(name)} is {kind}: pack it again as a plain file (tar --dereference --hard-dereference)"
         )
+    if "\0" in name:
+        raise ValueError(f"{path}: {_shown(name)} has a NUL character in its name: rename it")
     known = contents.labels if is_label else contents.images
     key = key_of(name) if is_label else name
     if key in known:
@@ -350,10 +379,38 @@ def _label_beside(path: Path, name: str, contents: Contents) -> tuple[str, str]:
     return label, name
 
 
-def _label_of_folder(path: Path, name: str, _: Contents) -> tuple[str, str]:
-    """Returns as `_label_beside`: the folder that an image lies in, or else that the tar file stands for."""
+def _class_depth(contents: Sequence[Contents], place: str) -> int:
+    """Returns how many folders lie above those of the classes: as many as are common to all images.
+
+    Raises:
+        ValueError: images lie beside these folders, so that they have no class, or all have the same one.
+    """
+    folders = {name.rpartition("/")[0] for content in contents for name in content.images if "/" in name}
+    if len(folders) <= 1:
+        return len(next(iter(folders), "").split("/")) - 1
+    common = posixpath.commonpath(folders)
+    if common in folders:
+        raise ValueError(
+            f"{place}: {_shown(common)} has images and folders of images in it, and nothing lies elsewhere: "
+            "expected a folder for each class"
+        )
+    return len(common.split("/")) if common else 0
+
+
+def _check_no_split(labels: Collection[str], place: str) -> None:
+    """Raises ValueError for folders that are those of splits, not of classes."""
+    names = sorted(set(labels) & set(SPLITS) or (set(labels) if OTHER_SPLITS.issuperset(labels) else ()))
+    if names:
+        raise ValueError(
+            f"{place}: the folder {names[0]} of its images is that of a split, not of a class: pack each split on its "
+            "own, with a folder for each class"
+        )
+
+
+def _label_of_folder(path: Path, name: str, _: Contents, depth: int) -> tuple[str, str]:
+    """Returns as `_label_beside`: the folder below `depth` others, or else the class that the tar file stands for."""
     if "/" in name:
-        return name.split("/")[-2], name
+        return name.split("/")[depth], name
     if path.stem in SPLITS or _number_of(path) is not None:
         raise ValueError(
             f"{path}: {_shown(name)} has no label: expected {_shown(key_of(name))}.{LABEL} beside it, or a folder for "

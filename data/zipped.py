@@ -3,8 +3,8 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
@@ -24,7 +24,7 @@ _LABEL = re.compile(r" *([0-9]{1,9}) *")
 class ZipSource(EncodedSource):
     """The images of `root/split.zip` that `root/split_map.txt` lists, one `path/in/the/zip.jpg<TAB>label` a line.
 
-    The classes are those that `root/classes.txt` names, else numbered from 0 to the largest label of the map; where
+    The classes are those that `root/classes.txt` names, else numbered from 0 to the largest label of both maps; where
     there are then more than a thousand, every tenth at least must have images. `cache_mode` says which images' bytes
     are kept in memory from the start: none (`no`), all (`full`), or those with `index % world_size == rank` (`part`).
 
@@ -35,7 +35,8 @@ class ZipSource(EncodedSource):
         self, root: str | Path, split: str, *, cache_mode: str = "part", rank: int = 0, world_size: int = 1
     ) -> None:
         assert split in (*SPLITS, WHOLE)
-        root, split = user_path(root), stored_split(split)
+        root, other = user_path(root), {"train": "val", "val": "train"}.get(split)
+        split = stored_split(split)
         archive, map_file = root / f"{split}.zip", root / f"{split}_map.txt"
         for path in (archive, map_file):
             if not path.is_file():
@@ -48,8 +49,13 @@ class ZipSource(EncodedSource):
         entries, labels = _read_map(map_file, self._archive.names(), len(names) if names else None)
         self._entries = PackedStrings(entries)
         self.labels = np.array(labels, dtype=np.int64)
-        self.classes = names or [str(label) for label in range(max(labels) + 1)]
+        self.classes = names or [str(label) for label in range(self._count(root / f"{other}_map.txt"))]
         self._cache = self._read_all(_cached_indices(cache_mode, len(labels), rank, world_size))
+
+    def _count(self, other_map: Path) -> int:
+        """Returns the number of classes that follows from both maps, so that it is the same for train and val."""
+        other = _read_map(other_map, None, None)[1] if other_map.is_file() else []
+        return max(int(self.labels.max()), *other, 0) + 1
 
     def _read_all(self, indices: Iterable[int]) -> dict[int, bytes]:
         """Returns the bytes of these images without unreadable ones, which `load` reports."""
@@ -77,10 +83,11 @@ def _cached_indices(cache_mode: str, length: int, rank: int, world_size: int) ->
     return {"no": range(0), "part": range(rank, length, world_size), "full": range(length)}[cache_mode]
 
 
-def _read_map(path: Path, known: set[str], count: int | None) -> tuple[list[str], list[int]]:
+def _read_map(path: Path, known: Collection[str] | None, count: int | None) -> tuple[list[str], list[int]]:
     """Returns the entries and the labels of a map file; ValueError with file and line for what can't be right.
 
-    `count` is the number of classes, None if it follows from the labels.
+    `known` are the entries of the zip, None if they don't matter; `count` is the number of classes, None if it follows
+    from the labels.
     """
     line_of: dict[str, int] = {}
     labels: list[int] = []
@@ -90,7 +97,7 @@ def _read_map(path: Path, known: set[str], count: int | None) -> tuple[list[str]
                 continue
             try:
                 entry, label = _parse_line(line.decode())
-                if entry not in known:
+                if known is not None and entry not in known:
                     raise ValueError(f"the zip has no entry {_shown(entry)}")
                 if entry in line_of:
                     raise ValueError(f"{_shown(entry)} is in line {line_of[entry]} already, and would count twice")
@@ -114,7 +121,7 @@ def _parse_line(line: str) -> tuple[str, int]:
     number = _LABEL.fullmatch(label)
     if number is None:
         raise ValueError(f"the label {_shown(label)} is not an integer from 0 to 999999999")
-    if PurePosixPath(entry).is_absolute() or ".." in PurePosixPath(entry).parts:
+    if entry.startswith("/") or ".." in entry.split("/"):
         raise ValueError(f"{_shown(entry)} is not a path inside the zip: write it relative, without `..`")
     return entry, int(number[1])
 

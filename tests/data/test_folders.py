@@ -46,6 +46,15 @@ def test_the_order_is_that_of_torchvision(tmp_path):
     assert found(Path(os.path.relpath(root))) == expected
 
 
+@pytest.mark.parametrize("split", ["val", "validation", "Test"])
+def test_the_whole_is_no_folder_of_splits(tmp_path, split):
+    touch(tmp_path, f"{split}/cat/0.png")
+    with pytest.raises(ValueError, match=rf"holds no train/ to divide, and a folder '{split}': rename or link"):
+        FolderSource(tmp_path, "whole")
+    touch(tmp_path, "train/cat/0.png")
+    assert FolderSource(tmp_path, "whole").classes == ["cat"]
+
+
 def test_no_system_call_is_spent_on_a_file(tmp_path, monkeypatch):
     """An image folder may hold a million of them, on a slow disk."""
     touch(tmp_path, *(f"{name}/{number}.png" for name in "ab" for number in range(50)))

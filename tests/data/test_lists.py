@@ -56,6 +56,9 @@ def test_forms_of_a_list(tmp_path, name, content, expected):
         ("a.csv", "path,label\na.png,1,7\n", "line 2: 3 fields, but the first line names 2"),
         ("a.csv", "path,label\na.png\n", "line 2: 1 fields, but the first line names 2"),
         ("a.csv", "a.png,1\nb.png,2\na.png,1\n", "line 3: 'a.png' is in line 1 already, and would count twice"),
+        ("a.csv", "a.png,1\n./a.png,2\n", "line 2: './a.png' is in line 1 already, and would count twice"),
+        ("a.csv", "a/1.png,1\nb/../a//1.png,2\n", "line 2: 'b/../a//1.png' is in line 1 already"),
+        ("a.csv", "img_path,y\na.png,0\nb.png,10\n", "line 1: 'y' is the only label that is no number: if the line"),
         ("a.csv", '"a.png,1\nb.png,2\n', "line 2: unexpected end of data"),
         ("a.csv", '"a.png"x,1\n', "line 1: ',' expected after '\"'"),
         ("a.csv", "a\0.png,1\n", "line 1: "),
@@ -122,6 +125,50 @@ def test_numbers_are_positions_in_both_splits(root):
     assert train.classes == val.classes == list("01234567")
     (root / "train.csv").write_text("a.png,0\n\nb.png,1000\n")
     with pytest.raises(ValueError, match=r"train.csv, line 3: with the label 1000 there would be 1001 classes"):
+        ListSource(root, "train")
+
+
+class TestNumbersAsNames:
+    """Names of classes that are numbers, `1`, `2`, `3`, and labels that may be these, or positions."""
+
+    @pytest.fixture(autouse=True)
+    def names(self, root):
+        (root / "classes.txt").write_text("1\n2\n3\n")
+
+    def labels(self, root, train: str, val: str) -> list[list[int]]:
+        """Returns the labels of both splits, given as they are written."""
+        for split, written in (("train", train), ("val", val)):
+            (root / f"{split}.csv").write_text("".join(f"{n}.png,{word}\n" for n, word in enumerate(written.split())))
+        sources = [ListSource(root, split) for split in ("train", "val")]
+        assert all(source.classes == ["1", "2", "3"] for source in sources)
+        return [source.labels.tolist() for source in sources]
+
+    def test_both_splits_decide(self, root):
+        assert self.labels(root, "0 1 2", "1 2") == [[0, 1, 2], [1, 2]]
+        assert self.labels(root, "1 2 3", "1 2") == [[0, 1, 2], [0, 1]]
+
+    def test_what_may_be_both_is_refused(self, root):
+        with pytest.raises(
+            ValueError, match=r"train.csv: the label 1 is the name of one class .* of another, '2': give"
+        ):
+            self.labels(root, "1 2", "1")
+
+    def test_names_that_are_their_positions_are_both(self, root):
+        (root / "classes.txt").write_text("0\n1\n2\n")
+        (root / "train.csv").write_text("a.png,2\nb.png,1\n")
+        assert ListSource(root, "train").labels.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a.png,01\nb.png,1\n", r"train.csv: the classes '01' and '1' are one number"),
+        ("a.png,0\nb.png,-1\n", r"train.csv, line 2: the label -1 is negative"),
+    ],
+)
+def test_numbers_that_are_no_positions(root, content, message):
+    (root / "train.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
         ListSource(root, "train")
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import random
@@ -83,8 +84,35 @@ def test_the_folder_of_an_image_is_its_class_however_deep(tmp_path):
     write_tar(tmp_path / "train.tar", files)
     source = TarSource(tmp_path, "train")
     assert numbers(source) == [(1, "dog"), (2, "ant")]
-    assert source.locate(1) == f"{tmp_path}/train.tar/data/train/train/ant/2.jpg.png"
+    assert source.locate(1) == f"{tmp_path}/train.tar/data/train/ant/2.jpg.png"
     assert not (tmp_path / "data").exists()
+
+
+def test_a_class_may_have_folders_of_its_own(tmp_path):
+    """As in an image folder, whatever lies above all classes, and in whichever file."""
+    write_tar(tmp_path / "train-000000.tar", {"./set/cat/b1/0.png": png(0), "set/cat/b2/c/1.png": png(1)})
+    write_tar(tmp_path / "train-000001.tar", {"set/dog/b1/2.png": png(2), "set/dog/3.png": png(3)})
+    assert numbers(TarSource(tmp_path, "train")) == [(0, "cat"), (1, "cat"), (2, "dog"), (3, "dog")]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train/0.png", "train/1.png"), "the folder train of its images is that of a split, not of a class"),
+        (("a/train/cat/0.png", "a/val/cat/0.png"), "the folder train of its images is that of a split"),
+        (("training/cat/0.png", "test/cat/0.png"), "the folder test of its images is that of a split"),
+        (("set/0.png", "set/cat/1.png", "set/dog/2.png"), "set has images and folders of images in it"),
+    ],
+)
+def test_folders_that_are_no_classes(tmp_path, names, message):
+    write_tar(tmp_path / "train.tar", {name: png(number) for number, name in enumerate(names)})
+    with pytest.raises(ValueError, match=rf"train.tar: {message}"):
+        TarSource(tmp_path, "train")
+
+
+def test_a_class_may_be_called_as_a_split_elsewhere(tmp_path):
+    write_tar(tmp_path / "train.tar", {"cat/0.png": png(0), "test/1.png": png(1)})
+    assert TarSource(tmp_path, "train").classes == ["cat", "test"]
 
 
 def test_folders_named_by_numbers_are_ordered_by_number(tmp_path):
@@ -130,6 +158,15 @@ def test_what_does_not_belong_together(root, name, content, message):
     assert str(error.value).startswith(f"{root}/val-000000.tar")
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 700
+
+
+def test_a_nul_in_a_name_is_refused(root):
+    with tarfile.open(root / "val-000002.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("d.png")
+        member.pax_headers = {"path": "d\0e.png"}
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=r"val-000002.tar: d\\x00e.png has a NUL character in its name"):
+        TarSource(root, "val")
 
 
 def test_an_image_in_two_files_is_refused(root):
@@ -250,6 +287,15 @@ def test_a_missing_shard_is_noticed(root):
         TarSource(root, "val")
 
 
+def test_the_first_shard_is_missing(root):
+    for number in (1, 0):
+        (root / f"val-00000{number}.tar").rename(root / f"val-00000{number + 1}.tar")
+    assert len(TarSource(root, "val")) == 3  # numbered from 1
+    (root / "val-000001.tar").unlink()
+    with pytest.raises(ValueError, match=r"val-000002.tar is the first: the files before number 2 are missing"):
+        TarSource(root, "val")
+
+
 def test_train_and_val_have_the_same_names(root):
     write_tar(root / "train.tar", {"a.png": png(1), "a.cls": b"cat"})
     with pytest.raises(ValueError, match=r"val-000000.tar \.\.\. has a class 'ant' and .*train.tar has not"):
@@ -293,6 +339,33 @@ class TestIndex:
         expected = {"size": [1, 2, 7, 8], "date": [1, 2, 9], "more": [1, 2, 3, 9], "fewer": [1, 2]}[change]
         assert [number for number, _ in numbers(TarSource(root, "val"))] == expected
         assert scans
+
+    def test_another_file_of_equal_size_and_date_is_noticed(self, root):
+        path = root / "val-000001.tar"
+        TarSource(root, "val")
+        status = path.stat()
+        write_tar(root / "new", {"x/c.x.png": png(3), "x/c.cls": b"ant", "x/c.txt": b"a cat"})
+        os.utime(root / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
+        os.replace(root / "new", path)
+        assert path.stat().st_size == status.st_size
+        assert numbers(TarSource(root, "val"))[2] == (3, "ant")
+
+    def test_another_folder_has_another_index(self, tmp_path):
+        """Of tar files that are one and the same, so that all but their place is equal."""
+        write_tar(tmp_path / "a/val.tar", {"a.png": png(1), "a.cls": b"cat"})
+        (tmp_path / "b").mkdir()
+        os.link(tmp_path / "a/val.tar", tmp_path / "b/val.tar")
+        assert tars._stamp([tmp_path / "a/val.tar"]) != tars._stamp([tmp_path / "b/val.tar"])
+
+    @pytest.mark.parametrize("key", ["codes", "offsets", "by_folders"])
+    def test_a_flipped_bit_is_noticed(self, root, key):
+        expected = numbers(TarSource(root, "val"))
+        place = root / ".val-000000.index.safetensors"
+        content = bytearray(place.read_bytes())
+        length = 8 + int.from_bytes(content[:8], "little")
+        content[length + json.loads(content[8:length])[key]["data_offsets"][0]] ^= 1
+        place.write_bytes(content)
+        assert numbers(TarSource(root, "val")) == expected
 
     def test_where_nothing_can_be_written_the_cache_has_it(self, root, scans, cache, monkeypatch):
         save = tars._save
@@ -349,4 +422,18 @@ def test_a_file_that_became_shorter_or_vanished(root):
 def test_one_file_alone_can_be_divided(root):
     whole = TarSource(root / "val-000000.tar", "whole")
     assert numbers(whole) == [(1, "cat"), (2, "ant")]
+    with pytest.raises(
+        ValueError, match=r"tars holds val-000000.tar, and no train.tar, .* to divide: rename the files"
+    ):
+        TarSource(root, "whole")
+    for path in root.glob("val-*.tar"):
+        path.rename(root / path.name.replace("val", "images"))
     assert len(TarSource(root, "whole")) == 3
+
+
+@pytest.mark.parametrize("names", [("training", "test"), ("validation",), ("Valid-0000",)])
+def test_files_of_other_splits_are_not_the_whole(tmp_path, names):
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", {f"cat/{name}.png": png(1)})
+    with pytest.raises(ValueError, match=rf"holds {sorted(names)[0]}.tar, and no train.tar"):
+        TarSource(tmp_path, "whole")
