@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -158,22 +159,22 @@ def test_images_from_a_zip_keep_their_classes(folder, tmp_path):
     assert encoded(packed)[(folder / "val/dog/0.png").read_bytes()] == "the dog"
 
 
-@pytest.mark.parametrize("numbers", [("1", "0"), ("a", "0")])
-def test_classes_that_are_named_by_numbers_are_not_mistaken(folder, tmp_path, numbers):
-    (folder / "classes.txt").write_text("\n".join(numbers))
-    (folder / "train.csv").write_text("train/ant/0.png,0\n" if "a" in numbers else "train/ant/0.png,1\n")
+@pytest.mark.parametrize("names", [("1", "0"), ("a", "0")])
+def test_classes_that_are_named_by_numbers_are_not_mistaken(folder, tmp_path, names):
+    (folder / "classes.txt").write_text("\n".join(names))
+    (folder / "train.csv").write_text(f"train/ant/0.png,{names[0]}\n")
     pack(folder, tmp_path / "out", "--splits", "train", "--verify", "--opts", "DATA.FORMAT", "list")
     packed, source = TarSource(tmp_path / "out", "train"), ListSource(folder, "train")
-    assert packed.classes == source.classes == list(numbers)
-    assert encoded(packed) == encoded(source) == {(folder / "train/ant/0.png").read_bytes(): "0"}
+    assert packed.classes == source.classes == list(names)
+    assert encoded(packed) == encoded(source) == {(folder / "train/ant/0.png").read_bytes(): names[0]}
 
 
 def test_hidden_and_colliding_names_are_kept(folder, tmp_path):
     names = [".cache/ant/x.2.png", ".cache/ant/x.png", ".cache/ant/x.PNG", "__ant__/.0.png"]
     for seed, name in enumerate(names):
-        write_patterns(tmp_path / "made", seed, 1)
+        write_patterns(tmp_path / str(seed), seed, 1)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "made/0.png").rename(folder / name)
+        (tmp_path / str(seed) / "0.png").rename(folder / name)
     (folder / "train.csv").write_text("".join(f"{name},{label % 2}\n" for label, name in enumerate(names)))
     pack(folder, tmp_path / "out", "--splits", "train", "--verify", "--opts", "DATA.FORMAT", "list")
     packed = TarSource(tmp_path / "out", "train")
@@ -182,11 +183,11 @@ def test_hidden_and_colliding_names_are_kept(folder, tmp_path):
     assert found == {"cache/ant/x_2.png", "cache/ant/x.png", "cache/ant/x_2_2.PNG", "ant__/0.png"}
 
 
-@pytest.mark.parametrize("name", [" ant", "ant\r", "a\x85nt", "a" * 1001])
+@pytest.mark.parametrize("name", [" ant", "a\nnt", "a\x85nt", "a" * 1001])
 def test_class_names_that_no_label_can_hold_are_refused(folder, tmp_path, name):
     (folder / "classes.json").write_text(json.dumps([name, "dog"]))
     (folder / "train.csv").write_text("train/ant/0.png,0\n")
-    with pytest.raises(ValueError, match=r"the class .* rename it" if name != "ant\r" else "rename it|ant"):
+    with pytest.raises(ValueError, match=r"^the class .*: rename it$"):
         pack(folder, tmp_path / "out", "--splits", "train", "--opts", "DATA.FORMAT", "list")
     assert not (tmp_path / "out").exists()
 
@@ -199,21 +200,21 @@ def test_a_finished_file_that_is_gone_or_shorter_is_named(folder, tmp_path, dama
         pack(folder, tmp_path / "out", "--images", 3)
 
 
-def test_a_run_continues_that_was_killed_before_its_first_file_was_recorded(folder, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    pack(folder, tmp_path / "whole", "--images", 3)
-    written = pack_dataset.Packing._write_shard
-
-    def killed(packing, indices, bar):
-        written(packing, indices, bar)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pack_dataset.Packing, "_write_shard", killed)
+def test_a_run_continues_that_was_killed_before_its_first_file_was_recorded(folder, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    pack(folder, whole, "--images", 3)
+    contents = {path: path.read_bytes() for path in folder.glob("train/*/*")}
+    for path in contents:
+        path.unlink()
+        path.symlink_to("nowhere")
+    with pytest.raises(OSError, match="No such file"):
         pack(folder, out, "--images", 3)
-    assert list(sums(out)) == ["train-000000.tar"]
+    shutil.copy(whole / "train-000000.tar", out)  # as it is there before the record says so
+    for path, content in contents.items():
+        path.unlink()
+        path.write_bytes(content)
     pack(folder, out, "--images", 3, "--verify")
-    assert sums(out) == sums(tmp_path / "whole")
+    assert sums(out) == sums(whole)
 
 
 def test_a_split_may_lack_the_last_of_numbered_classes(folder, tmp_path):
@@ -233,12 +234,12 @@ def test_a_split_may_lack_the_last_of_numbered_classes(folder, tmp_path):
     pack(root, tmp_path / "out", "--splits", "val", *words)  # on its own, it fits as well
 
 
-def test_other_classes_in_val_are_found_before_anything_is_written(folder, tmp_path):
-    for split, name in (("train", "ant"), ("val", "bee")):
-        (folder / f"{split}.csv").write_text(f"train/ant/0.png,{name}\n")
-    with pytest.raises(ValueError, match="classes|class"):
-        pack(folder, tmp_path / "out", "--opts", "DATA.FORMAT", "list")
-    assert not (tmp_path / "out").exists()
+def test_other_classes_are_found_before_anything_is_written(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/classes.txt").write_text("ant\ndog\nbee\n")
+    with pytest.raises(ValueError, match=r"out/classes.txt names other classes"):
+        pack(folder, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["classes.txt"]
 
 
 def test_digits_are_no_files(tmp_path):
