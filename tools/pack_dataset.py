@@ -2,6 +2,7 @@
 
 The bytes of the images are copied as they are, in a random order that a seed decides. Per split there is also a file
 `train.json` with the size and the SHA-256 of each tar file. A run that was stopped continues with the same command.
+Labels are numbers, as timm expects; only where a class is named by a number are they names, which can't be mistaken.
 
 python -m tools.pack_dataset IMAGENET SHARDS --verify
 """
@@ -9,10 +10,11 @@ python -m tools.pack_dataset IMAGENET SHARDS --verify
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -22,10 +24,12 @@ from tqdm import tqdm
 from configs import Override, load_config, parse_opts
 from data import EncodedSource, TarSource, open_source
 from data.decode import EXTENSIONS, FORMATS, image_file
+from data.labels import NUMBER
 from data.sources import SPLITS
+from data.tars import MAX_LABEL_BYTES
 from utils import cli
 from utils.files import clear_about_space, user_path, write_json, write_text
-from utils.text import printable
+from utils.text import printable, shortened
 
 
 def parser() -> cli.Parser:
@@ -42,6 +46,9 @@ def parser() -> cli.Parser:
     return result
 
 
+ROOM = "make room and start again: what is finished stays"
+
+
 class Packed(NamedTuple):
     """A tar file: its name, its images, its size in bytes, and its SHA-256."""
 
@@ -54,16 +61,19 @@ class Packed(NamedTuple):
 class Packing:
     """One split on its way into tar files, as its JSON file records it.
 
-    Raises ValueError where the folder holds tar files of another origin, or of another order of other images.
+    Raises ValueError where the folder holds tar files of another origin, or of another order of other images, or lacks
+    one that the record names.
     """
 
-    def __init__(self, source: EncodedSource, args: Namespace, split: str) -> None:
-        self.source, self.split, self.folder = source, split, user_path(args.out)
+    def __init__(self, source: EncodedSource, classes: list[str], args: Namespace, split: str) -> None:
+        self.source, self.classes, self.split, self.folder = source, classes, split, user_path(args.out)
         self.limit = args.images, int(args.megabytes * 1e6)
         self.order = np.random.default_rng(args.seed).permutation(len(source)).tolist()
         self.names = _names(source)
+        self.words = label_words(classes)
         self.record = self.folder / f"{split}.json"
-        names = hashlib.sha256("\0".join(self.names).encode("utf-8", "surrogatepass") + source.labels.tobytes())
+        texts = [*self.names, *(self.words[label] for label in source.labels)]
+        names = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass"))
         self.plan = {
             "images": len(source),
             "seed": args.seed,
@@ -90,12 +100,19 @@ class Packing:
         if plan != self.plan:
             differing = next(key for key in self.plan if plan.get(key) != self.plan[key]).replace("_", " ")
             raise ValueError(f"{self.record} is of another packing ({differing} differ): give another folder")
+        for shard in shards:
+            path = self.folder / shard.name
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                raise ValueError(
+                    f"{path} is missing or has not the {shard.bytes} bytes that {self.record} names: copy it again, or "
+                    f"remove {self.folder}"
+                )
         return shards
 
     def run(self) -> None:
         """Writes the tar files that are missing; each is there as a whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_classes()
+        if not self.record.exists():  # before the first tar file, which a run that goes on then knows as its own
+            self._save(complete=False)
         done = sum(shard.images for shard in self.shards)
         with tqdm(total=len(self.order), initial=done, unit=" images", desc=self.split, mininterval=1.0) as bar:
             while done < len(self.order):
@@ -104,20 +121,11 @@ class Packing:
                 done += shard.images
                 self._save(done == len(self.order))
 
-    def _write_classes(self) -> None:
-        path, text = self.folder / "classes.txt", "\n".join(self.source.classes) + "\n"
-        if any("\n" in name for name in self.source.classes):
-            raise ValueError("a class has a line break in its name: rename it")
-        if not path.exists():
-            write_text(path, text)
-        elif path.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{path} names other classes: give another folder")
-
     def _write_shard(self, indices: Sequence[int], bar: Any) -> Packed:
         path = self.folder / f"{self.split}-{len(self.shards):06}.tar"
         temporary = path.with_name(f".{path.name}.tmp")
         most_images, most_bytes = self.limit
-        with clear_about_space(path, "make room and start again: what is finished stays"):
+        with clear_about_space(path, ROOM):
             try:
                 with temporary.open("wb") as file, tarfile.open(fileobj=(out := Hashing(file)), mode="w") as archive:
                     count = 0
@@ -137,7 +145,7 @@ class Packing:
 
     def _add(self, archive: tarfile.TarFile, index: int) -> None:
         content = read(self.source, index)
-        label = str(self.source.labels[index]).encode()
+        label = self.words[self.source.labels[index]].encode()
         key = self.names[index]
         for name, data in ((key + _extension(self.source, index, content), content), (f"{key}.cls", label)):
             info = tarfile.TarInfo(name)
@@ -157,7 +165,7 @@ class Packing:
                         f"{self.folder / shard.name} has changed since it was packed: remove {self.folder}"
                     )
         packed = TarSource(self.folder, self.split)
-        if len(packed) != len(self.source) or packed.classes != self.source.classes:
+        if len(packed) != len(self.source) or packed.classes != self.classes:
             raise ValueError(
                 f"{self.folder} holds {len(packed)} images of {len(packed.classes)} classes, others than packed"
             )
@@ -195,15 +203,59 @@ def read(source: EncodedSource, index: int) -> bytes:
         raise OSError(f"{source.locate(index)}: {error}") from error
 
 
+def label_words(classes: Sequence[str]) -> list[str]:
+    """Returns what is written as the label of each class: its number, or the names if one could be taken for a number.
+
+    The reader takes labels for names wherever these exist (`data/labels.py`).
+    """
+    if any(map(NUMBER.fullmatch, classes)):
+        return list(classes)
+    return [str(label) for label in range(len(classes))]
+
+
+def common_classes(sources: Iterable[EncodedSource], folder: Path) -> list[str]:
+    """Returns the classes of all splits, those that an earlier run has written to the folder among them.
+
+    Where they are only numbered, a split may lack the last ones.
+
+    Raises:
+        ValueError: the splits have different classes, or a name can't be written as a line and a label.
+    """
+    lists = [source.classes for source in sources]
+    path = folder / "classes.txt"
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else None
+    classes = max(lists, key=len) if known is None else known
+    numbered = classes == [str(label) for label in range(len(classes))]
+    for own in lists:
+        if own != (classes[: len(own)] if numbered else classes):
+            raise ValueError(
+                "the splits have different classes: name all of them in classes.txt beside the images"
+                if known is None
+                else f"{path} names other classes: give another folder"
+            )
+    for name in classes:
+        text = name.encode(errors="ignore")
+        if text.decode().splitlines() != [name] or name.strip() != name or len(text) > MAX_LABEL_BYTES:
+            raise ValueError(
+                f"the class {shortened(repr(name))} has a name with a line break, with a blank at an end, of more than "
+                f"{MAX_LABEL_BYTES} bytes, or not in UTF-8: rename it"
+            )
+    return classes
+
+
 def _names(source: EncodedSource) -> list[str]:
-    """Returns names for the images, without extensions: those in the source, made distinct and free of dots."""
+    """Returns names for the images, without extensions: those in the source, made distinct, free of dots, not hidden.
+
+    Leading underscores are removed as well, for WebDataset leaves some of those names out.
+    """
     names: dict[str, None] = {}
     for index in range(len(source)):
         path = PurePosixPath(source.name(index))
-        parts = [part for part in path.with_suffix("").parts if part not in ("/", "..")]
-        name = "/".join([*parts[:-1], parts[-1].replace(".", "_").lstrip("_") or "image"])
-        names[name if name not in names else f"{name}_{index}"] = None
-    assert len(names) == len(source)
+        *folders, last = [part for part in path.with_suffix("").parts if part not in ("/", "..")]
+        name = "/".join(part.lstrip("._") or "image" for part in (*folders, last.replace(".", "_")))
+        while name in names:
+            name = f"{name}_{index}"
+        names[name] = None
     return list(names)
 
 
@@ -219,25 +271,33 @@ def _extension(source: EncodedSource, index: int, content: bytes) -> str:
         raise ValueError(f"{source.locate(index)}: {error}") from error
 
 
-def opened(args: Namespace) -> Iterator[Packing]:
-    """Yields the splits to pack; raises ValueError for a data set that is not stored as image files."""
+def opened(args: Namespace) -> dict[str, EncodedSource]:
+    """Returns the splits to pack; raises ValueError for a data set that is not stored as image files."""
     overrides = [Override("DATA", "DATA.DATA_PATH", args.data), *parse_opts(args.opts)]
     cfg = load_config(None, overrides).DATA
+    sources = {}
     for split in args.splits:
         source = open_source(cfg, split)
         if not isinstance(source, EncodedSource):
             raise ValueError(f"{args.data} is not stored as image files, whose bytes could be copied")
-        yield Packing(source, args, split)
+        sources[split] = source
+    return sources
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Opens all splits, packs, verifies."""
     args = parser().parse_args(argv)
-    if not args.megabytes > 0 or (args.images is not None and args.images < 1) or args.seed < 0:
-        raise ValueError("--megabytes must be above 0, --images at least 1, and --seed at least 0")
-    if user_path(args.out).exists() and not user_path(args.out).is_dir():
+    size_is_plausible = args.megabytes > 0 and math.isfinite(args.megabytes * 1e6)
+    if not size_is_plausible or (args.images is not None and args.images < 1) or args.seed < 0:
+        raise ValueError("--megabytes must be above 0 and finite, --images at least 1, and --seed at least 0")
+    folder = user_path(args.out)
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"{args.out} is no folder: give the name of one to write to")
-    packings = list(opened(args))
+    sources = opened(args)
+    classes = common_classes(sources.values(), folder)
+    packings = [Packing(source, classes, args, split) for split, source in sources.items()]
+    if not (folder / "classes.txt").exists():
+        write_text(folder / "classes.txt", "\n".join(classes) + "\n")
     for packing in packings:
         packing.run()
         if args.verify:

@@ -3,13 +3,14 @@
 import gc
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 from pictures import write_patterns
 
-from data import FolderSource, TarSource
+from data import FolderSource, ListSource, TarSource
 from tools import pack_dataset
 from utils import cli
 
@@ -124,6 +125,8 @@ def test_a_file_that_was_not_copied_is_missed(folder, tmp_path):
         ("--seed 1", "is of another packing .seed differ."),
         ("--images 0", "--images at least 1"),
         ("--megabytes 0", "--megabytes must be above 0"),
+        ("--megabytes nan", "--megabytes must be above 0 and finite"),
+        ("--megabytes inf", "--megabytes must be above 0 and finite"),
     ],
 )
 def test_nothing_is_overwritten(folder, tmp_path, words, message):
@@ -154,6 +157,89 @@ def test_images_from_a_zip_keep_their_classes(folder, tmp_path):
     packed = TarSource(tmp_path / "out", "val")
     assert packed.classes == ["the ant", "the dog"]
     assert encoded(packed)[(folder / "val/dog/0.png").read_bytes()] == "the dog"
+
+
+@pytest.mark.parametrize("names", [("1", "0"), ("a", "0")])
+def test_classes_that_are_named_by_numbers_are_not_mistaken(folder, tmp_path, names):
+    (folder / "classes.txt").write_text("\n".join(names))
+    (folder / "train.csv").write_text(f"train/ant/0.png,{names[0]}\n")
+    pack(folder, tmp_path / "out", "--splits", "train", "--verify", "--opts", "DATA.FORMAT", "list")
+    packed, source = TarSource(tmp_path / "out", "train"), ListSource(folder, "train")
+    assert packed.classes == source.classes == list(names)
+    assert encoded(packed) == encoded(source) == {(folder / "train/ant/0.png").read_bytes(): names[0]}
+
+
+def test_hidden_and_colliding_names_are_kept(folder, tmp_path):
+    names = [".cache/ant/x.2.png", ".cache/ant/x.png", ".cache/ant/x.PNG", "__ant__/.0.png"]
+    for seed, name in enumerate(names):
+        write_patterns(tmp_path / str(seed), seed, 1)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / str(seed) / "0.png").rename(folder / name)
+    (folder / "train.csv").write_text("".join(f"{name},{label % 2}\n" for label, name in enumerate(names)))
+    pack(folder, tmp_path / "out", "--splits", "train", "--verify", "--opts", "DATA.FORMAT", "list")
+    packed = TarSource(tmp_path / "out", "train")
+    assert encoded(packed) == encoded(ListSource(folder, "train"))
+    found = {packed.name(index) for index in range(4)}
+    assert found == {"cache/ant/x_2.png", "cache/ant/x.png", "cache/ant/x_2_2.PNG", "ant__/0.png"}
+
+
+@pytest.mark.parametrize("name", [" ant", "a\nnt", "a\x85nt", "a" * 1001])
+def test_class_names_that_no_label_can_hold_are_refused(folder, tmp_path, name):
+    (folder / "classes.json").write_text(json.dumps([name, "dog"]))
+    (folder / "train.csv").write_text("train/ant/0.png,0\n")
+    with pytest.raises(ValueError, match=r"^the class .*: rename it$"):
+        pack(folder, tmp_path / "out", "--splits", "train", "--opts", "DATA.FORMAT", "list")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-512])])
+def test_a_finished_file_that_is_gone_or_shorter_is_named(folder, tmp_path, damage):
+    pack(folder, tmp_path / "out", "--images", 3)
+    damage(tmp_path / "out/train-000001.tar")
+    with pytest.raises(ValueError, match=r"out/train-000001.tar is missing or has not the \d+ bytes"):
+        pack(folder, tmp_path / "out", "--images", 3)
+
+
+def test_a_run_continues_that_was_killed_before_its_first_file_was_recorded(folder, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    pack(folder, whole, "--images", 3)
+    contents = {path: path.read_bytes() for path in folder.glob("train/*/*")}
+    for path in contents:
+        path.unlink()
+        path.symlink_to("nowhere")
+    with pytest.raises(OSError, match="No such file"):
+        pack(folder, out, "--images", 3)
+    shutil.copy(whole / "train-000000.tar", out)  # as it is there before the record says so
+    for path, content in contents.items():
+        path.unlink()
+        path.write_bytes(content)
+    pack(folder, out, "--images", 3, "--verify")
+    assert sums(out) == sums(whole)
+
+
+def test_a_split_may_lack_the_last_of_numbered_classes(folder, tmp_path):
+    root = tmp_path / "zipped"
+    root.mkdir()
+    for split, labels in (("train", (0, 2, 1)), ("val", (1, 0))):
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            for number in range(len(labels)):
+                archive.write(folder / f"train/ant/{number}.png", f"{number}.png")
+        rows = [f"{number}.png\t{label}\n" for number, label in enumerate(labels)]
+        (root / f"{split}_map.txt").write_text("".join(rows))
+    words = ("--verify", "--opts", "DATA.FORMAT", "zip")
+    pack(root, tmp_path / "out", *words)
+    val = TarSource(tmp_path / "out", "val")
+    assert val.classes == TarSource(tmp_path / "out", "train").classes == ["0", "1", "2"]
+    assert encoded(val)[(folder / "train/ant/0.png").read_bytes()] == "1"
+    pack(root, tmp_path / "out", "--splits", "val", *words)  # on its own, it fits as well
+
+
+def test_other_classes_are_found_before_anything_is_written(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/classes.txt").write_text("ant\ndog\nbee\n")
+    with pytest.raises(ValueError, match=r"out/classes.txt names other classes"):
+        pack(folder, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["classes.txt"]
 
 
 def test_digits_are_no_files(tmp_path):
