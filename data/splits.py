@@ -42,7 +42,8 @@ def hold_out(source: ImageSource, cfg: CfgNode) -> np.ndarray:
                 f"the {needed} images that it needs: add some, or leave the class out"
             )
         if cfg.FOLDS:
-            held_out[images[(label + cfg.FOLD) % cfg.FOLDS :: cfg.FOLDS]] = True
+            first = (label + cfg.FOLD) % cfg.FOLDS
+            held_out[images[first :: cfg.FOLDS]] = True
         elif len(images):
             held_out[images[: min(max(round(cfg.VAL_FRACTION * len(images)), 1), len(images) - 1)]] = True
     return held_out

@@ -36,6 +36,7 @@ LABEL = "cls"  # the extension of a label in WebDataset's naming
 MAX_LABEL_BYTES = 1000
 MAX_OPEN = 128  # files of a process
 VERSION = 2  # of the saved index
+NAMES, NUMBERS = "names", "numbers"  # what `tools/pack_dataset.py` has written as labels
 # The first bytes of compressed files, in which nothing can be read by its position.
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -62,7 +63,7 @@ class TarSource(EncodedSource):
                 f"no tar files of {split} at {root}: expected {split}.tar, {split}-000000.tar ... or {split}/*.tar, "
                 "uncompressed"
             )
-        _check_record(root / f"{stored_split(split)}.json", shards)
+        are_names = _labels_recorded(root / f"{stored_split(split)}.json", shards) == NAMES
         index = open_index(shards)
         others = find_shards(root, "val" if split == "train" else "train") if same_classes and split != WHOLE else []
         other = Words(_place(others), open_index(others).words) if others else None
@@ -71,7 +72,7 @@ class TarSource(EncodedSource):
         texts = [index.words[code] for code in index.codes]
         classes = read_classes(root if root.is_dir() else root.parent)
         self.labels, self.classes = number_labels(
-            texts, _place(shards), self.locate, classes=classes, other=other, are_names=index.by_folders
+            texts, _place(shards), self.locate, classes=classes, other=other, are_names=are_names or index.by_folders
         )
 
     def read(self, index: int) -> bytes:
@@ -123,13 +124,18 @@ def _all_shards(root: Path) -> list[Path]:
     return shards
 
 
-def _check_record(path: Path, shards: Sequence[Path]) -> None:
-    """Raises ValueError if `tools/pack_dataset.py` has not finished these files, or has written others as well."""
+def _labels_recorded(path: Path, shards: Sequence[Path]) -> str | None:
+    """Returns what labels are by the record of `tools/pack_dataset.py`, `NAMES` or `NUMBERS`; None without a record.
+
+    Raises:
+        ValueError: the packing was not finished, or wrote other files as well.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         complete, names = record["complete"], {row["name"] for row in record["shards"]}
+        labels = record["plan"]["labels"]
     except (OSError, ValueError, KeyError, TypeError):  # none, or a file of another program
-        return
+        return None
     if not complete:
         raise ValueError(f"{path}: the packing is not finished, continue it with the same command")
     missing = sorted(names - {shard.name for shard in shards})
@@ -137,6 +143,7 @@ def _check_record(path: Path, shards: Sequence[Path]) -> None:
         raise ValueError(
             f"{path} names {len(missing)} files that are missing, the first is {missing[0]}: copy them again"
         )
+    return str(labels)
 
 
 def _tars(paths: Iterable[Path]) -> list[Path]:

@@ -172,29 +172,29 @@ class OnPillow:
             return self.transform(to_pillow(image))
 
 
-def none(size: Size, interpolation: str, _aug: CfgNode) -> Transform:
+def none(size: Size, interpolation: str, _cfg: CfgNode) -> Transform:
     """No augmentation, as in evaluation."""
     return eval_transform(size, interpolation=interpolation)
 
 
-def flipped(size: Size, interpolation: str, aug: CfgNode) -> Transform:
+def flipped(size: Size, interpolation: str, cfg: CfgNode) -> Transform:
     """Flips, by default horizontally half of the time, and nothing else."""
-    return Transform((_whole(size, interpolation), _flip(aug)))
+    return Transform((_whole(size, interpolation), _flip(cfg)))
 
 
-def weak(size: Size, interpolation: str, aug: CfgNode) -> Transform:
+def weak(size: Size, interpolation: str, cfg: CfgNode) -> Transform:
     """A random part, by default of 8 to 100 % of the area, resized, and flipped, by default half of the time."""
-    return Transform((_crop(size, interpolation, aug), _flip(aug)))
+    return Transform((_crop(size, interpolation, cfg), _flip(cfg)))
 
 
-def shift(size: Size, interpolation: str, _aug: CfgNode) -> Transform:
+def shift(size: Size, interpolation: str, _cfg: CfgNode) -> Transform:
     """Shifts by up to an eighth of the size, for images that must not be mirrored, such as digits."""
     return Transform((_whole(size, interpolation), _shift(size)))
 
 
-def crop(size: Size, interpolation: str, aug: CfgNode) -> Transform:
+def crop(size: Size, interpolation: str, cfg: CfgNode) -> Transform:
     """Shifts by up to an eighth of the size and flips, as usual for CIFAR (4 of 32 pixels, half of the time)."""
-    return Transform((_whole(size, interpolation), _shift(size), _flip(aug)))
+    return Transform((_whole(size, interpolation), _shift(size), _flip(cfg)))
 
 
 # Those named raug* also apply the published RandAugment.
@@ -218,12 +218,12 @@ def _whole(size: Size, interpolation: str) -> CentreOf:
     return CentreOf(size, size, "bilinear" if interpolation == "random" else interpolation)
 
 
-def _crop(size: Size, interpolation: str, aug: CfgNode) -> RandomResizedCrop:
-    return RandomResizedCrop(size, interpolation, aug.SCALE, aug.RATIO)
+def _crop(size: Size, interpolation: str, cfg: CfgNode) -> RandomResizedCrop:
+    return RandomResizedCrop(size, interpolation, cfg.SCALE, cfg.RATIO)
 
 
-def _flip(aug: CfgNode) -> RandomFlip:
-    return RandomFlip(aug.HFLIP, aug.VFLIP)
+def _flip(cfg: CfgNode) -> RandomFlip:
+    return RandomFlip(cfg.HFLIP, cfg.VFLIP)
 
 
 def _shift(size: Size) -> RandomShift:

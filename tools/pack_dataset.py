@@ -26,7 +26,7 @@ from data import EncodedSource, TarSource, open_source
 from data.decode import EXTENSIONS, FORMATS, image_file
 from data.labels import NUMBER
 from data.sources import SPLITS
-from data.tars import MAX_LABEL_BYTES
+from data.tars import MAX_LABEL_BYTES, NAMES, NUMBERS
 from utils import cli
 from utils.files import clear_about_space, user_path, write_json, write_text
 from utils.text import printable, shortened
@@ -79,6 +79,7 @@ class Packing:
             "seed": args.seed,
             "images_of_a_shard": args.images,
             "bytes_of_a_shard": None if args.images else self.limit[1],
+            "labels": NAMES if self.words == classes else NUMBERS,
             "names_and_labels": names.hexdigest(),
         }
         self.shards = self._recorded()

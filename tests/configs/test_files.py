@@ -278,7 +278,7 @@ def allowed_values(key: str) -> st.SearchStrategy:
     """Draws values that the constraints allow, for every key by its type, so that new keys are covered."""
     constraint, name = CONSTRAINTS.get(key), FIELD_TYPES[key].name
     if constraint and constraint.choices:
-        return st.sampled_from(constraint.choices)
+        return st.sampled_from([choice for choice in constraint.choices if constraint.holds(choice)])
     values = _BY_TYPE[name.removesuffix(", or null")]
     if constraint:
         values = values.filter(constraint.holds)

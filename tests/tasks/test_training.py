@@ -121,11 +121,11 @@ def test_another_seed_gives_another_run(task, finished):
 
 
 def test_two_processes_start_from_the_same_weights_and_train_on_the_same_images(finished, together):
-    """Their statistics and augmentations are their own, so that no more than the first loss is alike."""
+    """Their statistics, images and augmentations are their own, so that no more than the first loss is alike."""
     payload = state(together)
     assert (payload["run"]["world_size"], payload["progress"]["update"]) == (2, 6)
     first, other = (run.records("train")[0]["loss"] for run in (finished, together))
-    assert first == pytest.approx(other, rel=0.2)
+    assert first == pytest.approx(other, rel=0.25)
 
 
 # Settings that change how a network is trained
