@@ -306,7 +306,7 @@ def test_every_record_is_json(averaged):
         json.loads(line, parse_constant=refuse)
 
 
-@pytest.mark.parametrize("change", ["DATA.SAMPLING sqrt", "DATA.REPEATED_AUG 3"])
+@pytest.mark.parametrize("change", ["DATA.SAMPLING sqrt", "DATA.REPEATED_AUG 3", "DATA.FORMAT folder"])
 def test_an_epoch_is_not_finished_in_another_order(call, trained, tmp_path, change):
     payload = torch.load(trained.folder / "ckpt_epoch_0.pth", weights_only=True)
     payload["progress"]["consumed"] = 64
