@@ -164,7 +164,7 @@ def output_names(checkpoint: Checkpoint, outputs: int) -> list[str] | None:
     Raises:
         ValueError: there are more names than outputs.
     """
-    names: list[str] | None = checkpoint.meta.get("class_names") or None
+    names: list[str] | None = checkpoint.meta.get("class_names")
     if names is not None and len(names) > outputs:
         raise ValueError(f"{checkpoint.path} is damaged: it names {len(names)} classes and has {outputs} outputs")
     return names
