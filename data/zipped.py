@@ -24,9 +24,10 @@ _LABEL = re.compile(r" *([0-9]{1,9}) *")
 class ZipSource(EncodedSource):
     """The images of `root/split.zip` that `root/split_map.txt` lists, one `path/in/the/zip.jpg<TAB>label` a line.
 
-    The classes are those that `root/classes.txt` names, else numbered from 0 to the largest label of both maps; where
-    there are then more than a thousand, every tenth at least must have images. `cache_mode` says which images' bytes
-    are kept in memory from the start: none (`no`), all (`full`), or those with `index % world_size == rank` (`part`).
+    The classes are those that `root/classes.txt` names, else numbered from 0 to the largest label, for val also of the
+    map of train; where there are then more than a thousand, every tenth at least must have images. `cache_mode` says
+    which images' bytes are kept in memory from the start: none (`no`), all (`full`), or those with
+    `index % world_size == rank` (`part`).
 
     Raises ValueError for missing or damaged files and for map lines that can't be right, naming file and line.
     """
@@ -35,7 +36,7 @@ class ZipSource(EncodedSource):
         self, root: str | Path, split: str, *, cache_mode: str = "part", rank: int = 0, world_size: int = 1
     ) -> None:
         assert split in (*SPLITS, WHOLE)
-        root, other = user_path(root), {"train": "val", "val": "train"}.get(split)
+        root, of_train = user_path(root), [user_path(root) / "train_map.txt"] if split == "val" else []
         split = stored_split(split)
         archive, map_file = root / f"{split}.zip", root / f"{split}_map.txt"
         for path in (archive, map_file):
@@ -49,13 +50,13 @@ class ZipSource(EncodedSource):
         entries, labels = _read_map(map_file, self._archive.names(), len(names) if names else None)
         self._entries = PackedStrings(entries)
         self.labels = np.array(labels, dtype=np.int64)
-        self.classes = names or [str(label) for label in range(self._count(root / f"{other}_map.txt"))]
+        self.classes = names or [str(label) for label in range(self._count(of_train))]
         self._cache = self._read_all(_cached_indices(cache_mode, len(labels), rank, world_size))
 
-    def _count(self, other_map: Path) -> int:
-        """Returns the number of classes that follows from both maps, so that it is the same for train and val."""
-        other = _read_map(other_map, None, None)[1] if other_map.is_file() else []
-        return max(int(self.labels.max()), *other, 0) + 1
+    def _count(self, other_maps: Iterable[Path]) -> int:
+        """Returns the number of classes that follows from the labels of this split and of others."""
+        others = [label for path in other_maps if path.is_file() for label in _read_map(path, None, None)[1]]
+        return max(int(self.labels.max()), *others, 0) + 1
 
     def _read_all(self, indices: Iterable[int]) -> dict[int, bytes]:
         """Returns the bytes of these images without unreadable ones, which `load` reports."""
