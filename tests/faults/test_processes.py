@@ -138,6 +138,7 @@ def test_torchrun_ends_when_a_rank_is_killed(two, run):
     assert soak.differences(two.folder, run.folder) == []
 
 
+@pytest.mark.slow  # tests/distributed/test_launch.py has it on two nodes
 def test_torchrun_restarts_a_run_automatically(two, run):
     """With data loading processes, which outlast the rank that is killed."""
     torchrun = Torchrun(run, "--max_restarts", 2, workers=1)

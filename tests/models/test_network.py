@@ -109,7 +109,8 @@ def test_checkpointing_under_autocast() -> None:
     assert all(torch.equal(value, buffers[name]) for name, value in plain.named_buffers())
 
 
-@pytest.mark.parametrize("half", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float64", "bf16"])
+@pytest.mark.slow  # tests/distributed/test_combinations.py has it in a run
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=["float64", "bf16"])
 def test_checkpointing_in_a_compiled_network(half: torch.dtype | None) -> None:
     """Bit for bit as in one without checkpointing, and with the drop path of the network that is not compiled."""
     eager, plain, thrifty = (tiny_network(drop_path_rate=0.5).train() for _ in range(3))
