@@ -114,7 +114,7 @@ class FileSource(EncodedSource):
 
     def locate(self, index: int) -> str:
         """Returns the path of the file."""
-        return printable(self.folder / self.paths[index])
+        return printable(os.path.join(self.folder, self.paths[index]))  # pathlib keeps every name for ever
 
 
 class PackedStrings:
